@@ -1,0 +1,46 @@
+# `make demo` and `make test` do everything, from an empty machine with Python, make and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= auto
+
+.PHONY: setup demo test check docs bench peers build clean
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/pocketquant demo
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/make_reference.py --check
+
+docs: setup
+	$(BIN)/python tools/make_reference.py
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+# The oracles of the peer tests, kept out of .venv: llama.cpp's converter, transformers and torch (CPU).
+peers: setup .venv-peers/ready
+	$(BIN)/python -m pytest -n $(WORKERS) tests/peers -rs
+
+.venv-peers/ready: tools/requirements-peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r tools/requirements-peers.txt
+	touch $@
+
+build: setup
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf .venv .venv-peers build dist demo-out .pytest_cache .mypy_cache .ruff_cache

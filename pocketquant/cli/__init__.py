@@ -1,0 +1,36 @@
+"""The command line: `pocketquant COMMAND`. stdout is data, stderr is talk.
+
+Exit codes: 0 fine, 1 a gate failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from pocketquant.cli.app import app
+from pocketquant.cli.screen import print_error
+from pocketquant.errors import PocketquantError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point of the `pocketquant` command."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing half-written behind when told to stop
+    try:
+        app(args=arguments, prog_name="pocketquant")
+    except PocketquantError as error:
+        if debug:
+            raise
+        print_error(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print_error("interrupted; nothing was replaced")
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

@@ -1,0 +1,193 @@
+"""The commands. Each opens, plans, says what it will cost, runs, and reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size, step_progress
+
+app = typer.Typer(
+    help="Qwen3.5 checkpoints in, small GGUF files out, with the numbers of what quantization cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder (config.json, *.safetensors) or GGUF.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="The GGUF to write.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; default: every processor.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with the exact file size and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")]
+GpuLayers = Annotated[
+    int, typer.Option("--gpu-layers", metavar="N", help="Layers to run on a GPU; -1 for all (needs a GPU build).")
+]
+Context = Annotated[int, typer.Option("--context", min=8, metavar="N", help="Tokens in a window.")]
+Chunks = Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows to score; default: all.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from pocketquant import __version__
+
+        typer.echo(f"pocketquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    source: Source,
+    out: Out = None,
+    type: Annotated[str, typer.Option("--type", metavar="bf16|f16|f32", help="Number format of the weights.")] = "bf16",
+    threads: Threads = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a checkpoint to a full-precision GGUF."""
+    if type.lower() not in ("bf16", "f16", "f32"):
+        raise typer.BadParameter("bf16, f16 or f32; for smaller types use `pocketquant quantize`", param_hint="--type")
+    _run_plan(source, out, type.lower(), None, threads, dry_run, json, quiet)
+
+
+@app.command()
+def quantize(
+    source: Source,
+    out: Out = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="NAME|FILE.toml", help="Built-in recipe or a TOML file.")
+    ] = "pocket_4bit",
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
+    ] = None,
+    threads: Threads = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint in one pass, or a full-precision GGUF."""
+    _run_plan(source, out, recipe, imatrix, threads, dry_run, json, quiet)
+
+
+def _run_plan(
+    source: str,
+    out: Path | None,
+    recipe: str,
+    imatrix: Path | None,
+    threads: int | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from pocketquant.convert import open_model
+    from pocketquant.pipeline import write
+    from pocketquant.quant import open_recipe, plan, read_importance
+
+    if out is None and not dry_run:
+        raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
+    model = open_model(source)
+    for note in model.notes:
+        say(f"note: {note}", quiet=quiet)
+    planned = plan(model, open_recipe(recipe), read_importance(imatrix) if imatrix else None)
+    entries = [
+        _entry(item.tensor, item.format.name, item.nbytes) | ({"reason": item.reason} if dry_run else {})
+        for item in planned.tensors
+    ]
+    summary = {
+        "file_bytes": planned.file_bytes,
+        "bits_per_weight": round(planned.bits_per_weight, 4),
+        "recipe": planned.metadata["pocketquant.recipe"].value,
+        "notes": list(model.notes),
+        "tensors": entries,
+    }
+    if dry_run:
+        if json:
+            print_json(summary)
+        else:
+            print_table(
+                ["tensor", "role", "shape", "type", "bytes", "reason"],
+                [[*_cells(entry), str(entry["reason"])] for entry in entries],
+            )
+            print(f"\n{planned.file_bytes:,} bytes in all, {planned.bits_per_weight:.2f} bits per weight")
+        return
+    assert out is not None
+    say(
+        f"{out}: {size(planned.file_bytes)} ({planned.bits_per_weight:.2f} bits per weight) from {source}", quiet=quiet
+    )
+    with byte_progress(out.name, sum(item.nbytes for item in planned.tensors), quiet=quiet) as advance:
+        write(planned, out, threads=threads, on_bytes=advance)
+    if json:
+        print_json({"out": str(out), **summary})
+
+
+def _entry(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "role": tensor.role.value,
+        "shape": list(tensor.shape),
+        "type": type_name,
+        "nbytes": nbytes,
+    }
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    shape = " x ".join(str(n) for n in entry["shape"])
+    return [entry["name"], entry["role"], shape, entry["type"], f"{entry['nbytes']:,}"]
+
+
+@app.command()
+def inspect(source: Source, json: Json = False) -> None:
+    """List metadata and tensors of a GGUF or a checkpoint, without reading weights."""
+    from pocketquant.convert import open_model
+    from pocketquant.formats import FORMATS
+
+    model = open_model(source)
+    entries = [
+        _entry(tensor, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
+        for tensor in model.tensors
+    ]
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    file_bytes = sum(file.stat().st_size for file in files)
+    if json:
+        print_json(
+            {
+                "architecture": model.architecture,
+                "file_bytes": file_bytes,
+                "notes": list(model.notes),
+                "metadata": {key: _short(value.value) for key, value in model.metadata.items()},
+                "tensors": entries,
+            }
+        )
+        return
+    print_table(
+        ["key", "type", "value"],
+        [[key, value.kind, str(_short(value.value))[:100]] for key, value in model.metadata.items()],
+    )
+    print()
+    print_table(["tensor", "role", "shape", "type", "bytes"], [_cells(entry) for entry in entries])
+    print(f"\n{file_bytes:,} bytes in {len(files)} file(s), {len(entries)} tensors of {model.architecture}")
+    for note in model.notes:
+        print(f"note: {note}")
+
+
+def _short(value: Any) -> Any:
+    """A metadata value with long lists cut: nobody reads 248,320 tokens."""
+    if isinstance(value, list) and len(value) > 16:
+        return {"count": len(value), "first": value[:4]}
+    return value

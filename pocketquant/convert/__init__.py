@@ -1,0 +1,6 @@
+"""A source -> `Model`: a checkpoint folder or a GGUF file."""
+
+from pocketquant.convert.checkpoint import open_checkpoint
+from pocketquant.convert.sources import open_model
+
+__all__ = ["open_checkpoint", "open_model"]

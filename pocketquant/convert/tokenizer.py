@@ -1,0 +1,246 @@
+"""tokenizer.json and its companions -> `tokenizer.*` metadata.
+
+The runtimes do not read tokenizer.json: they know some pre-tokenizers by name. We recognise ours by its split regex, so
+that a fine-tune with added tokens converts, and refuse every setting the runtimes would silently ignore.
+Source for names, token types and what runtimes ignore: llama.cpp `src/llama-vocab.cpp`, gguf-py `constants.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pocketquant.errors import TokenizerError, listing
+from pocketquant.files import read_json
+from pocketquant.model import Value
+
+PRE_TOKENIZERS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+"""Split regex of tokenizer.json -> llama.cpp's name for the pre-tokenizer."""
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+"""Name in tokenizer_config.json -> name in GGUF (its spelling)."""
+_FOUND_BY_TEXT = {"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "</s>"}
+"""Texts that llama.cpp ends generation at by itself."""
+_MAX_TEMPLATE_BYTES = 1 << 20
+
+
+def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dict[str, Value]:
+    """Tokens, merges, special ids, chat template and sampling of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        n_vocab: rows of the embedding; the token list is padded to it.
+        config: config.json.
+
+    Raises:
+        TokenizerError: missing, unlike anything the runtimes implement, or larger than the embedding.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(
+            f"{path}: missing; save the tokenizer in this format (a 'fast' tokenizer's save_pretrained does)"
+        )
+    tokenizer = read_json(path)
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+        raise TokenizerError(f"{path}: no tokenizer")
+    settings = _optional_object(folder / "tokenizer_config.json")
+    generation = _optional_object(folder / "generation_config.json")
+    pre = _recognise(tokenizer, path)
+    added = _added_tokens(tokenizer, settings, path)
+    tokens, types = _token_list(tokenizer["model"], added, n_vocab, path)
+    metadata = {
+        "tokenizer.ggml.model": Value("str", "gpt2"),
+        "tokenizer.ggml.pre": Value("str", pre),
+        "tokenizer.ggml.tokens": Value("str[]", tokens),
+        "tokenizer.ggml.token_type": Value("i32[]", types),
+        "tokenizer.ggml.merges": Value("str[]", _merges(tokenizer["model"], path)),
+    }
+    metadata.update(_special_ids(settings, generation, config, tokens, path))
+    metadata["tokenizer.ggml.add_bos_token"] = Value("bool", bool(settings.get("add_bos_token", False)))
+    metadata.update(_chat_templates(folder, settings))
+    return metadata
+
+
+def _optional_object(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: no JSON object")
+    return value
+
+
+def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
+    model, problems = tokenizer["model"], []
+    if model.get("type", "BPE") != "BPE":
+        problems.append(f"model type {model.get('type')!r}, expected BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback", "dropout"):
+        if model.get(key):
+            problems.append(f"model.{key} is set, which the runtimes ignore for this tokenizer")
+    normalizer = tokenizer.get("normalizer")
+    if normalizer not in (None, {"type": "NFC"}):
+        problems.append(f"normalizer {str(normalizer)[:80]}, expected none or NFC")
+    steps = _pre_tokenizer_steps(tokenizer.get("pre_tokenizer"))
+    splits = [step for step in steps if step.get("type") == "Split"]
+    levels = [step for step in steps if step.get("type") == "ByteLevel"]
+    regex = splits[0].get("pattern", {}).get("Regex") if len(splits) == 1 else None
+    if len(steps) != 2 or len(levels) != 1 or regex is None:
+        problems.append("pre_tokenizer is not one Split by a regex, then ByteLevel")
+    elif regex not in PRE_TOKENIZERS:
+        problems.append(f"the split regex {regex!r} is none that we know: {', '.join(PRE_TOKENIZERS.values())}")
+    elif levels[0].get("add_prefix_space") or levels[0].get("use_regex", True):
+        problems.append("ByteLevel adds a space in front or splits by a regex of its own")
+    elif splits[0].get("behavior") != "Isolated" or splits[0].get("invert"):
+        problems.append(f"Split behaves as {splits[0].get('behavior')!r}, expected 'Isolated'")
+    if problems:
+        raise TokenizerError(
+            f"{path}: the runtimes would tokenize differently, so this cannot be converted:\n{listing(problems)}"
+        )
+    return PRE_TOKENIZERS[str(regex)]
+
+
+def _pre_tokenizer_steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
+    if not isinstance(pre_tokenizer, dict):
+        return []
+    steps = pre_tokenizer.get("pretokenizers") if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def _added_tokens(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> dict[int, tuple[str, bool]]:
+    """Id -> (text, is special) from tokenizer.json and tokenizer_config.json; they must agree on the texts."""
+    entries: list[tuple[Any, Any]] = [(item.get("id"), item) for item in tokenizer.get("added_tokens") or []]
+    decoder = settings.get("added_tokens_decoder") or {}
+    entries += [(int(key) if str(key).isdecimal() else key, item) for key, item in decoder.items()]
+    added: dict[int, tuple[str, bool]] = {}
+    problems = []
+    for number, item in entries:
+        text = item.get("content") if isinstance(item, dict) else None
+        if type(number) is not int or number < 0 or not isinstance(text, str):
+            problems.append(f"added token {number!r}: {item!r:.80}")
+        elif number in added and added[number][0] != text:
+            problems.append(f"added token {number} is {added[number][0]!r} and {text!r}")
+        else:
+            added[number] = (text, bool(item.get("special")) or added.get(number, ("", False))[1])
+    if problems:
+        raise TokenizerError(f"{path}: tokens that contradict each other:\n{listing(problems)}")
+    return added
+
+
+def _token_list(
+    model: Mapping[str, Any], added: Mapping[int, tuple[str, bool]], n_vocab: int, path: Path
+) -> tuple[list[str], list[int]]:
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise TokenizerError(f"{path}: model.vocab is missing or no object of token -> id")
+    by_id = {number: (token, _NORMAL) for token, number in vocab.items()}
+    if len(by_id) != len(vocab):
+        raise TokenizerError(f"{path}: model.vocab gives {len(vocab)} tokens only {len(by_id)} different ids")
+    for number, (text, is_special) in added.items():
+        looks_special = text.startswith("<|") and text.endswith("|>")
+        by_id[number] = (text, _CONTROL if is_special or looks_special else _USER_DEFINED)
+    beyond = sorted(number for number in by_id if number >= n_vocab)
+    if beyond:
+        names = listing(f"{number}: {by_id[number][0]!r}" for number in beyond)
+        raise TokenizerError(
+            f"{path}: tokens beyond the embedding's {n_vocab} rows; the two do not belong together:\n{names}"
+        )
+    listed = [by_id.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(n_vocab)]
+    return [token for token, _ in listed], [kind for _, kind in listed]
+
+
+def _merges(model: Mapping[str, Any], path: Path) -> list[str]:
+    merges = model.get("merges")
+    if not isinstance(merges, list) or not merges:
+        raise TokenizerError(f"{path}: model.merges is missing")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and " " not in part for part in pair)
+        for pair in pairs
+    ):
+        raise TokenizerError(f"{path}: model.merges holds something else than pairs of tokens")
+    return [" ".join(pair) for pair in pairs]
+
+
+def _special_ids(
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokens: Sequence[str],
+    path: Path,
+) -> dict[str, Value]:
+    """Special ids by name in tokenizer_config.json, else by number in the configs; ends of generation as eot and eom."""
+    ids, n_vocab = {token: number for number, token in enumerate(tokens)}, len(tokens)
+    text_config = config.get("text_config")
+    configs = [config, text_config if isinstance(text_config, dict) else {}]
+    found: dict[str, int] = {}
+    for name in _SPECIAL:
+        token = settings.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            if text not in ids:
+                raise TokenizerError(f"{path.parent}: {name}_token {text!r} is not in the vocabulary")
+            found[name] = ids[text]
+        else:
+            numbers = [c[f"{name}_token_id"] for c in configs if f"{name}_token_id" in c]
+            number = _as_list(numbers[0])[0] if numbers and numbers[0] else None
+            if type(number) is int:
+                found[name] = number
+    ends = [end for c in (generation, *configs) for end in _as_list(c.get("eos_token_id"))]
+    wrong = [
+        f"{name}: {number}"
+        for name, number in [*found.items(), *(("eos", end) for end in ends)]
+        if type(number) is not int or not 0 <= number < n_vocab
+    ]
+    if wrong:
+        raise TokenizerError(f"{path.parent}: special token ids beyond the vocabulary of {n_vocab}:\n{listing(wrong)}")
+    more = [end for end in dict.fromkeys(ends) if end != found.get("eos") and tokens[end] not in _FOUND_BY_TEXT]
+    if len(more) > 2:
+        raise TokenizerError(
+            f"{path.parent}: {len(more)} more end-of-generation tokens than GGUF can name (eos, eot, eom): "
+            f"{', '.join(tokens[end] for end in more)}; shorten eos_token_id in generation_config.json"
+        )
+    values = {f"tokenizer.ggml.{_SPECIAL[name]}_token_id": Value("u32", number) for name, number in found.items()}
+    for key, number in zip(("eot", "eom"), more, strict=False):
+        values[f"tokenizer.ggml.{key}_token_id"] = Value("u32", number)
+    return values
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Value]:
+    """`chat_template.jinja` before `chat_template.json` before tokenizer_config.json, as transformers loads them."""
+    named: dict[str, str] = {}
+    template = settings.get("chat_template")
+    if (folder / "chat_template.json").is_file():
+        template = _optional_object(folder / "chat_template.json").get("chat_template", template)
+    if (folder / "chat_template.jinja").is_file():
+        template = _read_template(folder / "chat_template.jinja")
+        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+            named[path.stem] = _read_template(path)
+    if isinstance(template, list):
+        pairs = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
+        named = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+        template = named.pop("default", None)
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"{folder}: chat_template is neither a text nor a list of named texts")
+    values = {} if template is None else {"tokenizer.chat_template": Value("str", template)}
+    if named:
+        values["tokenizer.chat_templates"] = Value("str[]", list(named))
+        values |= {f"tokenizer.chat_template.{name}": Value("str", text) for name, text in named.items()}
+    return values
+
+
+def _read_template(path: Path) -> str:
+    if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+        raise TokenizerError(f"{path}: larger than {_MAX_TEMPLATE_BYTES} bytes; no chat template is")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error

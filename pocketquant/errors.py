@@ -1,0 +1,55 @@
+"""Every error that pocketquant raises on purpose.
+
+    PocketquantError                exit code 2 unless said otherwise
+    ├── SourceError                 a checkpoint or GGUF that cannot be read as what it claims to be
+    ├── ArchitectureError           a model that no table describes, or tensors that do not fit the table
+    ├── TokenizerError              a tokenizer that would be converted wrong
+    ├── RecipeError                 a recipe or importance matrix that cannot be applied
+    ├── OutputError                 a target that cannot be written
+    └── EvalError                   two files or a text that cannot be compared
+
+A message says what is wrong, where, and what to do; it lists every offender (ten, then a count), not only the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_SHOWN = 10
+
+
+class PocketquantError(Exception):
+    """Base of the tree; the command line prints its message and exits with 2."""
+
+
+class SourceError(PocketquantError):
+    """The source cannot be read: missing, truncated, lying about itself, or not supported."""
+
+
+class ArchitectureError(PocketquantError):
+    """The tensors do not fit the architecture's table, or there is no table for it."""
+
+
+class TokenizerError(PocketquantError):
+    """The tokenizer is missing, incomplete, or none that the runtimes implement."""
+
+
+class RecipeError(PocketquantError):
+    """A recipe, or an importance matrix given with it, cannot be applied to this model."""
+
+
+class OutputError(PocketquantError):
+    """The output cannot be written; what stood there before is untouched."""
+
+
+class EvalError(PocketquantError):
+    """The files and text given cannot be compared."""
+
+
+def listing(items: Iterable[str]) -> str:
+    """Joins offenders one a line, indented; ten at most, then how many more there are."""
+    all_items = list(items)
+    lines = [f"  {item}" for item in all_items[:_SHOWN]]
+    if len(all_items) > _SHOWN:
+        lines.append(f"  ... and {len(all_items) - _SHOWN} more")
+    return "\n".join(lines)

@@ -1,0 +1,315 @@
+"""GGUF files: read one as a `Model`, turn a plan's metadata and tensors into a header. The only importer of `gguf`.
+
+Reading is our own and bounded (a file comes from anywhere); headers are written by gguf-py's `GGUFWriter`.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketquant.architectures import architecture_named
+from pocketquant.architectures.table import MODEL, TensorRule
+from pocketquant.errors import ArchitectureError, SourceError, listing
+from pocketquant.files import read_at
+from pocketquant.formats import BY_GGML_ID, F32Array, QuantFormat, U8Array
+from pocketquant.formats.plain import is_finite
+from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value
+
+_KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")
+_PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"} | {
+    "bool": "?",
+    "u64": "Q",
+    "i64": "q",
+    "f64": "d",
+}
+_MAX_TENSORS = 1 << 20
+_MAX_KEYS = 1 << 16
+_MAX_DIMS = 4
+_QUANTIZATION_KEYS = ("general.file_type", "general.quantization_version")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One entry of a GGUF's tensor table. `shape` is `[rows, cols]`, `offset` counts from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: QuantFormat
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Everything before the data section. `data_offset` counts from the start of the file."""
+
+    metadata: Mapping[str, Value]
+    tensors: tuple[GgufTensor, ...]
+    data_offset: int
+
+
+# ---------------------------------------------------------------- reading
+
+
+class _Cursor:
+    """Reads numbers and strings from the front of a file and never past its end."""
+
+    def __init__(self, path: Path, data: memoryview) -> None:
+        self.path, self.data, self.at = path, data, 0
+
+    def fail(self, what: str) -> SourceError:
+        return SourceError(f"{self.path}: {what} at byte {self.at}; the file is truncated or no GGUF that we can read")
+
+    def take(self, nbytes: int) -> memoryview:
+        if nbytes > len(self.data) - self.at:
+            raise self.fail(f"{nbytes} more bytes announced than the file has")
+        piece = self.data[self.at : self.at + nbytes]
+        self.at += nbytes
+        return piece
+
+    def number(self, kind: str) -> Any:
+        return struct.unpack("<" + _PACKED[kind], self.take(struct.calcsize("<" + _PACKED[kind])))[0]
+
+    def string(self) -> str:
+        try:
+            return str(self.take(self.number("u64")), "utf-8")
+        except UnicodeDecodeError:
+            raise self.fail("text that is no UTF-8") from None
+
+    def value(self) -> Value:
+        kind = self.kind()
+        if kind == "str":
+            return Value(kind, self.string())
+        if kind != "[]":
+            return Value(kind, self.number(kind))
+        item, count = self.kind(), self.number("u64")
+        if item == "[]":
+            raise self.fail("an array of arrays")
+        if item == "str":
+            if count > len(self.data) - self.at:
+                raise self.fail(f"an array of {count} strings")
+            return Value("str[]", [self.string() for _ in range(count)])
+        width = struct.calcsize("<" + _PACKED[item])
+        if count > len(self.data):
+            raise self.fail(f"an array of {count} numbers")
+        raw = self.take(count * width)
+        return Value(f"{item}[]", list(struct.unpack(f"<{count}{_PACKED[item]}", raw)))
+
+    def kind(self) -> str:
+        number = self.number("u32")
+        if number >= len(_KINDS):
+            raise self.fail(f"metadata type {number}")
+        return _KINDS[number]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file starts with GGUF's magic."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def read_header(path: Path | str) -> GgufHeader:
+    """Reads metadata and tensor table, and checks every length, offset and size against the file.
+
+    Raises:
+        SourceError: not a GGUF of version 2 or 3, or one that contradicts itself.
+    """
+    path = Path(path)
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SourceError(f"{path}: no GGUF file (it does not start with 'GGUF')")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    cursor = _Cursor(path, memoryview(data))
+    cursor.at = 4
+    version = cursor.number("u32")
+    if version not in (2, 3):
+        raise cursor.fail(f"GGUF version {version}")
+    n_tensors, n_keys = cursor.number("u64"), cursor.number("u64")
+    if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
+        raise cursor.fail(f"{n_tensors} tensors and {n_keys} keys announced")
+    metadata: dict[str, Value] = {}
+    for _ in range(n_keys):
+        key = cursor.string()
+        if key in metadata:
+            raise cursor.fail(f"key {key!r} for the second time")
+        metadata[key] = cursor.value()
+    alignment = metadata.get("general.alignment", Value("u32", ALIGNMENT)).value
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+        raise cursor.fail(f"general.alignment {alignment!r}, no power of two,")
+    tensors = _read_tensor_table(cursor, n_tensors, alignment, size)
+    data_offset = -(-cursor.at // alignment) * alignment
+    return GgufHeader(metadata, tensors, data_offset)
+
+
+def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: int) -> tuple[GgufTensor, ...]:
+    entries = []
+    for _ in range(n_tensors):
+        name, n_dims = cursor.string(), cursor.number("u32")
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise cursor.fail(f"tensor {name!r} of {n_dims} dimensions")
+        shape = tuple(cursor.number("u64") for _ in range(n_dims))[::-1]
+        entries.append((name, shape, cursor.number("u32"), cursor.number("u64")))
+    data_offset = -(-cursor.at // alignment) * alignment
+    tensors, problems, seen = [], [], set()
+    for name, shape, ggml_id, offset in entries:
+        quant_format = BY_GGML_ID.get(ggml_id)
+        if name in seen:
+            problems.append(f"{name}: stands twice in the table")
+        elif quant_format is None:
+            problems.append(f"{name}: GGML type {ggml_id} is not supported")
+        elif shape[-1] % quant_format.block_len or not all(0 < n < 1 << 40 for n in shape):
+            problems.append(f"{name}: shape {list(shape)} is none that {quant_format.name} can have")
+        else:
+            nbytes = prod(shape[:-1]) * quant_format.row_bytes(shape[-1])
+            if offset % alignment or data_offset + offset + nbytes > size:
+                problems.append(
+                    f"{name}: {nbytes} bytes at {data_offset + offset} do not lie aligned within the file's {size}"
+                )
+            tensors.append(GgufTensor(name, shape, quant_format, data_offset + offset, nbytes))
+        seen.add(name)
+    if problems:
+        raise SourceError(f"{cursor.path}: broken tensor table (a truncated download?):\n{listing(problems)}")
+    return tuple(tensors)
+
+
+@dataclass(frozen=True)
+class GgufRows:
+    """Rows of one tensor of a GGUF file; a `RowSource`."""
+
+    path: Path
+    tensor: GgufTensor
+
+    def stored(self, start: int, stop: int) -> U8Array:
+        """Rows as the file holds them, u8[n, bytes]."""
+        row_bytes = self.tensor.format.row_bytes(self.tensor.shape[-1])
+        raw = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        return raw.reshape(stop - start, row_bytes)
+
+    def rows(self, start: int, stop: int) -> F32Array:
+        """Rows decoded to f32[n, n_cols]; SourceError if a number is not finite."""
+        values = self.tensor.format.decode(self.stored(start, stop), self.tensor.shape[-1])
+        if not is_finite(values, "F32"):
+            raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
+        return values
+
+
+def open_gguf(path: Path | str) -> Model:
+    """Opens a GGUF of a known architecture: roles from the architecture's table, no data read.
+
+    Raises:
+        SourceError: broken file, or one of several shards.
+        ArchitectureError: unknown architecture; tensors unknown to its table or missing (all listed).
+    """
+    path = Path(path)
+    header = read_header(path)
+    if header.metadata.get("split.count", Value("u16", 0)).value > 1:
+        raise SourceError(f"{path}: one shard of a split GGUF; join the shards first (llama-gguf-split --merge)")
+    architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))
+    sizes = architecture.sizes_from_gguf(header.metadata)
+    at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
+    in_block = {rule.target: rule for rule in architecture.tensors if rule.where != MODEL}
+    tensors, unknown = [], []
+    for entry in header.tensors:
+        rule, layer = _rule_for(entry.name, at_model, in_block, sizes["n_layer"])
+        if rule is None:
+            unknown.append(f"{entry.name} {list(entry.shape)}")
+            continue
+        source = GgufRows(path, entry)
+        tensors.append(
+            Tensor(entry.name, rule.role, layer, entry.shape, entry.format.name, source, keep_f32=rule.keep_f32)
+        )
+    if unknown:
+        raise ArchitectureError(f"{path}: tensors that no {architecture.name} model has:\n{listing(unknown)}")
+    metadata = {key: value for key, value in header.metadata.items() if key not in _QUANTIZATION_KEYS}
+    return Model(architecture.name, metadata, tuple(tensors), sizes)
+
+
+def _rule_for(
+    name: str, at_model: Mapping[str, TensorRule], in_block: Mapping[str, TensorRule], n_layer: int
+) -> tuple[TensorRule | None, int | None]:
+    match = re.fullmatch(r"blk\.(\d{1,5})\.(.+)", name)
+    if match is None:
+        return at_model.get(name), None
+    layer = int(match[1])
+    return (in_block.get(match[2]), layer) if layer < n_layer else (None, None)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> bytes:
+    """Metadata and tensor table as the bytes before the data section, padded to the alignment."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, str(metadata["general.architecture"].value))
+    writer.kv_data[0].clear()  # the constructor writes general.architecture; ours says it in its own place
+    for key, value in metadata.items():
+        writer.kv_data[0][key] = _gguf_value(value)
+    for planned in tensors:
+        writer.add_tensor_info(
+            planned.tensor.name,
+            planned.tensor.shape,
+            np.dtype(np.float32),
+            planned.nbytes,
+            raw_dtype=gguf.GGMLQuantizationType(planned.format.ggml_id),
+        )
+    buffer = BytesIO()
+    writer.fout, writer.state = [buffer], gguf.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue().ljust(-(-buffer.tell() // ALIGNMENT) * ALIGNMENT, b"\0")
+
+
+def _gguf_value(value: Value) -> Any:
+    import gguf
+
+    kinds = gguf.GGUFValueType
+    if value.kind.endswith("[]"):
+        return gguf.GGUFValue(value.value, kinds.ARRAY, kinds(_KINDS.index(value.kind[:-2])))
+    return gguf.GGUFValue(value.value, kinds(_KINDS.index(value.kind)))
+
+
+def describe_folder(folder: Path, n_weights: int) -> dict[str, Value]:
+    """The `general.*` keys that gguf-py finds out from a checkpoint's model card, config and folder name."""
+    import gguf
+
+    described = gguf.Metadata.load(None, folder, None, n_weights)
+    if described.name is None:
+        described.name = folder.name
+    if described.size_label is None:
+        described.size_label = gguf.size_label(n_weights, n_weights, 0, 0)
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data[0].clear()
+    described.set_gguf_meta_model(writer)
+    return {
+        key: Value(_KINDS[item.type] if item.sub_type is None else f"{_KINDS[item.sub_type]}[]", item.value)
+        for key, item in _with_item_types(writer.kv_data[0]).items()
+    }
+
+
+def _with_item_types(items: Mapping[str, Any]) -> dict[str, Any]:
+    """gguf-py leaves an array's item type out until it writes it; every array here is one of strings."""
+    import gguf
+
+    kinds = gguf.GGUFValueType
+    return {
+        key: gguf.GGUFValue(item.value, item.type, kinds.STRING) if item.type is kinds.ARRAY else item
+        for key, item in items.items()
+    }

@@ -1,0 +1,148 @@
+"""Plan -> file: row chunks stream from the source through the encoder to their place in the output.
+
+A unit of work (`encode_rows`) is a pure function of a tensor, a row range, a format and an importance vector. Every
+chunk's place in the file is known before the first one is read, so threads write where they belong, in any order, and
+the bytes do not depend on the number of threads. Memory is one chunk per thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+
+from pocketquant.errors import OutputError, RecipeError
+from pocketquant.files import replacing
+from pocketquant.formats import F32Array, QuantFormat, U8Array
+from pocketquant.gguf_file import read_header
+from pocketquant.model import Plan, PlannedTensor, Tensor
+
+CHUNK_WEIGHTS = 1 << 20
+"""Weights in a chunk: 4 MiB as f32, small enough to stay in cache between read, encode and write."""
+
+OnBytes = Callable[[int], None]
+
+
+def encode_rows(
+    tensor: Tensor, start: int, stop: int, quant_format: QuantFormat, importance: F32Array | None = None
+) -> U8Array:
+    """Rows [start, stop) of a tensor in a format, u8[n, row_bytes].
+
+    Raises:
+        SourceError: unreadable or non-finite data.
+        RecipeError: a weight does not fit the format.
+    """
+    if tensor.dtype == quant_format.name:
+        stored = tensor.source.stored(start, stop)
+        if stored is not None:
+            return stored
+    try:
+        return quant_format.encode(tensor.rows(start, stop), importance)
+    except OverflowError as error:
+        raise RecipeError(f"{tensor.name}: {error}") from error
+
+
+def write(plan: Plan, target: Path | str, *, threads: int | None = None, on_bytes: OnBytes | None = None) -> None:
+    """Writes a planned file; `target` is replaced only by the finished, checked one.
+
+    Args:
+        plan: from `pocketquant.quant.plan`.
+        target: path of the output.
+        threads: workers; None for one per processor this process may use.
+        on_bytes: called from any worker with the number of output bytes just written.
+
+    Raises:
+        OutputError: no space, no permission, no such folder.
+        SourceError: the source cannot be read or holds a non-finite weight.
+    """
+    target = Path(target)
+    _check_space(plan, target)
+    with replacing(target) as temporary:
+        with open(temporary, "r+b", buffering=0) as file:
+            file.truncate(plan.file_bytes)
+            file.write(plan.header)
+        _run(plan, temporary, threads or available_processors(), on_bytes or (lambda nbytes: None))
+        _check_written(plan, temporary)
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_space(plan: Plan, target: Path) -> None:
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+    if free < plan.file_bytes:
+        raise OutputError(
+            f"{target}: the file takes {plan.file_bytes:,} bytes and the disk has {free:,} left; free some space or "
+            "write elsewhere"
+        )
+
+
+def _check_written(plan: Plan, path: Path) -> None:
+    written = {tensor.name: (tensor.shape, tensor.format, tensor.nbytes) for tensor in read_header(path).tensors}
+    planned = {item.tensor.name: (item.tensor.shape, item.format, item.nbytes) for item in plan.tensors}
+    if path.stat().st_size != plan.file_bytes or written != planned:
+        raise OutputError(f"{path}: the written file is not the planned one; nothing was replaced")
+
+
+@dataclass(frozen=True)
+class _Unit:
+    planned: PlannedTensor
+    start: int
+    stop: int
+
+
+def _units(plan: Plan) -> Iterator[_Unit]:
+    for planned in plan.tensors:
+        step = max(1, CHUNK_WEIGHTS // planned.tensor.n_cols)
+        for start in range(0, planned.tensor.n_rows, step):
+            yield _Unit(planned, start, min(start + step, planned.tensor.n_rows))
+
+
+def _run(plan: Plan, path: Path, n_threads: int, on_bytes: OnBytes) -> None:
+    units, lock, failures = _units(plan), threading.Lock(), list[BaseException]()
+    stopping = threading.Event()
+
+    def work() -> None:
+        try:
+            with open(path, "r+b", buffering=0) as file:
+                while not stopping.is_set():
+                    with lock:
+                        unit = next(units, None)
+                    if unit is None:
+                        return
+                    on_bytes(_write_unit(plan, unit, file))
+        except BaseException as error:
+            failures.append(error)
+            stopping.set()
+
+    workers = [threading.Thread(target=work, name=f"encode-{i}", daemon=True) for i in range(n_threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:  # an interrupt arrives here: let chunks in flight end before the file is closed under them
+        stopping.set()
+        for worker in workers:
+            worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _write_unit(plan: Plan, unit: _Unit, file: RawIOBase) -> int:
+    planned, tensor = unit.planned, unit.planned.tensor
+    data = encode_rows(tensor, unit.start, unit.stop, planned.format, plan.importance.get(tensor.name))
+    file.seek(len(plan.header) + planned.offset + unit.start * planned.format.row_bytes(tensor.n_cols))
+    view, done = memoryview(data.reshape(-1).data), 0
+    while done < len(view):
+        done += file.write(view[done:]) or 0
+    return data.nbytes
