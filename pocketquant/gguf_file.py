@@ -37,7 +37,7 @@ _PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i",
 _MAX_TENSORS = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_DIMS = 4
-_QUANTIZATION_KEYS = ("general.file_type", "general.quantization_version")
+_WRITTEN_BY_PLAN = ("general.file_type", "general.quantization_version", "pocketquant.", "quantize.imatrix.")
 
 
 @dataclass(frozen=True)
@@ -196,17 +196,24 @@ class GgufRows:
     tensor: GgufTensor
 
     def stored(self, start: int, stop: int) -> U8Array:
-        """Rows as the file holds them, u8[n, bytes]."""
-        row_bytes = self.tensor.format.row_bytes(self.tensor.shape[-1])
+        """Rows as the file holds them, u8[n, bytes]; SourceError if a plain number is not finite."""
+        kind = self.tensor.format
+        row_bytes = kind.row_bytes(self.tensor.shape[-1])
         raw = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        if kind.block_len == 1:
+            self._check_finite(is_finite(raw, kind.name), start, stop)
         return raw.reshape(stop - start, row_bytes)
 
     def rows(self, start: int, stop: int) -> F32Array:
         """Rows decoded to f32[n, n_cols]; SourceError if a number is not finite."""
         values = self.tensor.format.decode(self.stored(start, stop), self.tensor.shape[-1])
-        if not is_finite(values, "F32"):
-            raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
+        if self.tensor.format.block_len > 1:
+            self._check_finite(is_finite(values, "F32"), start, stop)
         return values
+
+    def _check_finite(self, finite: bool, start: int, stop: int) -> None:
+        if not finite:
+            raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
 
 
 def open_gguf(path: Path | str) -> Model:
@@ -236,7 +243,7 @@ def open_gguf(path: Path | str) -> Model:
         )
     if unknown:
         raise ArchitectureError(f"{path}: tensors that no {architecture.name} model has:\n{listing(unknown)}")
-    metadata = {key: value for key, value in header.metadata.items() if key not in _QUANTIZATION_KEYS}
+    metadata = {key: value for key, value in header.metadata.items() if not key.startswith(_WRITTEN_BY_PLAN)}
     return Model(architecture.name, metadata, tuple(tensors), sizes)
 
 
@@ -284,6 +291,20 @@ def _gguf_value(value: Value) -> Any:
     if value.kind.endswith("[]"):
         return gguf.GGUFValue(value.value, kinds.ARRAY, kinds(_KINDS.index(value.kind[:-2])))
     return gguf.GGUFValue(value.value, kinds(_KINDS.index(value.kind)))
+
+
+def file_name(metadata: Mapping[str, Value], recipe: str) -> str:
+    """A file name by GGUF's naming convention: `Qwen3.5-4B-Q4_K_M.gguf`."""
+    import gguf
+
+    def known(key: str) -> str | None:
+        value = metadata.get(f"general.{key}")
+        return str(value.value) if value else None
+
+    name = gguf.naming_convention(
+        known("name"), known("basename"), known("finetune"), known("version"), known("size_label"), recipe
+    )
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".gguf"
 
 
 def describe_folder(folder: Path, n_weights: int) -> dict[str, Value]:

@@ -8,7 +8,7 @@ The words for dimensions, used in tables, docstrings and errors:
     n_embd n_ff n_layer n_head n_kv head_dim   width, feed-forward width, blocks, query and key/value heads, their size
     n_k n_v head_k_dim head_v_dim              Gated DeltaNet's key and value heads and their sizes
     k_dim v_dim conv_dim                       n_k * head_k_dim, n_v * head_v_dim, 2 * k_dim + v_dim
-    n_vocab n_expert n_conv                    rows of the embedding, experts, taps of DeltaNet's convolution
+    n_vocab n_ctx n_conv                       rows of the embedding, longest context, taps of DeltaNet's convolution
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def text_config(**changes: Any) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "vocab_size": 320,
-        "eos_token_id": 258,
+        "eos_token_id": 259,
         "hidden_act": "silu",
         "rope_parameters": {
             "mrope_interleaved": True,
@@ -106,7 +106,7 @@ def tokenizer_json(n_tokens: int = 256, added: list[str] | None = None) -> dict[
     letters = {byte: chr(byte) for byte in printable}
     letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(printable)))}
     vocab = {letters[byte]: byte for byte in range(n_tokens)}
-    vocab["he"] = 261
+    vocab["he"] = 256
     texts = [*SPECIAL, *(added or [])]
     return {
         "version": "1.0",
@@ -114,7 +114,7 @@ def tokenizer_json(n_tokens: int = 256, added: list[str] | None = None) -> dict[
         "padding": None,
         "added_tokens": [
             {
-                "id": 256 + i if i < len(SPECIAL) else 262 + i - len(SPECIAL),
+                "id": 257 + i,
                 "content": text,
                 "single_word": False,
                 "lstrip": False,
@@ -149,7 +149,7 @@ def write_json_files(folder: Path, config: Mapping[str, Any], tokenizer: Mapping
         "add_prefix_space": False,
         "chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
     }
-    generation = {"eos_token_id": [258, 256], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    generation = {"eos_token_id": [259, 257], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     for name, content in {
         "config.json": config,
         "generation_config.json": generation,

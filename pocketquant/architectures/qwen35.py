@@ -154,6 +154,7 @@ _FROM_CONFIG = {
     "head_v_dim": "linear_value_head_dim",
     "n_conv": "linear_conv_kernel_dim",
     "n_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
 }
 _LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
 
@@ -226,6 +227,7 @@ def sizes_from_gguf(metadata: Mapping[str, Value]) -> Sizes:
         "head_k_dim": number("ssm.state_size"),
         "head_v_dim": number("ssm.inner_size") // n_v,
         "n_conv": number("ssm.conv_kernel"),
+        "n_ctx": number("context_length"),
     }
     if tokens is not None:
         sizes["n_vocab"] = len(tokens.value)
@@ -301,7 +303,7 @@ def _rope_dimensions(config: Mapping[str, Any], sizes: Sizes) -> int:
 
 _METADATA = (
     MetadataRule("block_count", "u32", lambda config, sizes: sizes["n_layer"]),
-    MetadataRule("context_length", "u32", lambda config, sizes: config.get("max_position_embeddings")),
+    MetadataRule("context_length", "u32", lambda config, sizes: sizes["n_ctx"]),
     MetadataRule("embedding_length", "u32", lambda config, sizes: sizes["n_embd"]),
     MetadataRule("feed_forward_length", "u32", lambda config, sizes: sizes["n_ff"]),
     MetadataRule("attention.head_count", "u32", lambda config, sizes: sizes["n_head"]),

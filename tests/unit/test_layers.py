@@ -1,0 +1,73 @@
+"""What may import what, and what the package shows."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pocketquant
+
+ROOT = Path(pocketquant.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"formats"},
+    {"model"},
+    {"architectures"},
+    {"files"},
+    {"gguf_file", "runtime"},
+    {"pipeline", "demo"},
+    {"convert", "quant", "eval"},
+    {"make"},
+    {"cli"},
+]
+ONLY_IN = {
+    "gguf": {"gguf_file"},
+    "llama_cpp": {"runtime"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "tokenizers": {"convert"},
+}
+FORBIDDEN = {"torch", "transformers"}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_layers_import_downwards_only() -> None:
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for imported in imports_of(path):
+            names = imported.split(".")
+            assert names[0] not in FORBIDDEN, f"{path.name} imports {imported}"
+            assert part in ONLY_IN.get(names[0], {part}), f"{path.name} imports {imported}"
+            if names[0] == "pocketquant" and len(names) > 1 and names[1] in level and names[1] != part:
+                assert level[names[1]] < level[part], f"{path.relative_to(ROOT)} imports {imported}"
+
+
+def test_every_module_has_a_layer() -> None:
+    known = {name for names in LAYERS for name in names} | {"__init__", "__pycache__", "py"}
+    assert {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.name != "py.typed"} <= known
+
+
+def test_public_names_exist() -> None:
+    assert sorted(pocketquant.__all__) == pocketquant.__all__
+    for name in pocketquant.__all__:
+        assert getattr(pocketquant, name) is not None
+
+
+def test_importing_imports_nothing_heavy() -> None:
+    heavy = "numpy numba gguf llama_cpp rich typer tokenizers"
+    code = f"import sys, pocketquant; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,130 @@
+"""Tokenizers: the list as the tokenizers library numbers it, and a refusal for everything the runtimes would not do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_maker import make_checkpoint, text_config, tokenizer_json
+
+from pocketquant.convert.tokenizer import read_tokenizer
+from pocketquant.errors import TokenizerError
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def folder_with(tmp_path: Path, change: Change, name: str = "tokenizer.json") -> Path:
+    folder = make_checkpoint(tmp_path / "c", weights={})
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def read(folder: Path, n_vocab: int = 320) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return {key: value.value for key, value in read_tokenizer(folder, n_vocab, config).items()}
+
+
+def test_tokens_types_and_padding(tmp_path: Path) -> None:
+    values = read(make_checkpoint(tmp_path / "c", weights={}))
+    tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    assert tokens[256:263] == ["he", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "[PAD262]"]
+    assert types[255:263] == [1, 1, 3, 3, 3, 3, 3, 5]
+    assert len(tokens) == len(types) == 320
+    assert values["tokenizer.ggml.pre"] == "qwen35"
+    assert values["tokenizer.ggml.merges"] == ["h e"]
+    assert values["tokenizer.ggml.eos_token_id"] == 259
+    assert values["tokenizer.ggml.padding_token_id"] == 257
+    assert values["tokenizer.ggml.add_bos_token"] is False
+    assert "tokenizer.ggml.bos_token_id" not in values
+    assert "im_start" in values["tokenizer.chat_template"]
+
+
+def test_merges_as_texts_and_as_pairs_are_the_same(tmp_path: Path) -> None:
+    as_text = folder_with(tmp_path, lambda content: content["model"].update(merges=["h e"]))
+    assert read(as_text)["tokenizer.ggml.merges"] == ["h e"]
+
+
+def test_a_fine_tune_with_added_tokens_converts(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", weights={})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(added=["<tool>", "<|new|>"])))
+    values = read(folder)
+    assert values["tokenizer.ggml.pre"] == "qwen35"
+    assert values["tokenizer.ggml.tokens"][262:264] == ["<tool>", "<|new|>"]
+    assert values["tokenizer.ggml.token_type"][262:264] == [4, 3]
+
+
+def test_an_end_of_generation_that_no_runtime_guesses_is_written(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, lambda c: c.update(eos_token_id=[259, 257, 261]), "generation_config.json")
+    assert read(folder)["tokenizer.ggml.eot_token_id"] == 261
+
+
+def test_named_templates_and_jinja_files(tmp_path: Path) -> None:
+    templates = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    folder = folder_with(tmp_path, lambda c: c.update(chat_template=templates), "tokenizer_config.json")
+    values = read(folder)
+    assert values["tokenizer.chat_template"] == "A"
+    assert values["tokenizer.chat_templates"] == ["tool_use"]
+    assert values["tokenizer.chat_template.tool_use"] == "B"
+    (folder / "chat_template.jinja").write_text("C")
+    assert read(folder)["tokenizer.chat_template"] == "C"
+
+
+def regex(pattern: str) -> Change:
+    return lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (regex(r"\w+"), r"the split regex .* is none that we know: qwen35, qwen2"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "not one Split by a regex, then ByteLevel"),
+        (lambda c: c.update(pre_tokenizer=None), "not one Split by a regex"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "adds a space in front"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "normalizer .*Lowercase"),
+        (lambda c: c["model"].update(ignore_merges=True), "ignore_merges is set"),
+        (lambda c: c["model"].update(type="Unigram"), "model type 'Unigram', expected BPE"),
+        (lambda c: c["model"].update(merges=[]), "merges is missing"),
+        (lambda c: c["model"].update(merges=[["a", "b", "c"]]), "something else than pairs"),
+        (lambda c: c["model"]["vocab"].update(x=3), "gives 258 tokens only 257 different ids"),
+        (lambda c: c["model"].pop("vocab"), "vocab is missing"),
+        (lambda c: c.update(model=7), "no tokenizer"),
+        (
+            lambda c: c["added_tokens"][0].update(id=400),
+            r"beyond the embedding's 320 rows(.|\n)*400: '<\|endoftext\|>'",
+        ),
+        (lambda c: c["added_tokens"][4].update(id=300), r"gives these tokens other ids(.|\n)*</think>"),
+    ],
+)
+def test_tokenizers_that_would_convert_wrong_are_refused(change: Change, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        read(folder_with(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer_config.json", lambda c: c.update(eos_token="<eos>"), "eos_token '<eos>' is not in the vocabulary"),
+        ("generation_config.json", lambda c: c.update(eos_token_id=9999), r"beyond the vocabulary(.|\n)*eos: 9999"),
+        ("generation_config.json", lambda c: c.update(eos_token_id=[1, 2, 3]), "3 more end-of-generation tokens"),
+        (
+            "tokenizer_config.json",
+            lambda c: c.update(added_tokens_decoder={"257": {"content": "<other>"}}),
+            "added token 257 is '<|endoftext|>' and '<other>'".replace("|", r"\|"),
+        ),
+        ("tokenizer_config.json", lambda c: c.update(chat_template=3), "neither a text nor a list"),
+    ],
+)
+def test_settings_that_contradict_are_refused(name: str, change: Change, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        read(folder_with(tmp_path, change, name))
+
+
+def test_embedding_smaller_than_the_tokenizer(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", weights={})
+    with pytest.raises(TokenizerError, match="beyond the embedding's 260 rows"):
+        read_tokenizer(folder, 260, text_config())
