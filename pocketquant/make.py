@@ -278,7 +278,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {variant['file']} | {error['name']} | {error['role']} | {error['format']} | {error['snr_db']:.1f} |"
             )
-    versions = ", ".join(f"{name} {version}" for name, version in first["provenance"]["versions"].items())
+    used = first["provenance"]["versions"]
+    versions = ", ".join(f"{name} {used[name]}" for name in ("pocketquant", "llama_cpp", "python", "numpy"))
     lines += ["", f"Made with {versions}.", *(f"\nNote: {note}" for note in result["source"]["notes"])]
     return "\n".join(lines) + "\n"
 

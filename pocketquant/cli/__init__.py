@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import FrameType
 
 from pocketquant.cli.app import app
 from pocketquant.cli.screen import print_error
@@ -16,11 +17,20 @@ from pocketquant.errors import PocketquantError
 __all__ = ["main"]
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt, which Typer would turn into a silent exit of its own."""
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise Interrupted
+
+
 def main() -> None:
     """Entry point of the `pocketquant` command."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing half-written behind when told to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(args=arguments, prog_name="pocketquant")
     except PocketquantError as error:
@@ -28,7 +38,7 @@ def main() -> None:
             raise
         print_error(str(error))
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except Interrupted:
         print_error("interrupted; nothing was replaced")
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of stdout went away, as `head` does

@@ -231,6 +231,43 @@ def eval(
 
 
 @app.command()
+def weights(
+    source: Source,
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="SRC", help="Full precision: the checkpoint or a GGUF of it.")
+    ],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure each tensor's error against full precision, without inference."""
+    from dataclasses import asdict
+
+    from pocketquant.convert import open_model
+    from pocketquant.eval import weight_errors
+
+    errors = weight_errors(open_model(source), open_model(reference))
+    if json:
+        print_json({"tensors": [asdict(error) | {"role": error.role.value} for error in errors]})
+        return
+    columns = ["tensor", "role", "type", "SNR (dB)", "cosine", "relative RMSE", "largest error"]
+    print_table(
+        columns,
+        [
+            [
+                error.name,
+                error.role.value,
+                error.format,
+                "exact" if error.snr_db is None else f"{error.snr_db:.2f}",
+                f"{error.cosine:.6f}",
+                "" if error.relative_rmse is None else f"{error.relative_rmse:.5f}",
+                f"{error.max_abs_error:.3g}",
+            ]
+            for error in errors
+        ],
+    )
+
+
+@app.command()
 def make(
     source: Source,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the files and the report.")],

@@ -90,7 +90,7 @@ def regex(pattern: str) -> Change:
         (lambda c: c["model"].update(type="Unigram"), "model type 'Unigram', expected BPE"),
         (lambda c: c["model"].update(merges=[]), "merges is missing"),
         (lambda c: c["model"].update(merges=[["a", "b", "c"]]), "something else than pairs"),
-        (lambda c: c["model"]["vocab"].update(x=3), "gives 258 tokens only 257 different ids"),
+        (lambda c: c["model"]["vocab"].update(x=3), "gives 257 tokens only 256 different ids"),
         (lambda c: c["model"].pop("vocab"), "vocab is missing"),
         (lambda c: c.update(model=7), "no tokenizer"),
         (

@@ -1,0 +1,15 @@
+"""Measures a GGUF: against a reference on a text (`compare`), or weight by weight (`weight_errors`).
+
+corpus      a text in windows
+metrics     logits -> one record per scored position
+bootstrap   standard errors
+report      records -> numbers with provenance
+compare     the run that joins them
+weights     tensors against tensors, without inference
+"""
+
+from pocketquant.eval.compare import compare
+from pocketquant.eval.report import Report
+from pocketquant.eval.weights import WeightError, weight_errors
+
+__all__ = ["Report", "WeightError", "compare", "weight_errors"]

@@ -1,0 +1,97 @@
+"""A text file, cut into the windows that are scored.
+
+Windows are those of llama-perplexity: the text without one final newline, tokenized as a whole and cut into pieces of
+`context` tokens; within a window the positions from the middle on are scored, so that each has some text before it; a
+rest at the end is dropped. Where the model wants BOS it leads the text and replaces the first token of each window.
+
+Source: tools/perplexity/perplexity.cpp of llama.cpp, `perplexity` and `kl_divergence`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketquant.errors import EvalError
+from pocketquant.runtime import Runtime
+
+MIN_CONTEXT = 8
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text, in windows.
+
+    Attributes:
+        windows: i32[n_window, context].
+        text_tokens: tokens of the whole text, BOS included.
+    """
+
+    windows: npt.NDArray[np.int32]
+    text_tokens: int
+
+    @property
+    def context(self) -> int:
+        return self.windows.shape[1]
+
+    @property
+    def first_scored(self) -> int:
+        """The first position in a window whose prediction is scored; the last one is context - 2."""
+        return self.context // 2
+
+    @property
+    def scored_per_window(self) -> int:
+        return self.context - 1 - self.first_scored
+
+
+def check_size(context: int, chunks: int | None) -> None:
+    """Raises EvalError for a context or a number of windows that cannot be scored."""
+    if context < MIN_CONTEXT:
+        raise EvalError(f"context {context} is too short to score; use at least {MIN_CONTEXT} tokens (512 is usual)")
+    if chunks is not None and chunks < 1:
+        raise EvalError(f"{chunks} chunks cannot be scored; use at least 1, or leave it out for the whole text")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, line ends as they are, without one final newline.
+
+    Raises:
+        EvalError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8") from error
+    return text.removesuffix("\n")
+
+
+def cut_corpus(path: str | Path, runtime: Runtime, *, context: int, chunks: int | None = None) -> Corpus:
+    """Reads, tokenizes and cuts a text.
+
+    Args:
+        path: a UTF-8 text.
+        runtime: whose tokenizer to use.
+        context: tokens in a window.
+        chunks: most windows to take, from the beginning; None for all.
+
+    Raises:
+        EvalError: the text cannot be read, or is too short for one window.
+    """
+    check_size(context, chunks)
+    lead = [] if runtime.bos is None else [runtime.bos]
+    tokens = np.array(lead + runtime.tokenize(read_text(path)), dtype=np.int32)
+    n_window = min(len(tokens) // context, chunks or len(tokens))
+    if n_window == 0:
+        raise EvalError(
+            f"{path}: {len(tokens)} tokens are too few for one window of {context}; "
+            f"give a longer text or a context of at most {len(tokens)}"
+        )
+    windows = tokens[: n_window * context].reshape(n_window, context)
+    if runtime.bos is not None:
+        windows[:, 0] = runtime.bos
+    return Corpus(windows, len(tokens))

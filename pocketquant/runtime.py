@@ -1,0 +1,278 @@
+"""Runs a GGUF with llama.cpp and hands out logits, a few rows at a time. The only importer of `llama_cpp`.
+
+A `Runtime` is anything that tokenizes and gives logits; `open_runtime` opens the real one. With a vocabulary of 248,320
+one row of logits is 1 MB, so rows are computed and handed out in groups of at most `rows` and are gone at the next
+step: fold them, do not keep them.
+
+Source: include/llama.h and `llama_context::decode` of llama.cpp (b10359 and after) for what a batch without outputs
+costs and how large the buffer of outputs becomes; llama-cpp-python 0.3.36 for the binding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from pocketquant.errors import EvalError
+from pocketquant.formats import F32Array
+
+_LOGIT_BYTES = 64 << 20
+_LOG_LINES = 8
+_MAX_BATCH = 512
+_ROW_GROUP = 64
+"""DeltaNet is computed in chunks of 64 tokens; cutting elsewhere would change the order of its sums."""
+
+_KEPT_LEVELS = (3, 4)
+"""GGML_LOG_LEVEL_WARN and GGML_LOG_LEVEL_ERROR of ggml.h."""
+
+_log: deque[str] = deque(maxlen=_LOG_LINES)
+_log_callback: Any = None
+
+
+class Runtime(Protocol):
+    """What evaluation needs of whatever runs a model.
+
+    Attributes:
+        n_vocab: columns of the logits.
+        n_ctx: most tokens a window may have.
+        bos: the token that stands first in every window, None if the file asks for none.
+        vocabulary: digest of all tokens and their kinds; equal digests mean comparable logits.
+        versions: names and versions of the software that computes the logits.
+    """
+
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def vocabulary(self) -> str: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Tokens of `text`, without BOS; the names of special tokens count as text unless `special`."""
+        ...
+
+    def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
+        """Logits after each token from position `first` on, memory empty at the start.
+
+        Yields:
+            (position of the first row, f32[b, n_vocab]); the array is a view that the next step overwrites.
+        """
+        ...
+
+
+def open_runtime(
+    path: str | Path,
+    *,
+    context: int,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    rows: int | None = None,
+) -> AbstractContextManager[Runtime]:
+    """Loads a GGUF into llama.cpp.
+
+    Args:
+        path: the file; the first one if it is split.
+        context: tokens in the longest window.
+        threads: threads that compute; None for all that this process may use.
+        gpu_layers: layers computed on a GPU, -1 for all.
+        rows: most rows of logits at a time; None for about 64 MB of them, in multiples of 64.
+
+    Returns:
+        A context manager that gives a `Runtime` and frees the model at its end.
+
+    Raises:
+        EvalError: llama-cpp-python is absent, or llama.cpp cannot load the file.
+    """
+    library = require_runtime()
+    if not Path(path).is_file():
+        raise EvalError(f"{path}: no such file; give the path of a GGUF")
+    return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, rows)
+
+
+def usable_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _LlamaRuntime:
+    """A model and one context of llama.cpp with memory for one sequence."""
+
+    def __init__(self, library: Any, path: Path, context: int, threads: int, gpu_layers: int, rows: int | None) -> None:
+        self._library = library
+        self._path = path
+        self._model: Any = None
+        self._context: Any = None
+        self.n_ctx = context
+        _log.clear()
+        model_params = library.llama_model_default_params()
+        model_params.n_gpu_layers = gpu_layers
+        self._model = library.llama_model_load_from_file(os.fsencode(path), model_params)
+        if not self._model:
+            raise self._failure("llama.cpp cannot load it", "check that it is a whole GGUF of a known architecture")
+        trained = library.llama_model_n_ctx_train(self._model)
+        if context > trained:
+            self.close()
+            raise EvalError(
+                f"{path}: a context of {context} tokens was asked for, the model is made for {trained}; "
+                f"use a context of at most {trained}"
+            )
+        self._vocab = library.llama_model_get_vocab(self._model)
+        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab)
+        self.bos: int | None = (
+            library.llama_vocab_bos(self._vocab) if library.llama_vocab_get_add_bos(self._vocab) else None
+        )
+        self.vocabulary = _digest_vocabulary(library, self._vocab, self.n_vocab)
+        self.rows = min(rows or default_rows(self.n_vocab), context)
+        self._batch_tokens = min(max(_MAX_BATCH, self.rows), context)
+        self._open_context(threads)
+
+    def _open_context(self, threads: int) -> None:
+        library = self._library
+        params = library.llama_context_default_params()
+        params.n_ctx = self.n_ctx
+        params.n_batch = params.n_ubatch = self._batch_tokens
+        params.n_seq_max = 1
+        # bounds the graph's own copy of the logits too; without it room for a whole batch of rows is set aside
+        params.n_outputs_max = self.rows
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        self._context = library.llama_init_from_model(self._model, params)
+        if not self._context:
+            error = self._failure(
+                f"llama.cpp cannot set up a context of {self.n_ctx} tokens", "use a smaller context or fewer GPU layers"
+            )
+            self.close()
+            raise error
+        self._batch = library.llama_batch_init(self._batch_tokens, 0, 1)
+        for i in range(self._batch_tokens):  # one sequence, always the same
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = 0
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        features = self._library.llama_print_system_info().decode()
+        return {"llama_cpp": metadata.version("llama_cpp_python"), "llama_cpp_features": features.strip(" |")}
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        data = text.encode()
+        # no vocabulary has more tokens than bytes, but for a prefix space
+        buffer = (self._library.llama_token * (len(data) + 8))()
+        count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), False, special)
+        if count < 0:
+            raise self._failure("llama.cpp cannot tokenize the text with it", "convert the file again")
+        return np.frombuffer(buffer, dtype=np.int32, count=count).tolist() if count else []
+
+    def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
+        if not 0 <= first < len(tokens) <= self.n_ctx:
+            raise ValueError(f"{len(tokens)} tokens, scored from {first}, do not fit a window of {self.n_ctx}")
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        for start, stop in batch_bounds(len(tokens), first, self._batch_tokens, self.rows):
+            self._decode(tokens, start, stop, first)
+            scored = max(start, first)
+            if scored < stop:
+                pointer = self._library.llama_get_logits(self._context)
+                yield scored, np.ctypeslib.as_array(pointer, shape=(stop - scored, self.n_vocab))
+
+    def _decode(self, tokens: Sequence[int], start: int, stop: int, first: int) -> None:
+        batch, count = self._batch, stop - start
+        positions = np.arange(start, stop)
+        batch.n_tokens = count
+        np.ctypeslib.as_array(batch.token, shape=(count,))[:] = tokens[start:stop]
+        np.ctypeslib.as_array(batch.pos, shape=(count,))[:] = positions
+        np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = positions >= first
+        status = self._library.llama_decode(self._context, batch)
+        if status:
+            raise self._failure(
+                f"llama.cpp cannot decode tokens {start} to {stop - 1} (status {status})",
+                "use a smaller context or fewer GPU layers",
+            )
+
+    def _failure(self, what: str, advice: str) -> EvalError:
+        said = "".join(f"\n  llama.cpp: {line}" for line in _log)
+        return EvalError(f"{self._path}: {what}; {advice}{said}")
+
+    def close(self) -> None:
+        """Frees the context and the model; a second call does nothing."""
+        if self._context:
+            self._library.llama_batch_free(self._batch)
+            self._library.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._library.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> _LlamaRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def default_rows(n_vocab: int) -> int:
+    """Rows of logits that take about 64 MB, in multiples of 64."""
+    return max(_LOGIT_BYTES // (4 * n_vocab) // _ROW_GROUP, 1) * _ROW_GROUP
+
+
+def batch_bounds(n_tokens: int, first: int, batch_tokens: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Cuts a window into [start, stop) so that none has over `batch_tokens` tokens or `rows` scored ones.
+
+    Positions from `first` on are scored. The unscored beginning goes in as few, large pieces as possible.
+    """
+    start = 0
+    while start < n_tokens:
+        stop = min(max(start, first) + rows, start + batch_tokens, n_tokens)
+        yield start, stop
+        start = stop
+
+
+def _digest_vocabulary(library: Any, vocab: Any, n_vocab: int) -> str:
+    digest = hashlib.sha256()
+    for token in range(n_vocab):
+        text = library.llama_vocab_get_text(vocab, token)
+        digest.update(b"%d:%d:%b\n" % (library.llama_vocab_get_attr(vocab, token), len(text), text))
+    return digest.hexdigest()
+
+
+def require_runtime() -> Any:
+    """The binding, with llama.cpp's log turned into a short memory of warnings and errors.
+
+    Raises:
+        EvalError: it is not installed, or cannot be loaded on this machine.
+    """
+    global _log_callback
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise EvalError(
+            f"running a GGUF needs llama-cpp-python, which cannot be imported here ({error}); "
+            "pip install 'pocketquant[eval]'"
+        ) from error
+    if _log_callback is None:
+        llama_cpp.llama_backend_init()
+
+        @llama_cpp.llama_log_callback
+        def keep_line(level: int, text: bytes, _data: Any) -> None:
+            if level in _KEPT_LEVELS and text.strip():
+                _log.append(text.decode(errors="replace").strip())
+
+        _log_callback = keep_line  # ctypes does not keep it alive
+    llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    return llama_cpp
