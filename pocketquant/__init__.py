@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pocketquant.convert import open_model
     from pocketquant.errors import PocketquantError
     from pocketquant.eval import compare, weight_errors
     from pocketquant.make import make_release
     from pocketquant.model import Model, Plan, Role, Tensor
-    from pocketquant.convert import open_model
     from pocketquant.pipeline import write
     from pocketquant.quant import open_recipe, plan, read_importance
 

@@ -6,8 +6,8 @@ Sources: transformers `models/qwen3_5` (names, shapes, the maths) and llama.cpp 
 * RMSNorm in the checkpoint multiplies by `1 + weight`, GGML's by `weight`, so 1 is added on the way; DeltaNet's own
   norm multiplies by `weight` in both.
 * A DeltaNet key head serves r = n_v / n_k value heads. The checkpoint groups value heads by key head
-  `[g0v0 g0v1 .. g1v0 g1v1 ..]`, GGML broadcasts the key heads in tiles `[g0v0 g1v0 .. g0v1 g1v1 ..]`, so everything that
-  is indexed by value head changes order.
+  `[g0v0 g0v1 .. g1v0 g1v1 ..]`, GGML broadcasts the key heads in tiles `[g0v0 g1v0 .. g0v1 g1v1 ..]`, so everything
+  that is indexed by value head changes order.
 """
 
 from __future__ import annotations

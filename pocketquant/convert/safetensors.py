@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from pocketquant.errors import SourceError, listing
+from pocketquant.files import read_at
+from pocketquant.formats import U8Array
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 ITEM_BYTES = {
@@ -35,11 +41,25 @@ ITEM_BYTES = {
 
 
 @dataclass(frozen=True)
+class LocalFile:
+    """A file that byte ranges are read from. Anything with this shape can stand for it: a file on a hub, say."""
+
+    path: Path
+
+    def read(self, offset: int, nbytes: int) -> U8Array:
+        """Bytes [offset, offset + nbytes); SourceError if they cannot be had."""
+        return read_at(self.path, offset, nbytes)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor of a checkpoint lies. `offset` counts from the start of the file."""
 
     name: str
-    path: Path
+    file: LocalFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -47,6 +67,12 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Rows [start, stop) of the tensor seen as [rows, cols], as stored: `<u2` for F16 and BF16, `<u4` for F32."""
+        row_bytes = self.shape[-1] * ITEM_BYTES[self.dtype]
+        raw = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        return raw.view(f"<u{ITEM_BYTES[self.dtype]}").reshape(stop - start, self.shape[-1])
 
 
 def read_safetensors_header(path: Path) -> list[StoredTensor]:
@@ -83,7 +109,7 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
         else:
             tensors.append(tensor)
     tensors_by_offset = sorted(tensors, key=lambda tensor: tensor.offset)
-    for first, second in zip(tensors_by_offset, tensors_by_offset[1:], strict=False):
+    for first, second in pairwise(tensors_by_offset):
         if first.offset + first.nbytes > second.offset:
             problems.append(f"{second.name}: its data overlaps that of {first.name}")
     if problems:
@@ -103,7 +129,7 @@ def _stored_tensor(path: Path, name: str, entry: object, *, data_offset: int, si
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
         return f"data_offsets {offsets!r} are none"
     begin, end = offsets
-    tensor = StoredTensor(name, path, dtype, tuple(shape), data_offset + begin)
+    tensor = StoredTensor(name, LocalFile(path), dtype, tuple(shape), data_offset + begin)
     if not 0 <= begin <= end or end - begin != tensor.nbytes:
         return f"{dtype} {shape} takes {tensor.nbytes} bytes, data_offsets {offsets} say {end - begin}"
     if data_offset + end > size:

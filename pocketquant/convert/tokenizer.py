@@ -166,7 +166,7 @@ def _check_against_library(path: Path, tokens: Sequence[str]) -> None:
     wrong = [f"{number}: {token!r}" for token, number in loaded.items() if tokens[number : number + 1] != [token]]
     if wrong:
         raise TokenizerError(
-            f"{path}: the tokenizers library gives these tokens other ids than the file's own numbers:\n{listing(wrong)}"
+            f"{path}: the tokenizers library gives these tokens other ids than the file does:\n{listing(wrong)}"
         )
 
 
@@ -190,7 +190,7 @@ def _special_ids(
     tokens: Sequence[str],
     path: Path,
 ) -> dict[str, Value]:
-    """Special ids by name in tokenizer_config.json, else by number in the configs; ends of generation as eot and eom."""
+    """Special ids: by name in tokenizer_config.json, else by number in the configs; more ends as eot and eom."""
     ids, n_vocab = {token: number for number, token in enumerate(tokens)}, len(tokens)
     text_config = config.get("text_config")
     configs = [config, text_config if isinstance(text_config, dict) else {}]

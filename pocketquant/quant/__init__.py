@@ -3,11 +3,11 @@
 recipe.py       recipes as TOML data, and the choice of formats
 recipes/        the built-in recipes
 importance.py   importance matrices in llama.cpp's format
-plan.py         the output file, decided
+planning.py     the output file, decided
 """
 
 from pocketquant.quant.importance import Importance, check_importance, read_importance
-from pocketquant.quant.plan import plan
+from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe, Rule, builtin_recipes, choose_formats, open_recipe, parse_recipe
 
 __all__ = [

@@ -69,6 +69,17 @@ def test_decode_of_block_written_by_hand(name: str) -> None:
     assert FORMATS[name].decode(block.view(np.uint8).reshape(1, -1), 256)[0, weight] == value
 
 
+# Equal for SSE2, AVX2 and AVX-512 code. A change of the search changes them: refresh them with the figures of
+# benchmarks/kernels_kquants.py before and after in hand.
+DIGESTS = {
+    "Q2_K": ["9848a2014955cffd", "e2bc087f3ed0b411"],
+    "Q3_K": ["299c6c7d3e3304d7", "9e5722fd981b6b13"],
+    "Q4_K": ["15d96c6f3c97b97f", "4ddef055a2c1a8e8"],
+    "Q5_K": ["e7907dab7cbc435f", "acbb188ea1df88f5"],
+    "Q6_K": ["7a0cd78a51b5aeb5", "3f805620026df578"],
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_the_same_on_every_machine(name: str) -> None:
     values = ((np.arange(3 * 512, dtype=np.int64) * 2654435761 >> 7) % 4093 - 2046).astype(np.float32) / 4096
@@ -78,9 +89,6 @@ def test_bytes_are_the_same_on_every_machine(name: str) -> None:
         hashlib.sha256(FORMATS[name].encode(rows, given).tobytes()).hexdigest()[:16] for given in (None, importance)
     ]
     assert digests == DIGESTS[name]
-
-
-DIGESTS = {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,9 +167,9 @@ def test_any_magnitude_gives_finite_scales(name: str, magnitude: float) -> None:
     decoded = FORMATS[name].decode(data, 512)
     error = np.square((decoded - rows) / np.float64(magnitude)).sum() if magnitude > 1e-40 else 0.0
     assert error <= np.square(rows / np.float64(magnitude)).sum() * (1 + 1e-6)
-    if magnitude > 1e5:  # beyond F16 a large weight takes the largest number there is, of its own sign
+    if magnitude > 1e5:  # beyond F16's range the largest numbers there are, never of the wrong sign
         large = np.abs(unit) > 0.9
-        assert (np.sign(decoded[large]) == np.sign(rows[large])).all()
+        assert (decoded[large] * np.sign(rows[large]) >= 0).all()
         assert np.abs(decoded).max() > 65504
 
 
