@@ -94,3 +94,8 @@ def write_text(target: Path, text: str) -> None:
     """Replaces a text file whole."""
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def usable_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,6 @@ the bytes do not depend on the number of threads. Memory is one chunk per thread
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from pocketquant.errors import OutputError, RecipeError
-from pocketquant.files import replacing
+from pocketquant.files import replacing, usable_threads
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.gguf_file import read_header
 from pocketquant.model import Plan, PlannedTensor, Tensor
@@ -65,13 +64,8 @@ def write(plan: Plan, target: Path | str, *, threads: int | None = None, on_byte
         with open(temporary, "r+b", buffering=0) as file:
             file.truncate(plan.file_bytes)
             file.write(plan.header)
-        _run(plan, temporary, threads or available_processors(), on_bytes or (lambda nbytes: None))
+        _run(plan, temporary, threads or usable_threads(), on_bytes or (lambda nbytes: None))
         _check_written(plan, temporary)
-
-
-def available_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_space(plan: Plan, target: Path) -> None:

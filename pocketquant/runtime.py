@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
+from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 
 _LOGIT_BYTES = 64 << 20
@@ -101,13 +103,6 @@ def open_runtime(
     if not Path(path).is_file():
         raise EvalError(f"{path}: no such file; give the path of a GGUF")
     return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, rows)
-
-
-def usable_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _LlamaRuntime:

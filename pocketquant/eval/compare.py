@@ -19,8 +19,9 @@ from pocketquant.errors import EvalError
 from pocketquant.eval.corpus import Corpus, check_size, cut_corpus, read_text
 from pocketquant.eval.metrics import POSITION, Positions, score_rows
 from pocketquant.eval.report import Provenance, Report, identify, list_versions, summarize
+from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
-from pocketquant.runtime import Runtime, open_runtime, usable_threads
+from pocketquant.runtime import Runtime, open_runtime
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""

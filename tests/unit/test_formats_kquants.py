@@ -83,7 +83,7 @@ DIGESTS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_the_same_on_every_machine(name: str) -> None:
     values = ((np.arange(3 * 512, dtype=np.int64) * 2654435761 >> 7) % 4093 - 2046).astype(np.float32) / 4096
-    rows = (values * np.abs(values)).reshape(3, 512)
+    rows = (values * np.abs(values)).astype(np.float32).reshape(3, 512)
     importance = (1 + np.arange(512) * 40503 % 257).astype(np.float32)
     digests = [
         hashlib.sha256(FORMATS[name].encode(rows, given).tobytes()).hexdigest()[:16] for given in (None, importance)

@@ -1,0 +1,71 @@
+"""Q5_K: 5.5 bits a weight; 8 parts of 32 weights with 6-bit scales and offsets. See `kquant_affine` for the search.
+
+Source for the layout: block_q5_K in ggml-common.h of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats.half import f16_value
+from pocketquant.formats.kquant_affine import fit_block, new_scratch, pack_six_bits, unpack_six_bits
+from pocketquant.formats.kquant_block import decode_rows, encode_rows, jit, take_block
+
+BLOCK = np.dtype(
+    [
+        ("d", "<u2"),  # F16 bits: unit of the scales
+        ("dmin", "<u2"),  # F16 bits: unit of the offsets
+        ("scales", "u1", 12),  # see pack_six_bits
+        ("qh", "u1", 32),  # bit j of byte i: the fifth bit of code i of part j
+        ("qs", "u1", 128),  # byte 32 j + i: low four bits of code i of part 2 j, above them those of part 2 j + 1
+    ]
+)
+
+_CODE_MAX, _SCALE_MAX = np.float32(31), np.float32(63)
+_REACH = np.linspace(0.9, 1.12, 16).astype(np.float32)
+_PASSES = 1
+
+
+def encode_q5_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:
+    """Encodes f32[n, k] to u8[n, k / 256 * 176], minimising sum importance * (x - decoded)**2."""
+    return encode_rows(_encode, BLOCK, rows, importance)
+
+
+def decode_q5_k(data: U8Array, n_cols: int) -> F32Array:
+    """Decodes u8[n, n_cols / 256 * 176] to f32[n, n_cols], with the bits of ggml's own."""
+    return decode_rows(_decode, BLOCK, data, n_cols)
+
+
+@jit
+def _encode(rows: F32Array, importance: F32Array, blocks: npt.NDArray[Any]) -> None:
+    s = new_scratch()
+    for r in range(blocks.shape[0]):
+        for b in range(blocks.shape[1]):
+            grow = take_block(rows[r], importance, 256 * b, s.x, s.w)
+            block = blocks[r, b]
+            block.d, block.dmin = fit_block(s, 32, _CODE_MAX, _SCALE_MAX, _REACH, _PASSES, grow)
+            pack_six_bits(s, block.scales)
+            qs, qh = block.qs, block.qh
+            for j in range(4):
+                for i in range(32):
+                    low, high = s.codes[64 * j + i], s.codes[64 * j + 32 + i]
+                    qs[32 * j + i] = (low & 15) | ((high & 15) << 4)
+                    qh[i] |= ((low >> 4) | (high >> 4 << 1)) << (2 * j)
+
+
+@jit
+def _decode(blocks: npt.NDArray[Any], rows: F32Array) -> None:
+    for r in range(blocks.shape[0]):
+        for b in range(blocks.shape[1]):
+            block = blocks[r, b]
+            d, dmin, qs, qh = f16_value(block.d), f16_value(block.dmin), block.qs, block.qh
+            for j in range(8):
+                scale_code, offset_code = unpack_six_bits(block.scales, j)
+                scale, offset = d * scale_code, dmin * offset_code
+                for i in range(32):
+                    code = ((qs[j // 2 * 32 + i] >> (j % 2 * 4)) & 15) | (((qh[i] >> j) & 1) << 4)
+                    rows[r, 256 * b + 32 * j + i] = scale * np.float32(code) - offset
