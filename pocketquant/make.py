@@ -259,7 +259,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"| {variant['file']} | {variant['file_bytes']:,} | {variant['bits_per_weight']:.2f} | "
             f"{kld['mean']:.5f}{_plus_minus(kld['se'], '.1g')} | {kld['p99']:.4f} | "
             f"{100 * top1['mean']:.2f}{_plus_minus(top1['se'] and 100 * top1['se'], '.1g')} % | "
-            f"{ppl['ratio']:.4f}{_plus_minus(ppl['ratio_se'], '.1g')} |"
+            f"{_number(ppl['ratio'])}{_plus_minus(ppl['ratio_se'], '.1g')} |"
         )
     first = result["variants"][0]["evaluation"]
     lines += [
@@ -282,6 +282,11 @@ def to_markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {used[name]}" for name in ("pocketquant", "llama_cpp", "python", "numpy"))
     lines += ["", f"Made with {versions}.", *(f"\nNote: {note}" for note in result["source"]["notes"])]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    """A ruined model's perplexity may be beyond what JSON can write."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _plus_minus(error: float | None, spec: str) -> str:
