@@ -21,7 +21,7 @@ import numpy as np
 
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.formats.half import f16_bits, f16_value
-from pocketquant.formats.kquant_block import jit
+from pocketquant.formats.kernel import jit
 from pocketquant.formats.lanes import (
     first_equal,
     highest,

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats.kernel import jit
 from pocketquant.formats.lanes import highest, largest, load, splat, store, total
 
 BLOCK_LEN = 256
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def jit(function: _Function) -> _Function:
-    """Compiles a kernel: no GIL, cached, and division by zero after IEEE, because candidates may divide by zero.
-
-    Numba's cache looks at the date of the caller's file only: after a change in this file, in `kquant_affine`,
-    `kquant_symmetric`, `lanes` or `half`, delete the `__pycache__` of this folder.
-    """
-    return njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 def encode_rows(

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from pocketquant.formats import F32Array
 from pocketquant.formats.half import f16_bits, f16_value
-from pocketquant.formats.kquant_block import jit
+from pocketquant.formats.kernel import jit
 from pocketquant.formats.lanes import (
     first_equal,
     highest,

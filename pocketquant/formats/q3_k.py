@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.formats.half import f16_value
-from pocketquant.formats.kquant_block import decode_rows, encode_rows, jit, take_block
+from pocketquant.formats.kernel import jit
+from pocketquant.formats.kquant_block import decode_rows, encode_rows, take_block
 from pocketquant.formats.kquant_symmetric import fit_block, new_scratch
 
 BLOCK = np.dtype(

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.formats.half import f16_value
+from pocketquant.formats.kernel import jit
 from pocketquant.formats.kquant_affine import fit_block, new_scratch, pack_six_bits, unpack_six_bits
-from pocketquant.formats.kquant_block import decode_rows, encode_rows, jit, take_block
+from pocketquant.formats.kquant_block import decode_rows, encode_rows, take_block
 
 BLOCK = np.dtype(
     [
