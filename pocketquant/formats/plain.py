@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pocketquant.formats import F32Array, U8Array
 
 F16_MAX = 65504.0
-_EXPONENT = {2: {"F16": 0x7C00, "BF16": 0x7F80}, 4: {"F32": 0x7F800000}}
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 
 
 def encode_f32(rows: F32Array, importance: F32Array | None = None) -> U8Array:
@@ -59,5 +59,7 @@ def decode_bf16(data: U8Array, n_cols: int) -> F32Array:
 def is_finite(data: npt.NDArray[np.generic], dtype: str) -> bool:
     """Whether stored words (`F32` as u4 or f4, `F16` and `BF16` as u2) hold no infinity and no NaN."""
     words = data.view("<u4" if dtype == "F32" else "<u2")
-    exponent = words.dtype.type(_EXPONENT[words.itemsize][dtype])
-    return not bool(((words & exponent) == exponent).any())
+    if not words.size:
+        return True
+    # without its sign, a word with all exponent bits set is larger than every finite one
+    return bool(np.left_shift(words, 1).max() < _EXPONENT[dtype] << 1)
