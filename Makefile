@@ -34,9 +34,9 @@ bench: setup
 peers: setup .venv-peers/ready
 	$(BIN)/python -m pytest -n $(WORKERS) tests/peers -rs
 
-.venv-peers/ready: tools/requirements-peers.txt
+.venv-peers/ready: tools/requirements.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet -r tools/requirements-peers.txt
+	.venv-peers/bin/python -m pip install --quiet -r tools/requirements.txt
 	touch $@
 
 build: setup

@@ -1,0 +1,118 @@
+"""Writes docs/reference/ from the code: the commands, the recipes, the Python API, the number formats.
+
+python tools/make_reference.py           write
+python tools/make_reference.py --check   exit 1 if a page is not what the code says
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import typer.main
+
+import pocketquant
+from pocketquant.cli.app import app
+from pocketquant.formats import FORMATS
+from pocketquant.quant import Recipe, builtin_recipes, open_recipe
+
+PAGES = Path(__file__).parent.parent / "docs/reference"
+
+
+def commands_page() -> str:
+    lines = ["# Commands", "", "stdout is data, stderr is talk. Exit codes: 0 fine, 2 bad input, 130 interrupted."]
+    lines.append("`--debug` anywhere shows the traceback of an error.")
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        positional = [p for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join(["pocketquant", name, *(p.metavar or p.name.upper() for p in positional), "[options]"])
+        lines += ["", f"## {name}", "", command.help or "", "", f"    {usage}", "", "| | | default |", "|---|---|---|"]
+        for parameter in command.params:
+            spelled = parameter.metavar or parameter.name.upper()
+            if parameter.param_type_name != "argument":
+                value = "" if getattr(parameter, "is_flag", False) else f" {parameter.metavar or 'N'}"
+                spelled = ", ".join(parameter.opts) + value
+            default = "" if parameter.default in (None, False) or parameter.required else f"`{parameter.default}`"
+            required = "required" if parameter.required else default
+            lines.append(f"| `{spelled.replace('|', chr(92) + '|')}` | {parameter.help or ''} | {required} |")
+    return "\n".join(lines) + "\n"
+
+
+def recipes_page() -> str:
+    lines = [
+        "# Recipes",
+        "",
+        "The first rule whose every condition holds decides a tensor's format; the default is for the rest. Norms, "
+        "biases, the convolution and DeltaNet's scalars stay F32 whatever a recipe says. All but `pocket_4bit` are "
+        "llama.cpp's own mixtures, type for type. Pass a file of your own with `--recipe FILE.toml`; its grammar is in "
+        "`pocketquant/quant/recipe.py`.",
+    ]
+    for name in builtin_recipes():
+        recipe = open_recipe(name)
+        lines += ["", f"## {name}", "", f"{recipe.description}. Default {recipe.default.name}.", *_rules(recipe)]
+    return "\n".join(lines) + "\n"
+
+
+def _rules(recipe: Recipe) -> list[str]:
+    if not recipe.rules:
+        return []
+    lines = ["", "| roles | layers | if | format | reason |", "|---|---|---|---|---|"]
+    for rule in recipe.rules:
+        conditions = [
+            *([] if rule.tied is None else ["tied" if rule.tied else "not tied"]),
+            *([] if rule.importance is None else ["importance given" if rule.importance else "no importance"]),
+            *([f"query heads per key head >= {rule.min_gqa}"] if rule.min_gqa else []),
+            *([f"experts >= {rule.min_experts}"] if rule.min_experts else []),
+            *([f"experts <= {rule.max_experts}"] if rule.max_experts is not None else []),
+        ]
+        roles = ", ".join(sorted(role.value for role in rule.roles)) or "all"
+        layers = ", ".join(rule.layers) or "all"
+        lines.append(f"| {roles} | {layers} | {', '.join(conditions)} | {rule.format.name} | {rule.reason} |")
+    return lines
+
+
+def formats_page() -> str:
+    lines = [
+        "# Number formats",
+        "",
+        "| format | GGML id | weights in a block | bytes | bits per weight | where rows do not fit |",
+    ]
+    lines.append("|---|---:|---:|---:|---:|---|")
+    for item in FORMATS.values():
+        lines.append(
+            f"| {item.name} | {item.ggml_id} | {item.block_len} | {item.block_bytes} | {item.bits_per_weight:g} | "
+            f"{item.fallback} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def python_page() -> str:
+    lines = ["# Python API", "", inspect.getdoc(pocketquant) or ""]
+    for name in pocketquant.__all__:
+        item = getattr(pocketquant, name)
+        signature = str(inspect.signature(item)) if inspect.isfunction(item) else ""
+        lines += ["", f"## {name}", "", "```", f"{name}{signature}", "", inspect.getdoc(item) or "", "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    pages = {
+        "commands.md": commands_page(),
+        "formats.md": formats_page(),
+        "python.md": python_page(),
+        "recipes.md": recipes_page(),
+    }
+    stale = [name for name, text in pages.items() if not (PAGES / name).exists() or (PAGES / name).read_text() != text]
+    if "--check" in sys.argv:
+        for name in stale:
+            print(f"docs/reference/{name} is not what the code says; run `make docs`")
+        return 1 if stale else 0
+    PAGES.mkdir(parents=True, exist_ok=True)
+    for name, text in pages.items():
+        (PAGES / name).write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
