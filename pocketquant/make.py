@@ -222,7 +222,7 @@ def _describe(release: Release, measured: Sequence[Measured]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "source": {
-            "name": source.resolve().name,
+            "name": _name(release),
             "n_weights": sum(prod(tensor.shape) for tensor in release.model.tensors),
             "notes": list(release.model.notes),
             "files": [asdict(identify(path)) for path in files],
@@ -240,6 +240,11 @@ def _describe(release: Release, measured: Sequence[Measured]) -> dict[str, Any]:
             for item in measured
         ],
     }
+
+
+def _name(release: Release) -> str:
+    name = release.model.metadata.get("general.name")
+    return str(name.value) if name else release.source.resolve().name
 
 
 def to_markdown(result: dict[str, Any]) -> str:
