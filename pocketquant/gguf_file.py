@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -25,7 +26,7 @@ from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files import read_at
 from pocketquant.formats import BY_GGML_ID, F32Array, QuantFormat, U8Array
 from pocketquant.formats.plain import is_finite
-from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value
+from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value, padded
 
 _KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")
 _PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"} | {
@@ -37,7 +38,8 @@ _PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i",
 _MAX_TENSORS = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_DIMS = 4
-_WRITTEN_BY_PLAN = ("general.file_type", "general.quantization_version", "pocketquant.", "quantize.imatrix.")
+_WRITTEN_BY_PLAN = ("general.file_type", "general.quantization_version", "pocketquant.", "quantize.imatrix.", "split.")
+_SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,51 @@ def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: in
     return tuple(tensors)
 
 
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """The names that llama.cpp gives to the shards of a file: NAME-00001-of-00003.gguf."""
+    return [path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
+def read_shards(path: Path | str) -> list[tuple[Path, GgufHeader]]:
+    """The header of a GGUF, or of every shard of a split one; `path` is then its first shard.
+
+    Raises:
+        SourceError: a broken file, another shard than the first, or shards that are missing or do not belong together
+            (all listed).
+    """
+    path = Path(path)
+    first = read_header(path)
+    count = first.metadata.get("split.count", Value("u16", 0)).value
+    if type(count) is not int or count < 2:
+        return [(path, first)]
+    name = _SHARD_NAME.fullmatch(path.name)
+    if name is None or int(name[3]) != count or not 1 <= int(name[2]) <= count:
+        raise SourceError(
+            f"{path}: one of {count} shards, which runtimes find by names like {shard_paths(path, count)[0].name}; "
+            "give all of them their names back"
+        )
+    paths = shard_paths(path.with_name(f"{name[1]}.gguf"), count)
+    if int(name[2]) != 1:
+        raise SourceError(f"{path}: shard {int(name[2])} of {count}; open the first one, {paths[0].name}")
+    missing = [shard.name for shard in paths if not shard.is_file()]
+    if missing:
+        raise SourceError(f"{path}: {len(missing)} of {count} shards are missing:\n{listing(missing)}")
+    shards = [(path, first), *((shard, read_header(shard)) for shard in paths[1:])]
+    problems = []
+    for number, (shard, header) in enumerate(shards):
+        stated = tuple(header.metadata.get(f"split.{key}", Value("u16", None)).value for key in ("no", "count"))
+        if stated != (number, count):
+            problems.append(f"{shard.name}: says that it is number {stated[0]} of {stated[1]}, counted from 0")
+    names = [tensor.name for _, header in shards for tensor in header.tensors]
+    announced = first.metadata.get("split.tensors.count", Value("i32", len(names))).value
+    if announced != len(names):
+        problems.append(f"{len(names)} tensors in all, split.tensors.count says {announced}")
+    problems += [f"{name}: in more than one shard" for name, times in Counter(names).items() if times > 1]
+    if problems:
+        raise SourceError(f"{path}: shards that do not belong together:\n{listing(problems)}")
+    return shards
+
+
 @dataclass(frozen=True)
 class GgufRows:
     """Rows of one tensor of a GGUF file; a `RowSource`."""
@@ -219,28 +266,33 @@ class GgufRows:
 def open_gguf(path: Path | str) -> Model:
     """Opens a GGUF of a known architecture: roles from the architecture's table, no data read.
 
+    The first shard of a split one opens all of it.
+
     Raises:
-        SourceError: broken file, or one of several shards.
+        SourceError: broken file, or shards that are missing or do not belong together.
         ArchitectureError: unknown architecture; tensors unknown to its table or missing (all listed).
     """
     path = Path(path)
-    header = read_header(path)
-    if header.metadata.get("split.count", Value("u16", 0)).value > 1:
-        raise SourceError(f"{path}: one shard of a split GGUF; join the shards first (llama-gguf-split --merge)")
+    shards = read_shards(path)
+    header = shards[0][1]
+    entries = [(file, entry) for file, shard in shards for entry in shard.tensors]
     architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))
     sizes = architecture.sizes_from_gguf(header.metadata)
     at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
     in_block = {rule.target: rule for rule in architecture.tensors if rule.where != MODEL}
     tensors, unknown = [], []
-    for entry in header.tensors:
-        rule, layer = _rule_for(entry.name, at_model, in_block, sizes["n_layer"])
+    for file, entry in entries:
+        n_blocks = sizes["n_layer"] + sizes.get("n_mtp", 0)
+        rule, layer = _rule_for(entry.name, architecture.blocks, at_model, in_block, n_blocks)
         if rule is None:
             unknown.append(f"{entry.name} {list(entry.shape)}")
             continue
-        source = GgufRows(path, entry)
+        source = GgufRows(file, entry)
         tensors.append(
             Tensor(entry.name, rule.role, layer, entry.shape, entry.format.name, source, keep_f32=rule.keep_f32)
         )
+    if not entries:
+        raise ArchitectureError(f"{path}: holds no tensors; whatever wrote it found none: convert the checkpoint again")
     if unknown:
         raise ArchitectureError(f"{path}: tensors that no {architecture.name} model has:\n{listing(unknown)}")
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith(_WRITTEN_BY_PLAN)}
@@ -248,9 +300,9 @@ def open_gguf(path: Path | str) -> Model:
 
 
 def _rule_for(
-    name: str, at_model: Mapping[str, TensorRule], in_block: Mapping[str, TensorRule], n_layer: int
+    name: str, blocks: str, at_model: Mapping[str, TensorRule], in_block: Mapping[str, TensorRule], n_layer: int
 ) -> tuple[TensorRule | None, int | None]:
-    match = re.fullmatch(r"blk\.(\d{1,5})\.(.+)", name)
+    match = re.fullmatch(re.escape(blocks) + r"\.(\d{1,5})\.(.+)", name)
     if match is None:
         return at_model.get(name), None
     layer = int(match[1])
@@ -262,26 +314,33 @@ def _rule_for(
 
 def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> bytes:
     """Metadata and tensor table as the bytes before the data section, padded to the alignment."""
+    entries = [GgufTensor(item.tensor.name, item.tensor.shape, item.format, 0, item.nbytes) for item in tensors]
+    header = encode_table(metadata, entries)
+    return header.ljust(padded(len(header)), b"\0")
+
+
+def encode_table(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:
+    """The same from entries of a tensor table, whose offsets are counted anew, and without the padding."""
     import gguf
 
-    writer = gguf.GGUFWriter(None, str(metadata["general.architecture"].value))
+    writer = gguf.GGUFWriter(None, "")
     writer.kv_data[0].clear()  # the constructor writes general.architecture; ours says it in its own place
     for key, value in metadata.items():
         writer.kv_data[0][key] = _gguf_value(value)
-    for planned in tensors:
+    for tensor in tensors:
         writer.add_tensor_info(
-            planned.tensor.name,
-            planned.tensor.shape,
+            tensor.name,
+            tensor.shape,
             np.dtype(np.float32),
-            planned.nbytes,
-            raw_dtype=gguf.GGMLQuantizationType(planned.format.ggml_id),
+            tensor.nbytes,
+            raw_dtype=gguf.GGMLQuantizationType(tensor.format.ggml_id),
         )
     buffer = BytesIO()
     writer.fout, writer.state = [buffer], gguf.WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return buffer.getvalue().ljust(-(-buffer.tell() // ALIGNMENT) * ALIGNMENT, b"\0")
+    return buffer.getvalue()
 
 
 def _gguf_value(value: Value) -> Any:
@@ -307,15 +366,24 @@ def file_name(metadata: Mapping[str, Value], recipe: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".gguf"
 
 
-def describe_folder(folder: Path, n_weights: int) -> dict[str, Value]:
-    """The `general.*` keys that gguf-py finds out from a checkpoint's model card, config and folder name."""
+def describe_folder(folder: Path, n_weights: int, n_expert: int = 0, expert_weights: int = 0) -> dict[str, Value]:
+    """The `general.*` keys that gguf-py finds out from a checkpoint's model card, config and folder name.
+
+    Args:
+        folder: of the checkpoint.
+        n_weights: in all.
+        n_expert: experts of a block, 0 where there are none.
+        expert_weights: of one expert, summed over the blocks.
+    """
     import gguf
 
     described = gguf.Metadata.load(None, folder, None, n_weights)
     if described.name is None:
         described.name = folder.name
     if described.size_label is None:
-        described.size_label = gguf.size_label(n_weights, n_weights, 0, 0)
+        described.size_label = gguf.size_label(
+            n_weights, n_weights - n_expert * expert_weights, expert_weights, n_expert
+        )
     writer = gguf.GGUFWriter(None, "")
     writer.kv_data[0].clear()
     described.set_gguf_meta_model(writer)

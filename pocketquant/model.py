@@ -9,6 +9,9 @@ The words for dimensions, used in tables, docstrings and errors:
     n_k n_v head_k_dim head_v_dim              Gated DeltaNet's key and value heads and their sizes
     k_dim v_dim conv_dim                       n_k * head_k_dim, n_v * head_v_dim, 2 * k_dim + v_dim
     n_vocab n_ctx n_conv                       rows of the embedding, longest context, taps of DeltaNet's convolution
+    n_expert n_expert_used n_shared            experts of a block, those of them a token passes, and the shared one
+    n_ff_exp n_ff_shared                       feed-forward width of an expert and of the shared expert
+    n_mtp mtp_dim                              multi-token-prediction blocks behind the n_layer, and 2 * n_embd
 """
 
 from __future__ import annotations
@@ -46,6 +49,24 @@ class Role(str, Enum):
     FFN_GATE = "ffn_gate"
     FFN_UP = "ffn_up"
     FFN_DOWN = "ffn_down"
+    ROUTER = "router"
+    EXPERT_GATE = "expert_gate"
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+    SHARED_ROUTER = "shared_router"
+    SHARED_GATE = "shared_gate"
+    SHARED_UP = "shared_up"
+    SHARED_DOWN = "shared_down"
+    MTP_JOIN = "mtp_join"
+    VISION_PATCH = "vision_patch"
+    VISION_POSITION = "vision_position"
+    VISION_NORM = "vision_norm"
+    VISION_BIAS = "vision_bias"
+    VISION_QKV = "vision_qkv"
+    VISION_OUT = "vision_out"
+    VISION_UP = "vision_up"
+    VISION_DOWN = "vision_down"
+    VISION_MERGE = "vision_merge"
 
 
 class RowSource(Protocol):
@@ -160,8 +181,8 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Exact size of the finished file."""
-        last = max(self.tensors, key=lambda planned: planned.offset)
-        return len(self.header) + padded(last.offset + last.nbytes)
+        end = max((planned.offset + planned.nbytes for planned in self.tensors), default=0)
+        return len(self.header) + padded(end)
 
     @property
     def bits_per_weight(self) -> float:

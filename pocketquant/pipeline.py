@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
+
+import numpy as np
 
 from pocketquant.errors import OutputError, RecipeError
 from pocketquant.files import replacing, usable_threads
@@ -31,6 +34,13 @@ def encode_rows(
 ) -> U8Array:
     """Rows [start, stop) of a tensor in a format, u8[n, row_bytes].
 
+    Args:
+        tensor: where the rows come from; experts' matrices count one below the other.
+        start: first row.
+        stop: last row + 1.
+        quant_format: what they become.
+        importance: f32[n_cols], or f32[n_expert, n_cols], where each expert's rows use its own.
+
     Raises:
         SourceError: unreadable or non-finite data.
         RecipeError: a weight does not fit the format.
@@ -40,7 +50,15 @@ def encode_rows(
         if stored is not None:
             return stored
     try:
-        return quant_format.encode(tensor.rows(start, stop), importance)
+        if importance is None or importance.ndim == 1:
+            return quant_format.encode(tensor.rows(start, stop), importance)
+        pieces = []
+        while start < stop:
+            expert, row = divmod(start, tensor.shape[-2])
+            end = min(stop, start + tensor.shape[-2] - row)
+            pieces.append(quant_format.encode(tensor.rows(start, end), importance[expert]))
+            start = end
+        return np.concatenate(pieces)
     except OverflowError as error:
         raise RecipeError(f"{tensor.name}: {error}") from error
 
@@ -58,24 +76,43 @@ def write(plan: Plan, target: Path | str, *, threads: int | None = None, on_byte
         OutputError: no space, no permission, no such folder.
         SourceError: the source cannot be read or holds a non-finite weight.
     """
-    target = Path(target)
-    _check_space(plan, target)
-    with replacing(target) as temporary:
-        with open(temporary, "r+b", buffering=0) as file:
-            file.truncate(plan.file_bytes)
-            file.write(plan.header)
-        _run(plan, temporary, threads or usable_threads(), on_bytes or (lambda nbytes: None))
-        _check_written(plan, temporary)
+    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes)
 
 
-def _check_space(plan: Plan, target: Path) -> None:
+def write_together(
+    files: Sequence[tuple[Plan, Path]], *, threads: int | None = None, on_bytes: OnBytes | None = None
+) -> None:
+    """Writes several planned files into one folder; no target is replaced before all of them are finished and checked.
+
+    The first one appears last, so that where it is, the others are too.
+
+    Args:
+        files: plans and the paths of the outputs.
+        threads: as `write`.
+        on_bytes: as `write`.
+
+    Raises:
+        OutputError, SourceError: as `write`.
+    """
+    _check_space(sum(plan.file_bytes for plan, _ in files), files[0][1])
+    with ExitStack() as stack:
+        for plan, target in files:
+            temporary = stack.enter_context(replacing(target))
+            with open(temporary, "r+b", buffering=0) as file:
+                file.truncate(plan.file_bytes)
+                file.write(plan.header)
+            _run(plan, temporary, threads or usable_threads(), on_bytes or (lambda nbytes: None))
+            _check_written(plan, temporary)
+
+
+def _check_space(file_bytes: int, target: Path) -> None:
     try:
         free = shutil.disk_usage(target.parent).free
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    if free < plan.file_bytes:
+    if free < file_bytes:
         raise OutputError(
-            f"{target}: the file takes {plan.file_bytes:,} bytes and the disk has {free:,} left; free some space or "
+            f"{target}: the output takes {file_bytes:,} bytes and the disk has {free:,} left; free some space or "
             "write elsewhere"
         )
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.architectures.qwen35 import QWEN35
-from pocketquant.architectures.table import MODEL, shape_of
+from pocketquant.architectures import architecture_of_class
+from pocketquant.architectures.table import MODEL, TensorRule, shape_of
 from pocketquant.formats.plain import encode_bf16
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -58,22 +58,76 @@ def text_config(**changes: Any) -> dict[str, Any]:
     return {**config, **changes}
 
 
-def weights_for(config: Mapping[str, Any], prefix: str = "model.", seed: int = 0) -> dict[str, np.ndarray]:
-    """Checkpoint name -> f32 array for every tensor that the config needs."""
-    rng = np.random.default_rng(seed)
-    sizes, kinds = QWEN35.read_sizes(config), QWEN35.layer_kinds(config)
-    weights = {}
-    for rule in QWEN35.tensors:
+def moe_config(**changes: Any) -> dict[str, Any]:
+    """The same with a mixture of 6 experts, 2 of them used, in place of the feed-forward."""
+    config = text_config(
+        architectures=["Qwen3_5MoeForCausalLM"],
+        model_type="qwen3_5_moe_text",
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=512,
+        tie_word_embeddings=False,
+    )
+    del config["intermediate_size"]
+    return {**config, **changes}
+
+
+def source_shapes(config: Mapping[str, Any], prefix: str) -> dict[str, tuple[TensorRule, tuple[int, ...]]]:
+    """Checkpoint name -> its rule and shape, for every tensor that the config needs; experts fused."""
+    architecture = architecture_of_class(config["architectures"][0])
+    sizes, kinds = architecture.read_sizes(config), architecture.layer_kinds(config)
+    shapes = {}
+    for rule in architecture.tensors:
         if rule.alone and config["tie_word_embeddings"]:
             continue
         layers = [None] if rule.where == MODEL else [i for i, kind in enumerate(kinds) if rule.where in ("block", kind)]
         for layer in layers:
             name = rule.source if layer is None else f"layers.{layer}.{rule.source}"
+            shapes[name if rule.alone else prefix + name] = rule, shape_of(rule, sizes)
+    return shapes
+
+
+def one_by_one(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same weights with three tensors for every expert in place of the two fused ones of a block."""
+    split: dict[str, np.ndarray] = {}
+    for name, values in weights.items():
+        before = name.rpartition(".")[0]
+        if name.endswith("mlp.experts.gate_up_proj"):
+            for expert, matrix in enumerate(values):
+                gate, up = np.split(matrix, 2)
+                split |= {f"{before}.{expert}.gate_proj.weight": gate, f"{before}.{expert}.up_proj.weight": up}
+        elif name.endswith("mlp.experts.down_proj"):
+            split |= {f"{before}.{expert}.down_proj.weight": matrix for expert, matrix in enumerate(values)}
+        else:
+            split[name] = values
+    return split
+
+
+def weights_for(config: Mapping[str, Any], prefix: str = "model.", seed: int = 0) -> dict[str, np.ndarray]:
+    """Checkpoint name -> f32 array for every tensor that the config needs."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, (_, shape) in source_shapes(config, prefix).items():
+        values = rng.standard_normal(shape).astype(np.float32) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        if name.endswith("A_log"):
+            values = rng.uniform(0.0, 2.0, shape).astype(np.float32)
+        weights[name] = values
+    return weights
+
+
+def mtp_weights_for(config: Mapping[str, Any], prefix: str = "mtp.", seed: int = 1) -> dict[str, np.ndarray]:
+    """Checkpoint name -> f32 array for every tensor of a multi-token-prediction block."""
+    rng = np.random.default_rng(seed)
+    architecture = architecture_of_class(config["architectures"][0])
+    sizes = architecture.read_sizes(config)
+    weights = {}
+    for rule in architecture.tensors:
+        if rule.where in ("mtp", "block", "attention"):
             shape = shape_of(rule, sizes)
-            values = rng.standard_normal(shape).astype(np.float32) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
-            if name.endswith("A_log"):
-                values = rng.uniform(0.0, 2.0, shape).astype(np.float32)
-            weights[name if rule.alone else prefix + name] = values
+            scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+            name = f"{prefix}{rule.source}" if rule.where == "mtp" else f"{prefix}layers.0.{rule.source}"
+            weights[name] = rng.standard_normal(shape).astype(np.float32) * scale
     return weights
 
 
@@ -170,7 +224,7 @@ def make_checkpoint(
 ) -> Path:
     """A whole checkpoint folder; `changes` replace keys of the config."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = text_config(**changes)
+    config = moe_config(**changes) if "num_experts" in changes else text_config(**changes)
     weights = weights_for(config, prefix) if weights is None else weights
     write_json_files(folder, config)
     if n_shards == 1:
@@ -189,25 +243,27 @@ def make_checkpoint(
     return folder
 
 
-def make_sparse_checkpoint(folder: Path, config: Mapping[str, Any], prefix: str = "model.language_model.") -> Path:
+def _parts(name: str, rule: TensorRule, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors, one for each expert, that stand for a fused one; others as they are."""
+    if rule.one_by_one is None:
+        return [(name, shape)]
+    layer = name.removesuffix(rule.source)
+    words = ("gate", "up") if rule.half is not None else ("down",)
+    matrix = (shape[1] // len(words), shape[2])
+    return [(f"{layer}mlp.experts.{i}.{word}_proj.weight", matrix) for i in range(shape[0]) for word in words]
+
+
+def make_sparse_checkpoint(
+    folder: Path, config: Mapping[str, Any], prefix: str = "model.language_model.", *, experts_one_by_one: bool = False
+) -> Path:
     """A checkpoint of any size whose weights are a hole in the file: all zero, no disk used."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes, kinds = QWEN35.read_sizes(config), QWEN35.layer_kinds(config)
     header: dict[str, Any] = {}
     at = 0
-    for rule in QWEN35.tensors:
-        if rule.alone and config["tie_word_embeddings"]:
-            continue
-        layers = [None] if rule.where == MODEL else [i for i, kind in enumerate(kinds) if rule.where in ("block", kind)]
-        for layer in layers:
-            name = rule.source if layer is None else f"layers.{layer}.{rule.source}"
-            shape = shape_of(rule, sizes)
-            nbytes = 2 * int(np.prod(shape))
-            header[name if rule.alone else prefix + name] = {
-                "dtype": "BF16",
-                "shape": list(shape),
-                "data_offsets": [at, at + nbytes],
-            }
+    for name, (rule, shape) in source_shapes(config, prefix).items():
+        for part, part_shape in _parts(name, rule, shape) if experts_one_by_one else [(name, shape)]:
+            nbytes = 2 * int(np.prod(part_shape))
+            header[part] = {"dtype": "BF16", "shape": list(part_shape), "data_offsets": [at, at + nbytes]}
             at += nbytes
     raw = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:

@@ -1,4 +1,4 @@
-"""Qwen3.5 models made of shapes: every tensor of the dense text family, from its dimensions, with random rows."""
+"""Qwen3.5 models made of shapes: every tensor of the text family, from its dimensions, with random rows."""
 
 from __future__ import annotations
 
@@ -41,11 +41,16 @@ class Dimensions:
     head_v_dim: int = 64
     n_vocab: int = 64
     tied: bool = True
+    n_expert: int = 0
+    n_expert_used: int = 0
+    n_ff_exp: int = 0
+    n_ff_shared: int = 0
 
 
 QWEN35_08B = Dimensions(24, 1024, 3584, 8, 2, 256, 16, 16, 128, 248320, True)
 QWEN35_4B = Dimensions(32, 2560, 9216, 16, 4, 256, 16, 32, 128, 248320, True)
 QWEN35_9B = Dimensions(32, 4096, 12288, 16, 4, 256, 16, 32, 128, 248320, False)
+QWEN35_35B_A3B = Dimensions(40, 2048, 0, 16, 2, 256, 16, 32, 128, 248320, False, 256, 8, 512, 512)
 
 
 def build_model(d: Dimensions, dtype: str = "F32") -> Model:
@@ -80,13 +85,32 @@ def build_model(d: Dimensions, dtype: str = "F32") -> Model:
                 _kept(f"blk.{i}.ssm_conv1d.weight", Role.DELTA_CONV, i, (conv_dim, 4)),
                 _kept(f"blk.{i}.ssm_norm.weight", Role.NORM, i, (d.head_v_dim,)),
             ]
-        tensors += [
-            _weight(f"blk.{i}.ffn_gate.weight", Role.FFN_GATE, i, (d.n_ff, d.n_embd), dtype),
-            _weight(f"blk.{i}.ffn_up.weight", Role.FFN_UP, i, (d.n_ff, d.n_embd), dtype),
-            _weight(f"blk.{i}.ffn_down.weight", Role.FFN_DOWN, i, (d.n_embd, d.n_ff), dtype),
-        ]
+        tensors += _experts(d, i, dtype) if d.n_expert else _feed_forward(d, i, dtype)
     sizes = {"n_layer": d.n_layer, "n_embd": d.n_embd, "n_ff": d.n_ff, "n_head": d.n_head, "n_kv": d.n_kv}
-    return Model("qwen35", _metadata(d, v_dim), tuple(tensors), sizes)
+    sizes["n_expert"] = d.n_expert
+    return Model("qwen35moe" if d.n_expert else "qwen35", _metadata(d, v_dim), tuple(tensors), sizes)
+
+
+def _feed_forward(d: Dimensions, i: int, dtype: str) -> list[Tensor]:
+    return [
+        _weight(f"blk.{i}.ffn_gate.weight", Role.FFN_GATE, i, (d.n_ff, d.n_embd), dtype),
+        _weight(f"blk.{i}.ffn_up.weight", Role.FFN_UP, i, (d.n_ff, d.n_embd), dtype),
+        _weight(f"blk.{i}.ffn_down.weight", Role.FFN_DOWN, i, (d.n_embd, d.n_ff), dtype),
+    ]
+
+
+def _experts(d: Dimensions, i: int, dtype: str) -> list[Tensor]:
+    wide, narrow = (d.n_expert, d.n_ff_exp, d.n_embd), (d.n_expert, d.n_embd, d.n_ff_exp)
+    return [
+        _kept(f"blk.{i}.ffn_gate_inp.weight", Role.ROUTER, i, (d.n_expert, d.n_embd)),
+        _weight(f"blk.{i}.ffn_gate_exps.weight", Role.EXPERT_GATE, i, wide, dtype),
+        _weight(f"blk.{i}.ffn_up_exps.weight", Role.EXPERT_UP, i, wide, dtype),
+        _weight(f"blk.{i}.ffn_down_exps.weight", Role.EXPERT_DOWN, i, narrow, dtype),
+        _kept(f"blk.{i}.ffn_gate_inp_shexp.weight", Role.SHARED_ROUTER, i, (1, d.n_embd)),
+        _weight(f"blk.{i}.ffn_gate_shexp.weight", Role.SHARED_GATE, i, (d.n_ff_shared, d.n_embd), dtype),
+        _weight(f"blk.{i}.ffn_up_shexp.weight", Role.SHARED_UP, i, (d.n_ff_shared, d.n_embd), dtype),
+        _weight(f"blk.{i}.ffn_down_shexp.weight", Role.SHARED_DOWN, i, (d.n_embd, d.n_ff_shared), dtype),
+    ]
 
 
 def _weight(name: str, role: Role, layer: int | None, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -115,10 +139,19 @@ def _metadata(d: Dimensions, v_dim: int) -> dict[str, Value]:
         "ssm.inner_size": v_dim,
         "full_attention_interval": 4,
     }
+    if d.n_expert:
+        del numbers["feed_forward_length"]
+        numbers |= {
+            "expert_count": d.n_expert,
+            "expert_used_count": d.n_expert_used,
+            "expert_feed_forward_length": d.n_ff_exp,
+            "expert_shared_feed_forward_length": d.n_ff_shared,
+        }
+    name = "qwen35moe" if d.n_expert else "qwen35"
     return {
-        "general.architecture": Value("str", "qwen35"),
-        **{f"qwen35.{key}": Value("u32", number) for key, number in numbers.items()},
-        "qwen35.attention.layer_norm_rms_epsilon": Value("f32", 1e-6),
-        "qwen35.rope.freq_base": Value("f32", 1e7),
-        "qwen35.rope.dimension_sections": Value("i32[]", [3, 3, 2, 0]),
+        "general.architecture": Value("str", name),
+        **{f"{name}.{key}": Value("u32", number) for key, number in numbers.items()},
+        f"{name}.attention.layer_norm_rms_epsilon": Value("f32", 1e-6),
+        f"{name}.rope.freq_base": Value("f32", 1e7),
+        f"{name}.rope.dimension_sections": Value("i32[]", [3, 3, 2, 0]),
     }

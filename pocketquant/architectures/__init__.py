@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pocketquant.architectures.qwen35 import QWEN35
+from pocketquant.architectures.qwen35_vision import QWEN35_VISION
+from pocketquant.architectures.qwen35moe import QWEN35MOE
 from pocketquant.architectures.table import Architecture
 from pocketquant.errors import ArchitectureError
 
-ARCHITECTURES: tuple[Architecture, ...] = (QWEN35,)
+ARCHITECTURES: tuple[Architecture, ...] = (QWEN35, QWEN35MOE, QWEN35_VISION)
 
 
 def architecture_named(name: str) -> Architecture:

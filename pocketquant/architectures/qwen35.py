@@ -1,13 +1,7 @@
 """Qwen3.5 and Qwen3.6, dense text model: Gated DeltaNet and full attention, three blocks to one.
 
-Sources: transformers `models/qwen3_5` (names, shapes, the maths) and llama.cpp `conversion/qwen.py`,
-`src/models/qwen35.cpp` (GGUF names, head order, keys). Two things are easy to get wrong:
-
-* RMSNorm in the checkpoint multiplies by `1 + weight`, GGML's by `weight`, so 1 is added on the way; DeltaNet's own
-  norm multiplies by `weight` in both.
-* A DeltaNet key head serves r = n_v / n_k value heads. The checkpoint groups value heads by key head
-  `[g0v0 g0v1 .. g1v0 g1v1 ..]`, GGML broadcasts the key heads in tiles `[g0v0 g1v0 .. g0v1 g1v1 ..]`, so everything
-  that is indexed by value head changes order.
+Sources: transformers `models/qwen3_5` and llama.cpp `conversion/qwen.py`, `src/models/qwen35.cpp`; what it shares with
+the mixture of experts, and the order of DeltaNet's heads, is in `hybrid`.
 """
 
 from __future__ import annotations
@@ -15,339 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from pocketquant.architectures.table import (
-    ATTENTION,
-    BLOCK,
-    DELTA,
-    MODEL,
-    Architecture,
-    MetadataRule,
-    Sizes,
-    TensorRule,
-)
-from pocketquant.errors import ArchitectureError, listing
-from pocketquant.formats import F32Array
+from pocketquant.architectures import hybrid
+from pocketquant.architectures.qwen35_mtp import MTP_TENSORS
+from pocketquant.architectures.table import BLOCK, Architecture, Sizes, TensorRule
 from pocketquant.model import Role, Value
 
-# ---------------------------------------------------------------- transforms
-
-
-def _tiled(n_k: int, n_v: int, head_dim: int) -> npt.NDArray[np.int64]:
-    grouped = np.arange(n_v * head_dim, dtype=np.int64).reshape(n_k, n_v // n_k, head_dim)
-    return grouped.transpose(1, 0, 2).reshape(-1)
-
-
-def tiled_heads(sizes: Sizes) -> npt.NDArray[np.int64]:
-    """Value heads of `head_v_dim` entries each, grouped by key head -> tiled."""
-    return _tiled(sizes["n_k"], sizes["n_v"], sizes["head_v_dim"])
-
-
-def tiled_scalars(sizes: Sizes) -> npt.NDArray[np.int64]:
-    """One entry per value head, grouped by key head -> tiled."""
-    return _tiled(sizes["n_k"], sizes["n_v"], 1)
-
-
-def tiled_after_qk(sizes: Sizes) -> npt.NDArray[np.int64]:
-    """Query and key channels as they are, then value channels as `tiled_heads`."""
-    n_qk = 2 * sizes["k_dim"]
-    return np.concatenate([np.arange(n_qk, dtype=np.int64), n_qk + tiled_heads(sizes)])
-
-
-def plus_one(rows: F32Array) -> F32Array:
-    """x -> x + 1 in f32."""
-    return rows + np.float32(1.0)
-
-
-def minus_exp(rows: F32Array) -> F32Array:
-    """x -> -exp(x), correctly rounded to f32, so that the bytes do not depend on a maths library."""
-    with np.errstate(over="ignore"):
-        return (-np.exp(rows.astype(np.float64))).astype(np.float32)
-
-
-# ---------------------------------------------------------------- tensors
-
-_TENSORS = (
-    TensorRule(MODEL, "embed_tokens.weight", "token_embd.weight", Role.EMBED, "n_vocab n_embd"),
-    TensorRule(MODEL, "norm.weight", "output_norm.weight", Role.NORM, "n_embd", each=plus_one, keep_f32=True),
-    TensorRule(MODEL, "lm_head.weight", "output.weight", Role.HEAD, "n_vocab n_embd", alone=True),
-    TensorRule(BLOCK, "input_layernorm.weight", "attn_norm.weight", Role.NORM, "n_embd", each=plus_one, keep_f32=True),
-    TensorRule(
-        DELTA,
-        "linear_attn.in_proj_qkv.weight",
-        "attn_qkv.weight",
-        Role.DELTA_QKV,
-        "conv_dim n_embd",
-        rows=tiled_after_qk,
-    ),
-    TensorRule(
-        DELTA, "linear_attn.in_proj_z.weight", "attn_gate.weight", Role.DELTA_GATE, "v_dim n_embd", rows=tiled_heads
-    ),
-    TensorRule(
-        DELTA, "linear_attn.in_proj_b.weight", "ssm_beta.weight", Role.DELTA_BETA, "n_v n_embd", rows=tiled_scalars
-    ),
-    TensorRule(
-        DELTA, "linear_attn.in_proj_a.weight", "ssm_alpha.weight", Role.DELTA_ALPHA, "n_v n_embd", rows=tiled_scalars
-    ),
-    TensorRule(
-        DELTA,
-        "linear_attn.A_log",
-        "ssm_a",
-        Role.DELTA_DECAY,
-        "n_v",
-        rows=tiled_scalars,
-        each=minus_exp,
-        keep_f32=True,
-    ),
-    TensorRule(DELTA, "linear_attn.dt_bias", "ssm_dt.bias", Role.DELTA_DT, "n_v", rows=tiled_scalars, keep_f32=True),
-    TensorRule(
-        DELTA,
-        "linear_attn.conv1d.weight",
-        "ssm_conv1d.weight",
-        Role.DELTA_CONV,
-        "conv_dim 1 n_conv",
-        rows=tiled_after_qk,
-        keep_f32=True,
-    ),
-    TensorRule(DELTA, "linear_attn.norm.weight", "ssm_norm.weight", Role.NORM, "head_v_dim", keep_f32=True),
-    TensorRule(
-        DELTA, "linear_attn.out_proj.weight", "ssm_out.weight", Role.DELTA_OUT, "n_embd v_dim", cols=tiled_heads
-    ),
-    TensorRule(ATTENTION, "self_attn.q_proj.weight", "attn_q.weight", Role.ATTN_Q, "q_dim n_embd"),
-    TensorRule(ATTENTION, "self_attn.k_proj.weight", "attn_k.weight", Role.ATTN_K, "kv_dim n_embd"),
-    TensorRule(ATTENTION, "self_attn.v_proj.weight", "attn_v.weight", Role.ATTN_V, "kv_dim n_embd"),
-    TensorRule(ATTENTION, "self_attn.o_proj.weight", "attn_output.weight", Role.ATTN_OUT, "n_embd attn_dim"),
-    TensorRule(
-        ATTENTION, "self_attn.q_norm.weight", "attn_q_norm.weight", Role.NORM, "head_dim", each=plus_one, keep_f32=True
-    ),
-    TensorRule(
-        ATTENTION, "self_attn.k_norm.weight", "attn_k_norm.weight", Role.NORM, "head_dim", each=plus_one, keep_f32=True
-    ),
-    TensorRule(
-        BLOCK,
-        "post_attention_layernorm.weight",
-        "post_attention_norm.weight",
-        Role.NORM,
-        "n_embd",
-        each=plus_one,
-        keep_f32=True,
-    ),
+_FEED_FORWARD = (
     TensorRule(BLOCK, "mlp.gate_proj.weight", "ffn_gate.weight", Role.FFN_GATE, "n_ff n_embd"),
     TensorRule(BLOCK, "mlp.up_proj.weight", "ffn_up.weight", Role.FFN_UP, "n_ff n_embd"),
     TensorRule(BLOCK, "mlp.down_proj.weight", "ffn_down.weight", Role.FFN_DOWN, "n_embd n_ff"),
 )
 
-# ---------------------------------------------------------------- sizes
-
-_FROM_CONFIG = {
-    "n_embd": "hidden_size",
-    "n_ff": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "n_k": "linear_num_key_heads",
-    "n_v": "linear_num_value_heads",
-    "head_k_dim": "linear_key_head_dim",
-    "head_v_dim": "linear_value_head_dim",
-    "n_conv": "linear_conv_kernel_dim",
-    "n_vocab": "vocab_size",
-    "n_ctx": "max_position_embeddings",
-}
-_LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
-
-
-def _with_products(sizes: dict[str, int]) -> dict[str, int]:
-    sizes["k_dim"] = sizes["n_k"] * sizes["head_k_dim"]
-    sizes["v_dim"] = sizes["n_v"] * sizes["head_v_dim"]
-    sizes["conv_dim"] = 2 * sizes["k_dim"] + sizes["v_dim"]
-    sizes["attn_dim"] = sizes["n_head"] * sizes["head_dim"]
-    sizes["q_dim"] = 2 * sizes["attn_dim"]  # query and output gate in one projection
-    sizes["kv_dim"] = sizes["n_kv"] * sizes["head_dim"]
-    return sizes
-
 
 def read_sizes(config: Mapping[str, Any]) -> Sizes:
-    """Text config -> the number of every dimension word.
-
-    Raises:
-        ArchitectureError: keys missing or no sensible integers (all listed), or sizes that llama.cpp cannot run.
-    """
-    config = dict(config)
-    if "head_dim" not in config and isinstance(config.get("hidden_size"), int):
-        config["head_dim"] = config["hidden_size"] // max(1, int(config.get("num_attention_heads") or 1))
-    problems = [
-        f"{key}: {config[key]!r}, expected an integer from 1 to {_LARGEST}" if key in config else f"{key}: missing"
-        for key in _FROM_CONFIG.values()
-        if type(config.get(key)) is not int or not 1 <= config[key] <= _LARGEST
-    ]
-    if problems:
-        raise ArchitectureError(f"config.json does not describe a Qwen3.5 text model:\n{listing(problems)}")
-    sizes = _with_products({word: config[key] for word, key in _FROM_CONFIG.items()})
-    if sizes["head_k_dim"] != sizes["head_v_dim"]:
-        problems.append(
-            f"linear_key_head_dim {sizes['head_k_dim']} differs from linear_value_head_dim {sizes['head_v_dim']}: "
-            "llama.cpp has one size for both"
-        )
-    if sizes["n_v"] % sizes["n_k"]:
-        problems.append(f"linear_num_value_heads {sizes['n_v']} is no multiple of linear_num_key_heads {sizes['n_k']}")
-    if sizes["n_head"] % sizes["n_kv"]:
-        problems.append(f"num_attention_heads {sizes['n_head']} is no multiple of num_key_value_heads {sizes['n_kv']}")
-    if config.get("attention_bias"):
-        problems.append("attention_bias is set: no Qwen3.5 model has attention biases and llama.cpp reads none")
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {config['hidden_act']!r}: llama.cpp computes silu")
-    if problems:
-        raise ArchitectureError(f"config.json asks for what the runtimes cannot do:\n{listing(problems)}")
-    return sizes
+    """Text config -> the number of every dimension word; ArchitectureError as `hybrid.read_sizes`."""
+    return hybrid.read_sizes(config, {"n_ff": "intermediate_size"})
 
 
 def sizes_from_gguf(metadata: Mapping[str, Value]) -> Sizes:
     """The same sizes from a GGUF's metadata, without `n_vocab` if the file carries no tokens."""
+    return hybrid.sizes_from_gguf(metadata, "qwen35", {"n_ff": "feed_forward_length"})
 
-    def number(key: str) -> int:
-        value = metadata.get(f"qwen35.{key}")
-        if value is None or not isinstance(value.value, int) or not 1 <= value.value <= _LARGEST:
-            raise ArchitectureError(f"GGUF metadata qwen35.{key}: missing or no sensible integer; the file is broken")
-        return value.value
-
-    n_v = number("ssm.time_step_rank")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    sizes = {
-        "n_embd": number("embedding_length"),
-        "n_ff": number("feed_forward_length"),
-        "n_layer": number("block_count"),
-        "n_head": number("attention.head_count"),
-        "n_kv": number("attention.head_count_kv"),
-        "head_dim": number("attention.key_length"),
-        "n_k": number("ssm.group_count"),
-        "n_v": n_v,
-        "head_k_dim": number("ssm.state_size"),
-        "head_v_dim": number("ssm.inner_size") // n_v,
-        "n_conv": number("ssm.conv_kernel"),
-        "n_ctx": number("context_length"),
-    }
-    if tokens is not None:
-        sizes["n_vocab"] = len(tokens.value)
-    return _with_products(sizes)
-
-
-def layer_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """DELTA or ATTENTION for every block: `layer_types` decides, else `full_attention_interval`.
-
-    Raises:
-        ArchitectureError: `layer_types` of another length than the blocks, or with another word in it.
-    """
-    n_layer = config["num_hidden_layers"]
-    types = config.get("layer_types")
-    if types is None:
-        interval = config.get("full_attention_interval", 4)
-        if type(interval) is not int or interval < 1:
-            raise ArchitectureError(f"config.json full_attention_interval: {interval!r}, expected a positive integer")
-        return tuple(DELTA if (i + 1) % interval else ATTENTION for i in range(n_layer))
-    words = {"linear_attention": DELTA, "full_attention": ATTENTION}
-    if not isinstance(types, list) or len(types) != n_layer or not set(map(str, types)) <= words.keys():
-        raise ArchitectureError(
-            f"config.json layer_types: expected {n_layer} entries of {' or '.join(words)}, found {str(types)[:120]}"
-        )
-    return tuple(words[word] for word in types)
-
-
-# ---------------------------------------------------------------- metadata
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ArchitectureError(f"config.json rope_parameters: {str(rope)[:80]}, expected an object")
-    return {**{key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}, **rope}
-
-
-def _rope_sections(config: Mapping[str, Any], sizes: Sizes) -> list[int]:
-    sections = _rope(config).get("mrope_section", [11, 11, 10])  # transformers' default where the config has none
-    if not isinstance(sections, list) or not 1 <= len(sections) <= 4 or any(type(n) is not int for n in sections):
-        raise ArchitectureError(f"config.json mrope_section: {sections!r}, expected up to four integers")
-    return [*sections, 0, 0, 0, 0][:4]
-
-
-def _rope_kind(config: Mapping[str, Any]) -> str:
-    kind = _rope(config).get("rope_type") or _rope(config).get("type") or "default"
-    if kind not in ("default", "mrope", "linear", "yarn"):
-        raise ArchitectureError(f"config.json rope_type {kind!r}: llama.cpp runs default, linear and yarn")
-    return str(kind)
-
-
-def _rope_scaling(config: Mapping[str, Any], key: str) -> Any:
-    return _rope(config).get(key) if _rope_kind(config) in ("linear", "yarn") else None
-
-
-def _interval(config: Mapping[str, Any]) -> int:
-    """The interval that llama.cpp falls back to: the config's, else the first full-attention block's number."""
-    kinds = layer_kinds(config)
-    stated = config.get("full_attention_interval")
-    return int(stated) if stated else (kinds.index(ATTENTION) + 1 if ATTENTION in kinds else len(kinds) + 1)
-
-
-def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool] | None:
-    """Written only where the interval does not say it all; older runtimes do not know the key."""
-    kinds, interval = layer_kinds(config), _interval(config)
-    regular = all((kind == DELTA) == bool((i + 1) % interval) for i, kind in enumerate(kinds))
-    return None if regular else [kind == DELTA for kind in kinds]
-
-
-def _rope_dimensions(config: Mapping[str, Any], sizes: Sizes) -> int:
-    return int(sizes["head_dim"] * _rope(config).get("partial_rotary_factor", 0.25))
-
-
-_METADATA = (
-    MetadataRule("block_count", "u32", lambda config, sizes: sizes["n_layer"]),
-    MetadataRule("context_length", "u32", lambda config, sizes: sizes["n_ctx"]),
-    MetadataRule("embedding_length", "u32", lambda config, sizes: sizes["n_embd"]),
-    MetadataRule("feed_forward_length", "u32", lambda config, sizes: sizes["n_ff"]),
-    MetadataRule("attention.head_count", "u32", lambda config, sizes: sizes["n_head"]),
-    MetadataRule("attention.head_count_kv", "u32", lambda config, sizes: sizes["n_kv"]),
-    MetadataRule(
-        "rope.scaling.type",
-        "str",
-        lambda config, sizes: _rope_kind(config) if _rope_scaling(config, "factor") else None,
-    ),
-    MetadataRule("rope.scaling.factor", "f32", lambda config, sizes: _rope_scaling(config, "factor")),
-    MetadataRule(
-        "rope.scaling.original_context_length",
-        "u32",
-        lambda config, sizes: _rope_scaling(config, "original_max_position_embeddings"),
-    ),
-    MetadataRule("rope.dimension_sections", "i32[]", _rope_sections),
-    MetadataRule("rope.freq_base", "f32", lambda config, sizes: _rope(config).get("rope_theta", 10_000_000.0)),
-    MetadataRule("attention.layer_norm_rms_epsilon", "f32", lambda config, sizes: config.get("rms_norm_eps", 1e-6)),
-    MetadataRule("attention.key_length", "u32", lambda config, sizes: sizes["head_dim"]),
-    MetadataRule("attention.value_length", "u32", lambda config, sizes: sizes["head_dim"]),
-    MetadataRule("ssm.conv_kernel", "u32", lambda config, sizes: sizes["n_conv"]),
-    MetadataRule("ssm.state_size", "u32", lambda config, sizes: sizes["head_k_dim"]),
-    MetadataRule("ssm.group_count", "u32", lambda config, sizes: sizes["n_k"]),
-    MetadataRule("ssm.time_step_rank", "u32", lambda config, sizes: sizes["n_v"]),
-    MetadataRule("ssm.inner_size", "u32", lambda config, sizes: sizes["v_dim"]),
-    MetadataRule("full_attention_interval", "u32", lambda config, sizes: _interval(config)),
-    MetadataRule("attention.recurrent_layers", "bool[]", _recurrent_layers),
-    MetadataRule("rope.dimension_count", "u32", _rope_dimensions),
-)
 
 QWEN35 = Architecture(
     name="qwen35",
     classes=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
-    tensors=_TENSORS,
-    metadata=_METADATA,
+    tensors=hybrid.HYBRID_TENSORS + _FEED_FORWARD + MTP_TENSORS,
+    metadata=hybrid.HYBRID_METADATA,
     read_sizes=read_sizes,
-    layer_kinds=layer_kinds,
+    layer_kinds=hybrid.layer_kinds,
     sizes_from_gguf=sizes_from_gguf,
-    dropped={
-        "model.visual.": "vision tower",
-        "visual.": "vision tower",
-        "model.language_model.visual.": "vision tower",
-        "mtp.": "multi-token-prediction block",
-        "model.mtp.": "multi-token-prediction block",
-        "language_model.mtp.": "multi-token-prediction block",
-    },
+    dropped=hybrid.DROPPED,
 )

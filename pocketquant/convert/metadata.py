@@ -35,6 +35,8 @@ def _checked(key: str, kind: str, value: Any) -> Any:
         return float(value)
     if kind == "u32" and type(value) is int and 0 <= value < 1 << 32:
         return value
+    if kind == "bool" and type(value) is bool:
+        return value
     if kind == "str" and isinstance(value, str):
         return value
     if kind.endswith("[]") and isinstance(value, list):

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketquant.architectures.table import ElementWise
-from pocketquant.convert.safetensors import StoredTensor
+from pocketquant.convert.safetensors import CheckpointTensor
 from pocketquant.errors import SourceError
 from pocketquant.formats import FORMATS, F32Array, U8Array
 from pocketquant.formats.plain import is_finite
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """The matrices of all experts, one below the other, as a GGUF keeps them; stands for one stored tensor.
+
+    Where a row lies is computed, so this holds nothing that grows with the rows.
+
+    Attributes:
+        tensors: one for each expert, or one that holds them all.
+        n_rows: rows of one expert.
+        first: row of its tensor where the first expert begins.
+        stride: rows from one expert to the next in a tensor that holds them all; 0 where each has its own.
+    """
+
+    tensors: tuple[CheckpointTensor, ...]
+    n_rows: int
+    first: int = 0
+    stride: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return self.tensors[0].dtype
+
+    def words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Rows [start, stop) of the stack, as stored."""
+        return np.concatenate([tensor.words(first, last) for tensor, first, last in self.runs(start, stop)])
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[CheckpointTensor, int, int]]:
+        """(tensor, first row, last row + 1) of each expert that rows [start, stop) touch."""
+        while start < stop:
+            expert, row = divmod(start, self.n_rows)
+            n_rows = min(stop - start, self.n_rows - row)
+            first = self.first + expert * self.stride + row
+            yield self.tensors[0 if self.stride else expert], first, first + n_rows
+            start += n_rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +63,7 @@ class CheckpointRows:
         each: element-wise function in f32.
     """
 
-    stored_tensor: StoredTensor
+    stored_tensor: CheckpointTensor | ExpertStack
     shape: tuple[int, ...]
     rows_order: npt.NDArray[np.int64] | None
     cols_order: npt.NDArray[np.int64] | None
@@ -66,7 +103,12 @@ class CheckpointRows:
         return words
 
     def _place(self, start: int, stop: int) -> str:
-        return f"{self.stored_tensor.file}: {self.stored_tensor.name} rows {start} to {stop - 1}"
+        tensor = self.stored_tensor
+        if isinstance(tensor, ExpertStack):  # name the expert that is broken, or the first if its numbers are fine
+            runs = list(tensor.runs(start, stop))
+            broken = (run for run in runs if not is_finite(run[0].words(*run[1:]), tensor.dtype))
+            tensor, start, stop = next(broken, runs[0])
+        return f"{tensor.file}: {tensor.name} rows {start} to {stop - 1}"
 
 
 def _runs(order: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -7,10 +7,12 @@ and data. https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,20 +40,74 @@ ITEM_BYTES = {
     "U64": 8,
     "F64": 8,
 }
+_SMALL_BYTES = 1 << 20
+_LAYER = re.compile(r".*?\.\d+\.")
+
+
+class RangeFile(Protocol):
+    """A file that byte ranges are read from: on this disk (`LocalFile`) or on a hub. `str()` names it in errors."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the whole file; SourceError if it cannot be had."""
+        ...
+
+    def read(self, offset: int, nbytes: int) -> U8Array:
+        """Bytes [offset, offset + nbytes); SourceError if they cannot be had."""
+        ...
+
+    def within(self, start: int, stop: int) -> RangeFile:
+        """The same file, told that [start, stop) will be read soon and nothing else through this handle."""
+        ...
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file that byte ranges are read from. Anything with this shape can stand for it: a file on a hub, say."""
+    """A file on this disk."""
 
     path: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes in the whole file; SourceError if it cannot be had."""
+        try:
+            return self.path.stat().st_size
+        except OSError as error:
+            raise SourceError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def read(self, offset: int, nbytes: int) -> U8Array:
         """Bytes [offset, offset + nbytes); SourceError if they cannot be had."""
         return read_at(self.path, offset, nbytes)
 
+    def within(self, start: int, stop: int) -> LocalFile:
+        """Itself: the operating system reads ahead."""
+        return self
+
     def __str__(self) -> str:
         return str(self.path)
+
+
+class CheckpointTensor(Protocol):
+    """One tensor of a checkpoint, whether its numbers are stored (`StoredTensor`) or computed as they are read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def file(self) -> RangeFile: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Rows [start, stop) of the tensor seen as [rows, cols]: `<u2` for F16 and BF16, `<u4` for F32."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +115,7 @@ class StoredTensor:
     """Where one tensor of a checkpoint lies. `offset` counts from the start of the file."""
 
     name: str
-    file: LocalFile
+    file: RangeFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -75,24 +131,21 @@ class StoredTensor:
         return raw.view(f"<u{ITEM_BYTES[self.dtype]}").reshape(stop - start, self.shape[-1])
 
 
-def read_safetensors_header(path: Path) -> list[StoredTensor]:
+def read_safetensors_header(source: Path | RangeFile) -> list[StoredTensor]:
     """The tensors of one file, in the order of their names.
 
     Raises:
         SourceError: truncated, no JSON, or offsets that contradict the shapes or the file (all listed).
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise SourceError(
-                    f"{path}: the header announces {length} bytes in a file of {size}; it is truncated or no "
-                    "safetensors file: download it again"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    path = LocalFile(source) if isinstance(source, Path) else source
+    size = path.size
+    length = int.from_bytes(path.read(0, 8).tobytes(), "little") if size >= 8 else 0
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise SourceError(
+            f"{path}: the header announces {length} bytes in a file of {size}; it is truncated or no "
+            "safetensors file: download it again"
+        )
+    raw = path.read(8, length).tobytes()
     try:
         header = json.loads(raw)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -114,10 +167,32 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
             problems.append(f"{second.name}: its data overlaps that of {first.name}")
     if problems:
         raise SourceError(f"{path}: the header contradicts the file; download it again:\n{listing(problems)}")
-    return tensors
+    extents = _read_together(tensors_by_offset)
+    return [replace(tensor, file=path.within(*extents[tensor.name])) for tensor in tensors]
 
 
-def _stored_tensor(path: Path, name: str, entry: object, *, data_offset: int, size: int) -> StoredTensor | str:
+def _read_together(tensors_by_offset: list[StoredTensor]) -> dict[str, tuple[int, int]]:
+    """Name -> bytes [start, stop) worth reading with it: itself, or a run of small neighbours of one layer.
+
+    A layer is wanted whole or not at all, and on a hub a request for 64 bytes takes as long as one for 64 KiB.
+    """
+    groups: list[list[StoredTensor]] = []
+    for tensor in tensors_by_offset:
+        layer, last = _LAYER.match(tensor.name), groups[-1][-1] if groups else None
+        if (
+            last is not None
+            and layer is not None
+            and last.name.startswith(layer[0])
+            and last.offset + last.nbytes == tensor.offset
+            and max(last.nbytes, tensor.nbytes) <= _SMALL_BYTES
+        ):
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
+    return {tensor.name: (group[0].offset, group[-1].offset + group[-1].nbytes) for group in groups for tensor in group}
+
+
+def _stored_tensor(path: RangeFile, name: str, entry: object, *, data_offset: int, size: int) -> StoredTensor | str:
     """The tensor, or what is wrong with its entry."""
     if not isinstance(entry, dict):
         return "no JSON object"
@@ -129,7 +204,7 @@ def _stored_tensor(path: Path, name: str, entry: object, *, data_offset: int, si
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
         return f"data_offsets {offsets!r} are none"
     begin, end = offsets
-    tensor = StoredTensor(name, LocalFile(path), dtype, tuple(shape), data_offset + begin)
+    tensor = StoredTensor(name, path, dtype, tuple(shape), data_offset + begin)
     if not 0 <= begin <= end or end - begin != tensor.nbytes:
         return f"{dtype} {shape} takes {tensor.nbytes} bytes, data_offsets {offsets} say {end - begin}"
     if data_offset + end > size:

@@ -2,18 +2,136 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pocketquant.convert.checkpoint import open_checkpoint
+from pocketquant.convert.adapter import open_adapter
+from pocketquant.convert.chat_template import with_chat_template
+from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
+from pocketquant.convert.mtp import MtpMode
+from pocketquant.convert.snapshot import Snapshot, local_snapshot
+from pocketquant.convert.vision import open_vision
+from pocketquant.errors import SourceError
 from pocketquant.gguf_file import open_gguf
 from pocketquant.model import Model
 
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY = re.compile(rf"(?:(hf|ms)://)?({_PART}/{_PART})(?:@([\w./+-]{{1,200}}))?")
 
-def open_model(source: Path | str) -> Model:
-    """Opens a GGUF file or a checkpoint folder; reads no weights.
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on a hub: `hub` is "hf" for Hugging Face, "ms" for ModelScope."""
+
+    hub: str
+    name: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a source holds, each part a file of its own: the model, its vision tower, its multi-token-prediction block."""
+
+    model: Model
+    vision: Model | None = None
+    mtp: Model | None = None
+
+
+def open_model(
+    source: Path | str,
+    *,
+    chat_template: Path | str | None = None,
+    keep_source: Path | str | None = None,
+    adapter: Path | str | None = None,
+    mtp: MtpMode = "sidecar",
+) -> Model:
+    """Opens the model of a GGUF file or of a checkpoint; reads no weights.
+
+    Args:
+        source: GGUF file, checkpoint folder, one `.safetensors` file beside its config.json, `hf://org/name@revision`,
+            `ms://org/name@revision`, or `org/name@revision`, which means Hugging Face where no such path exists. A
+            `Path` is always local.
+        chat_template: a file to take in place of the source's chat templates.
+        keep_source: a folder to download a repository into, as `keep_source/name`; None reads only what is needed.
+        adapter: the folder of a PEFT LoRA adapter to merge into a checkpoint.
+        mtp: "embed" takes a multi-token-prediction block in; otherwise it is left out.
 
     Raises:
         SourceError, ArchitectureError, TokenizerError: see `open_gguf` and `open_checkpoint`.
+        OutputError: no room for `keep_source`.
     """
-    path = Path(source)
-    return open_gguf(path) if path.is_file() else open_checkpoint(path)
+    return open_parts(
+        source, chat_template=chat_template, keep_source=keep_source, adapter=adapter, mtp=mtp, only_model=True
+    ).model
+
+
+def open_parts(
+    source: Path | str,
+    *,
+    chat_template: Path | str | None = None,
+    keep_source: Path | str | None = None,
+    adapter: Path | str | None = None,
+    mtp: MtpMode = "sidecar",
+    with_vision: bool = True,
+    only_model: bool = False,
+) -> Parts:
+    """Opens everything that a source holds; arguments and errors as `open_model`.
+
+    Args:
+        with_vision: open the vision tower; without it, one that cannot be converted stops nothing.
+        only_model: open neither vision tower nor sidecar.
+    """
+    if is_gguf := (path := Path(source)).is_file() and path.suffix != ".safetensors":
+        if adapter is not None:
+            raise SourceError(f"{path}: an adapter is merged into a checkpoint, not into a GGUF; give the checkpoint")
+        parts = Parts(open_gguf(path))
+    else:
+        merged = None if adapter is None else open_adapter(adapter)
+        with open_snapshot(source, keep_source) as snapshot:
+            parts = Parts(
+                open_checkpoint(snapshot, mtp=mtp, adapter=merged),
+                open_vision(snapshot) if with_vision and not only_model else None,
+                open_mtp(snapshot, adapter=merged) if mtp == "sidecar" and not only_model else None,
+            )
+    return replace(parts, model=with_chat_template(parts.model, chat_template, refuse=not is_gguf))
+
+
+@contextmanager
+def open_snapshot(source: Path | str, keep_source: Path | str | None = None) -> Iterator[Snapshot]:
+    """The files of a checkpoint, local or on a hub, for as long as the block runs; see `open_model`."""
+    repository = find_repository(source)
+    if repository is None:
+        yield local_snapshot(Path(source))
+        return
+    kept = None if keep_source is None else Path(keep_source)
+    if repository.hub == "ms":
+        from pocketquant.convert.modelscope import modelscope_snapshot
+
+        opened = modelscope_snapshot(repository.name, repository.revision, kept)
+    else:
+        from pocketquant.convert.hub import hub_snapshot
+
+        opened = hub_snapshot(repository.name, repository.revision, kept)
+    with opened as snapshot:
+        yield snapshot
+
+
+def find_repository(source: Path | str) -> Repository | None:
+    """The repository that a source names; None if it is a path.
+
+    Raises:
+        SourceError: it starts as an address but names no repository.
+    """
+    if isinstance(source, Path) or Path(source).exists():
+        return None
+    match = _REPOSITORY.fullmatch(source)
+    if match:
+        return Repository(match[1] or "hf", match[2], match[3])
+    if "://" in source:
+        raise SourceError(
+            f"{source}: names no repository; give hf://org/name or ms://org/name, with @revision if not the newest"
+        )
+    return None

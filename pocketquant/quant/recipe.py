@@ -16,12 +16,17 @@ speak of `Role`s, never of tensor names. A file looks like this:
     tied = true                     # the embedding is also the output head (false: it is not)
     importance = true               # an importance matrix was given (false: none was)
     min_gqa = 4                     # at least so many query heads for each key/value head
+    min_experts = 2                 # at least so many experts in a block (a dense model has none)
+    max_experts = 8                 # at most so many
+    mtp = true                      # belongs to the multi-token-prediction block (false: does not)
 
 Words for layers: `first_eighth` and `last_sixteenth` (of the layers, rounded down, so none of a shallow model),
 `more_bits` (llama.cpp's choice of about half of the layers), a number counted from 0 ("3"), a number counted from the
-end ("-1"), and a range with both ends ("0-3").
+end ("-1"), and a range with both ends ("0-3"). A multi-token-prediction block has the number behind the last layer.
+It counts as one more layer in `first_eighth` and `more_bits`, as in llama.cpp, and does not in the other words.
 
-Source for the built-in recipes but `pocket_4bit`: src/llama-quant.cpp of llama.cpp (b10359), read for qwen35.
+Source for the built-in recipes but `pocket_*`: src/llama-quant.cpp of llama.cpp (b10359), read for qwen35 and
+qwen35moe.
 """
 
 from __future__ import annotations
@@ -49,7 +54,18 @@ MAX_RECIPE_BYTES = 65536
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _LAYER_WORD = re.compile(r"first_eighth|last_sixteenth|more_bits|-[1-9]\d{0,3}|(\d{1,4})(?:-(\d{1,4}))?")
 _RECIPE_KEYS = {"name", "description", "file_type", "default", "rules"}
-_RULE_KEYS = {"format", "reason", "roles", "layers", "tied", "importance", "min_gqa"}
+_RULE_KEYS = {
+    "format",
+    "reason",
+    "roles",
+    "layers",
+    "tied",
+    "importance",
+    "min_gqa",
+    "min_experts",
+    "max_experts",
+    "mtp",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class Rule:
         tied: whether the embedding is also the head; None for both.
         importance: whether an importance matrix was given; None for both.
         min_gqa: least number of query heads per key/value head.
+        min_experts: least number of experts in a block.
+        max_experts: largest number of experts in a block; None for any.
+        mtp: whether the tensor belongs to the multi-token-prediction block; None for both.
     """
 
     format: QuantFormat
@@ -73,6 +92,9 @@ class Rule:
     tied: bool | None = None
     importance: bool | None = None
     min_gqa: int = 0
+    min_experts: int = 0
+    max_experts: int | None = None
+    mtp: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +115,16 @@ def builtin_recipes() -> tuple[str, ...]:
 
 
 def open_recipe(name_or_path: str | Path) -> Recipe:
-    """The recipe of that name, or the one in that TOML file.
+    """The recipe of that name, the one in that TOML file, or the types of another GGUF (`from:FILE.gguf`).
 
     Raises:
         RecipeError: there is no such recipe or file, it is too large, or something in it is not understood.
     """
     text = str(name_or_path)
+    if text.startswith("from:"):
+        from pocketquant.quant.recipe_text import recipe_of_file  # imports this module
+
+        return recipe_of_file(text[len("from:") :])
     if text.lower() in builtin_recipes():
         packaged = resources.files("pocketquant.quant") / "recipes" / f"{text.lower()}.toml"
         return parse_recipe(packaged.read_text(encoding="utf-8"), text)
@@ -181,6 +207,8 @@ def _choose(tensor: Tensor, model: Model, recipe: Recipe, has_importance: bool) 
         if _matches(rule, tensor, model, has_importance):
             wanted, reason = rule.format, rule.reason
             break
+    if tensor.role is Role.VISION_PATCH and wanted.name not in ("F16", "F32"):
+        return FORMATS["F32"], f"kept in F32: runtimes have no convolution with {wanted.name} kernels"
     fitting = wanted
     while tensor.n_cols % fitting.block_len:
         fitting = FORMATS[fitting.fallback]
@@ -198,19 +226,28 @@ def _matches(rule: Rule, tensor: Tensor, model: Model, has_importance: bool) -> 
         return False
     if rule.min_gqa and model.sizes["n_head"] // max(1, model.sizes["n_kv"]) < rule.min_gqa:
         return False
+    n_expert = model.sizes.get("n_expert", 0)
+    if n_expert < rule.min_experts or (rule.max_experts is not None and n_expert > rule.max_experts):
+        return False
+    if rule.mtp is not None and rule.mtp != _is_mtp(tensor, model):
+        return False
     if not rule.layers:
         return True
-    layer, n_layer = tensor.layer, model.sizes["n_layer"]
-    return layer is not None and any(_is_layer(word, layer, n_layer) for word in rule.layers)
+    layer, n_layer, n_mtp = tensor.layer, model.sizes["n_layer"], model.sizes.get("n_mtp", 0)
+    return layer is not None and any(_is_layer(word, layer, n_layer, n_mtp) for word in rule.layers)
 
 
-def _is_layer(word: str, layer: int, n_layer: int) -> bool:
+def _is_mtp(tensor: Tensor, model: Model) -> bool:
+    return tensor.layer is not None and tensor.layer >= model.sizes["n_layer"]
+
+
+def _is_layer(word: str, layer: int, n_layer: int, n_mtp: int) -> bool:
     if word == "first_eighth":
-        return layer < n_layer // 8
+        return layer < (n_layer + n_mtp) // 8
     if word == "last_sixteenth":
-        return layer >= n_layer - n_layer // 16
+        return n_layer - n_layer // 16 <= layer < n_layer
     if word == "more_bits":
-        return uses_more_bits(layer, n_layer)
+        return uses_more_bits(layer, n_layer + n_mtp)
     if word.startswith("-"):
         return layer == n_layer + int(word)
     first, _, last = word.partition("-")
@@ -226,7 +263,10 @@ def _rule(entry: Mapping[str, Any], where: str, faults: list[str]) -> Rule:
     faults.extend(f"{where}unknown role {role!r}" for role in roles if role not in known)
     layers = _texts(entry, "layers", where, faults)
     faults.extend(f"{where}unknown layers {word!r}" for word in layers if not _is_layer_word(word))
-    min_gqa = _integer(entry, "min_gqa", where, faults, least=1, most=1024)
+    min_gqa, min_experts, max_experts = (
+        _integer(entry, key, where, faults, least=least, most=1024)
+        for key, least in (("min_gqa", 1), ("min_experts", 1), ("max_experts", 0))
+    )
     return Rule(
         format,
         reason,
@@ -235,6 +275,9 @@ def _rule(entry: Mapping[str, Any], where: str, faults: list[str]) -> Rule:
         _boolean(entry, "tied", where, faults),
         _boolean(entry, "importance", where, faults),
         min_gqa,
+        min_experts,
+        max_experts if "max_experts" in entry else None,
+        _boolean(entry, "mtp", where, faults),
     )
 
 

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 import pytest
-from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, Dimensions, build_model
+from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B, Dimensions, build_model
 
 from pocketquant.quant import builtin_recipes, choose_formats, open_recipe
 
 GOLDEN = Path(__file__).with_name("recipe_types.json")
-SHAPES = {"0.8B": QWEN35_08B, "4B": QWEN35_4B, "9B": QWEN35_9B}
+SHAPES = {"0.8B": QWEN35_08B, "4B": QWEN35_4B, "9B": QWEN35_9B, "35B-A3B": QWEN35_35B_A3B}
 
 
 def type_table(shape: Dimensions, recipe_name: str, has_importance: bool) -> dict[str, object]:

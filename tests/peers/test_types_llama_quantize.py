@@ -10,11 +10,12 @@ import ctypes
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
-from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, Dimensions, build_model
+from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B, Dimensions, build_model
 
 from pocketquant.gguf_file import read_header
 from pocketquant.model import Model, Tensor
@@ -22,7 +23,8 @@ from pocketquant.quant import builtin_recipes, choose_formats, open_recipe, plan
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-LIKE_LLAMA = [name for name in builtin_recipes() if name != "pocket_4bit"]
+LIKE_LLAMA = [name for name in builtin_recipes() if not name.startswith("pocket_")]
+MIXTURE = Dimensions(n_ff=0, n_expert=6, n_expert_used=2, n_ff_exp=256, n_ff_shared=512)
 SHAPES = {
     "4 layers": Dimensions(),
     "8 layers, 4 query heads per kv head": Dimensions(n_layer=8, n_head=8, n_kv=2),
@@ -34,6 +36,11 @@ SHAPES = {
     "0.8B": QWEN35_08B,
     "4B": replace(QWEN35_4B, n_vocab=1024),
     "9B": replace(QWEN35_9B, n_vocab=1024),
+    "35B-A3B": replace(QWEN35_35B_A3B, n_vocab=1024),
+    "6 experts, 8 layers": replace(MIXTURE, n_layer=8),
+    "8 experts, 8 layers": replace(MIXTURE, n_layer=8, n_expert=8),
+    "8 experts, 32 layers, gqa 4, untied": replace(MIXTURE, n_layer=32, n_expert=8, n_kv=1, tied=False),
+    "experts of 96": replace(MIXTURE, n_layer=8, n_ff_exp=96, n_ff_shared=320),
 }
 _LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\w+), (.*)")
 
@@ -78,10 +85,11 @@ def sparse_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": tmp_path_factory.mktemp("sparse")}
 
 
+@pytest.mark.parametrize("shape", [Dimensions(n_layer=8, n_embd=320, n_ff=1024), replace(MIXTURE, n_layer=8)])
 @pytest.mark.parametrize("recipe_name", ["q4_k_m", "q4_0"])
-def test_dry_run_tells_the_truth(recipe_name: str, tmp_path: Path) -> None:
+def test_dry_run_tells_the_truth(recipe_name: str, shape: Dimensions, tmp_path: Path) -> None:
     recipe = open_recipe(recipe_name)
-    model = build_model(Dimensions(n_layer=8, n_embd=320, n_ff=1024))
+    model = build_model(shape)
     source, target = tmp_path / "f32.gguf", tmp_path / "quantized.gguf"
     full = plan(model, open_recipe("f32"))
     with source.open("wb") as file:
@@ -112,11 +120,12 @@ def _quantize(
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.dry_run = file_type, 1, dry_run
     if importance:
-        ones = np.ones(max(tensor.n_cols for tensor in tensors), dtype=np.float32)
+        widths = {tensor.name: prod(tensor.shape[:-2]) * tensor.n_cols for tensor in tensors}
+        ones = np.ones(max(widths.values()), dtype=np.float32)
         pointer = ones.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         matrix = (llama.llama_model_imatrix_data * (len(tensors) + 1))()
         for entry, tensor in zip(matrix, tensors, strict=False):
-            entry.name, entry.data, entry.size = tensor.name.encode(), pointer, tensor.n_cols
+            entry.name, entry.data, entry.size = tensor.name.encode(), pointer, widths[tensor.name]
         params.imatrix = matrix
     return int(llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)))
 

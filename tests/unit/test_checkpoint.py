@@ -12,7 +12,8 @@ import pytest
 from checkpoint_maker import make_checkpoint, text_config, weights_for, write_safetensors
 
 from pocketquant import open_model
-from pocketquant.architectures.qwen35 import QWEN35, layer_kinds, tiled_after_qk, tiled_heads
+from pocketquant.architectures import ARCHITECTURES
+from pocketquant.architectures.hybrid import layer_kinds, tiled_after_qk, tiled_heads
 from pocketquant.architectures.table import ATTENTION, DELTA
 from pocketquant.errors import ArchitectureError, PocketquantError, SourceError
 from pocketquant.model import Model, Role
@@ -245,7 +246,7 @@ def test_bitsandbytes_leftovers_are_named(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"already quantized \(hqq\)"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
     ],
 )
@@ -277,9 +278,10 @@ def test_overflow_in_a_transform_is_named(tmp_path: Path) -> None:
 
 
 def test_table_covers_every_role_once_per_place() -> None:
-    targets = [(rule.where, rule.target) for rule in QWEN35.tensors]
-    assert len(targets) == len(set(targets))
-    assert {rule.role for rule in QWEN35.tensors} == set(Role)
+    for architecture in ARCHITECTURES:
+        targets = [(rule.where, rule.target) for rule in architecture.tensors]
+        assert len(targets) == len(set(targets))
+    assert {rule.role for architecture in ARCHITECTURES for rule in architecture.tensors} == set(Role)
 
 
 def test_f16_file_next_to_a_stray_one_is_ambiguous(tmp_path: Path) -> None:

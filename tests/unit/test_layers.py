@@ -17,8 +17,10 @@ LAYERS = [
     {"architectures"},
     {"files"},
     {"gguf_file", "runtime"},
-    {"pipeline", "demo"},
-    {"convert", "quant", "eval"},
+    {"pipeline", "demo", "chat_template"},
+    {"splits"},
+    {"convert", "quant", "eval", "check"},
+    {"outputs"},
     {"make"},
     {"cli"},
 ]
@@ -28,6 +30,8 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "tokenizers": {"convert"},
+    "jinja2": {"chat_template"},
+    "huggingface_hub": {"convert"},
 }
 FORBIDDEN = {"torch", "transformers"}
 
@@ -68,6 +72,6 @@ def test_public_names_exist() -> None:
 
 
 def test_importing_imports_nothing_heavy() -> None:
-    heavy = "numpy numba gguf llama_cpp rich typer tokenizers"
+    heavy = "numpy numba gguf llama_cpp rich typer tokenizers jinja2 huggingface_hub"
     code = f"import sys, pocketquant; print([m for m in '{heavy}'.split() if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -24,7 +24,7 @@ def chosen(model: Model, text: str, has_importance: bool = False) -> dict[str, s
 
 
 def test_builtin_recipes_are_all_there_and_named_like_their_files() -> None:
-    wanted = "bf16 f16 f32 iq4_nl iq4_xs pocket_4bit q4_0 q4_k_m q4_k_s q5_k_m q5_k_s q6_k q8_0"
+    wanted = "bf16 f16 f32 iq4_nl iq4_xs pocket_4bit pocket_mmproj q4_0 q4_k_m q4_k_s q5_k_m q5_k_s q6_k q8_0"
     assert builtin_recipes() == tuple(wanted.split())
     for name in builtin_recipes():
         assert open_recipe(name).name == name

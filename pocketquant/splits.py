@@ -1,0 +1,214 @@
+"""One GGUF in several files, none larger than a limit: planned as such, or split and joined again byte for byte.
+
+The shards are those of llama.cpp's gguf-split (tools/gguf-split/gguf-split.cpp, b10359): NAME-00001-of-0000N.gguf, the
+metadata in the first one, three `split.*` keys in each, the tensors in their order. Here the limit holds for whole
+files; gguf-split counts tensors alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+from pocketquant.errors import OutputError, SourceError, listing
+from pocketquant.files import read_at, replacing
+from pocketquant.gguf_file import GgufTensor, encode_header, encode_table, read_shards, shard_paths
+from pocketquant.model import Plan, Value, padded
+
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(?:([KMGT])(I?))?B?", re.IGNORECASE)
+_MAX_SHARDS = 65535  # split.count is a u16
+_COPIED_AT_ONCE = 8 << 20
+
+OnBytes = Callable[[int], None]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512M", "2GB" (powers of 1000, as gguf-split's), "1.5GiB" (powers of 1024) or a plain number.
+
+    Raises:
+        OutputError: no size, or none above zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    nbytes = 0
+    if match:
+        exponent = " KMGT".index(match[2].upper()) if match[2] else 0
+        nbytes = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** exponent)
+    if nbytes < 1:
+        raise OutputError(f"{text!r}: no size; write one like 512M, 2GB or 1.5GiB")
+    return nbytes
+
+
+def split_plan(plan: Plan, target: Path, max_bytes: int | None) -> list[tuple[Plan, Path]]:
+    """The files that a plan is written as: itself, or shards where it is larger than the limit.
+
+    Args:
+        plan: the whole output.
+        target: its path; shards are named after it.
+        max_bytes: limit for a file; None for no limit.
+
+    Returns:
+        Plans and paths for `pocketquant.pipeline.write_together`, in order.
+
+    Raises:
+        OutputError: a tensor, or the metadata, is larger than the limit.
+    """
+    if max_bytes is None or plan.file_bytes <= max_bytes:
+        return [(plan, target)]
+    items = plan.tensors
+    entries = [GgufTensor(item.tensor.name, item.tensor.shape, item.format, 0, item.nbytes) for item in items]
+    shards = []
+    for metadata, start, stop in _shards(plan.metadata, entries, max_bytes):
+        offset, tensors = 0, []
+        for item in items[start:stop]:
+            tensors.append(replace(item, offset=offset))
+            offset += padded(item.nbytes)
+        shards.append(Plan(metadata, tuple(tensors), encode_header(metadata, tensors), plan.importance))
+    return list(zip(shards, shard_paths(target, len(shards)), strict=True))
+
+
+def split_file(source: Path, target: Path, max_bytes: int, on_bytes: OnBytes | None = None) -> list[Path]:
+    """Splits a GGUF, or splits one anew whose first shard is given; the tensors' bytes stay as they are.
+
+    Args:
+        source: any GGUF, of whatever architecture.
+        target: names the shards; one file of this name is written if all fits into it.
+        max_bytes: limit for a file.
+        on_bytes: called with the number of bytes just copied.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        SourceError: a broken file, or one laid out in another way than llama.cpp does.
+        OutputError: a tensor larger than the limit; no space, no permission.
+    """
+    metadata, places = _whole(source)
+    whole = padded(len(encode_table(metadata, [entry for _, entry in places])))
+    if whole + sum(padded(entry.nbytes) for _, entry in places) <= max_bytes:
+        return _copy([(metadata, places)], [target], on_bytes)
+    bounds = _shards(metadata, [entry for _, entry in places], max_bytes)
+    files = [(shard_metadata, places[start:stop]) for shard_metadata, start, stop in bounds]
+    return _copy(files, shard_paths(target, len(files)), on_bytes)
+
+
+def join_file(first: Path, target: Path, on_bytes: OnBytes | None = None) -> None:
+    """Joins a split GGUF; the result is, byte for byte, the file that was split.
+
+    Args:
+        first: the first shard.
+        target: the file to write.
+        on_bytes: as `split_file`.
+
+    Raises:
+        SourceError: no split file, or shards that are missing or do not belong together.
+        OutputError: no space, no permission.
+    """
+    metadata, places = _whole(first)
+    if len({path for path, _ in places} | {first}) < 2:
+        raise SourceError(f"{first}: not split, there is nothing to join")
+    _copy([(metadata, places)], [target], on_bytes)
+
+
+_Places = list[tuple[Path, GgufTensor]]
+
+
+def _whole(source: Path) -> tuple[dict[str, Value], _Places]:
+    """Metadata and tensors of a file, or of all the shards of one, without a trace of the split."""
+    shards = read_shards(source)
+    stated = shards[0][1].metadata
+    metadata = {key: value for key, value in stated.items() if not key.startswith("split.")}
+    places = [(path, entry) for path, header in shards for entry in header.tensors]
+    if len(shards) == 1 and len(metadata) == len(stated):
+        _check_reproducible(source, metadata, [entry for _, entry in places])
+    return metadata, places
+
+
+def _check_reproducible(source: Path, metadata: Mapping[str, Value], entries: Sequence[GgufTensor]) -> None:
+    """Refuses a file that splitting and joining would not give back (another alignment, version or order of data)."""
+    try:
+        table = encode_table(metadata, entries)
+    except ValueError:  # gguf-py cannot write some of what may be read: empty arrays
+        table = b""
+    at, gaps = padded(len(table)), False
+    for entry in entries:
+        gaps |= entry.offset != at
+        at += padded(entry.nbytes)
+    stored = read_at(source, 0, min(len(table), source.stat().st_size)).tobytes()
+    if not table or stored != table or gaps or at != source.stat().st_size:
+        raise SourceError(
+            f"{source}: laid out in another way than llama.cpp and pocketquant write files, so joined shards would not "
+            "be this file again; write it anew first (pocketquant quantize or llama-quantize)"
+        )
+
+
+def _shard_metadata(metadata: Mapping[str, Value], number: int, count: int, n_tensors: int) -> dict[str, Value]:
+    """The keys of one shard, in gguf-split's order."""
+    keys = {
+        "split.no": Value("u16", number),
+        "split.tensors.count": Value("i32", n_tensors),
+        "split.count": Value("u16", count),
+    }
+    kept = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+    return {**kept, **keys} if number == 0 else keys
+
+
+def _shards(
+    metadata: Mapping[str, Value], entries: Sequence[GgufTensor], max_bytes: int
+) -> list[tuple[dict[str, Value], int, int]]:
+    """(metadata, first tensor, last tensor + 1) of each shard: every file as full as the limit allows.
+
+    The first one may be left with metadata alone, which runtimes accept.
+    """
+    bare = [len(encode_table(_shard_metadata(metadata, number, 2, len(entries)), [])) for number in (0, 1)]
+    if bare[0] > max_bytes:
+        raise OutputError(f"the metadata takes {bare[0]:,} bytes, more than the {max_bytes:,} that a file may have")
+    empty = len(encode_table(_shard_metadata({}, 1, 2, 0), []))
+    rows = [len(encode_table(_shard_metadata({}, 1, 2, 0), [entry])) - empty for entry in entries]
+    too_large = [
+        f"{entry.name}: {padded(bare[1] + row) + padded(entry.nbytes):,} bytes"
+        for entry, row in zip(entries, rows, strict=True)
+        if padded(bare[1] + row) + padded(entry.nbytes) > max_bytes
+    ]
+    if too_large:
+        raise OutputError(
+            f"no tensor can be cut in two, and a file may have {max_bytes:,} bytes; allow more, or quantize these "
+            f"further:\n{listing(too_large)}"
+        )
+    starts, header, data = [0], bare[0], 0
+    for i, (entry, row) in enumerate(zip(entries, rows, strict=True)):
+        if padded(header + row) + data + padded(entry.nbytes) > max_bytes:
+            starts.append(i)
+            header, data = bare[1], 0
+        header += row
+        data += padded(entry.nbytes)
+    if len(starts) > _MAX_SHARDS:
+        raise OutputError(f"{len(starts):,} files are more than a split GGUF may have ({_MAX_SHARDS:,})")
+    stops = [*starts[1:], len(entries)]
+    return [
+        (_shard_metadata(metadata, number, len(starts), len(entries)), start, stop)
+        for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
+    ]
+
+
+def _copy(
+    files: Sequence[tuple[Mapping[str, Value], _Places]], targets: Sequence[Path], on_bytes: OnBytes | None
+) -> list[Path]:
+    """Writes each file's header and copies its tensors; all of them appear at the end, the first one last."""
+    with ExitStack() as stack:
+        for (metadata, places), target in zip(files, targets, strict=True):
+            temporary = stack.enter_context(replacing(target))
+            with open(temporary, "wb") as out:
+                table = encode_table(metadata, [entry for _, entry in places])
+                out.write(table.ljust(padded(len(table)), b"\0"))
+                for path, entry in places:
+                    for start in range(0, entry.nbytes, _COPIED_AT_ONCE):
+                        piece = read_at(path, entry.offset + start, min(_COPIED_AT_ONCE, entry.nbytes - start))
+                        out.write(piece.data)
+                        if on_bytes:
+                            on_bytes(piece.nbytes)
+                    out.write(bytes(padded(entry.nbytes) - entry.nbytes))
+    return list(targets)
