@@ -14,8 +14,8 @@ import ctypes
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ import numpy as np
 
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
-from pocketquant.formats import F32Array
+from pocketquant.formats import F32Array, U8Array
 
 _LOGIT_BYTES = 64 << 20
 _LOG_LINES = 8
@@ -35,6 +35,9 @@ _ROW_GROUP = 64
 
 _KEPT_LEVELS = (3, 4)
 """GGML_LOG_LEVEL_WARN and GGML_LOG_LEVEL_ERROR of ggml.h."""
+
+Observe = Callable[[int, bool], bool]
+"""llama.cpp's callback for a node of its graph: (address of the ggml_tensor, True for "is it wanted?")."""
 
 _log: deque[str] = deque(maxlen=_LOG_LINES)
 _log_callback: Any = None
@@ -75,6 +78,21 @@ class Runtime(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """A model that writes text of its own."""
+
+    @property
+    def bos(self) -> int | None: ...
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """As `Runtime.tokenize`."""
+        ...
+
+    def sample(self, tokens: Sequence[int], count: int, *, seed: int) -> list[int]:
+        """`count` tokens drawn one after the other, temperature 1, as they would follow `tokens`."""
+        ...
+
+
 def open_runtime(
     path: str | Path,
     *,
@@ -82,6 +100,7 @@ def open_runtime(
     threads: int | None = None,
     gpu_layers: int = 0,
     rows: int | None = None,
+    observe: Observe | None = None,
 ) -> AbstractContextManager[Runtime]:
     """Loads a GGUF into llama.cpp.
 
@@ -91,6 +110,7 @@ def open_runtime(
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         rows: most rows of logits at a time; None for about 64 MB of them, in multiples of 64.
+        observe: sees each node of the graph before and after it is computed. It must not raise.
 
     Returns:
         A context manager that gives a `Runtime` and frees the model at its end.
@@ -101,17 +121,40 @@ def open_runtime(
     library = require_runtime()
     if not Path(path).is_file():
         raise EvalError(f"{path}: no such file; give the path of a GGUF")
-    return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, rows)
+    return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, rows, observe)
+
+
+def open_sampler(
+    path: str | Path, *, context: int, threads: int | None = None, gpu_layers: int = 0
+) -> AbstractContextManager[Sampler]:
+    """Loads a GGUF to sample from; arguments and errors are those of `open_runtime`."""
+    library = require_runtime()
+    if not Path(path).is_file():
+        raise EvalError(f"{path}: no such file; give the path of a GGUF")
+    return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, None)
 
 
 class _LlamaRuntime:
     """A model and one context of llama.cpp with memory for one sequence."""
 
-    def __init__(self, library: Any, path: Path, context: int, threads: int, gpu_layers: int, rows: int | None) -> None:
+    def __init__(
+        self,
+        library: Any,
+        path: Path,
+        context: int,
+        threads: int,
+        gpu_layers: int,
+        rows: int | None,
+        observe: Observe | None = None,
+    ) -> None:
         self._library = library
         self._path = path
         self._model: Any = None
         self._context: Any = None
+        self._gpu_layers = gpu_layers
+        self._observe: Any = None  # kept here because ctypes does not keep it alive
+        if observe is not None:
+            self._observe = library.ggml_backend_sched_eval_callback(lambda node, ask, _: observe(node, ask))
         self.n_ctx = context
         _log.clear()
         model_params = library.llama_model_default_params()
@@ -146,6 +189,8 @@ class _LlamaRuntime:
         params.n_outputs_max = self.rows
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
+        if self._observe is not None:
+            params.cb_eval = self._observe
         self._context = library.llama_init_from_model(self._model, params)
         if not self._context:
             error = self._failure(
@@ -183,6 +228,23 @@ class _LlamaRuntime:
                 pointer = self._library.llama_get_logits(self._context)
                 yield scored, np.ctypeslib.as_array(pointer, shape=(stop - scored, self.n_vocab))
 
+    def sample(self, tokens: Sequence[int], count: int, *, seed: int) -> list[int]:
+        if not 0 < len(tokens) <= len(tokens) + count <= self.n_ctx:
+            raise ValueError(f"{len(tokens)} tokens and {count} more do not fit a window of {self.n_ctx}")
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        written, start, rng = list(tokens), 0, np.random.default_rng(seed)
+        for _ in range(count):
+            for begin, end in batch_bounds(len(written) - start, len(written) - start - 1, self._batch_tokens, 1):
+                self._decode(written, start + begin, start + end, len(written) - 1)
+            start = len(written)
+            pointer = self._library.llama_get_logits(self._context)
+            logits = np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).astype(np.float64)
+            weights = np.cumsum(np.exp(logits - logits.max()))
+            if not np.isfinite(weights[-1]):
+                raise self._failure("its logits are not finite", "convert the checkpoint again; the file is damaged")
+            written.append(int(np.searchsorted(weights, rng.random() * weights[-1], side="right")))
+        return written[len(tokens) :]
+
     def _decode(self, tokens: Sequence[int], start: int, stop: int, first: int) -> None:
         batch, count = self._batch, stop - start
         positions = np.arange(start, stop)
@@ -212,6 +274,142 @@ class _LlamaRuntime:
             self._model = None
 
     def __enter__(self) -> _LlamaRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_vision_runtime(
+    path: str | Path, mmproj: str | Path, *, context: int, threads: int | None = None, gpu_layers: int = 0
+) -> AbstractContextManager[VisionRuntime]:
+    """Loads a text model and the vision tower beside it into llama.cpp.
+
+    Args:
+        path: GGUF of the text model.
+        mmproj: GGUF of the vision tower.
+        context: tokens in the longest prompt, those of its images included.
+        threads: threads that compute; None for all that this process may use.
+        gpu_layers: layers of the text model computed on a GPU, -1 for all; the tower is there too unless 0.
+
+    Returns:
+        A context manager that gives a `VisionRuntime` and frees both at its end.
+
+    Raises:
+        EvalError: llama-cpp-python is absent, llama.cpp cannot load a file, or they are not of one model.
+    """
+    library = require_runtime()
+    for file in (path, mmproj):
+        if not Path(file).is_file():
+            raise EvalError(f"{file}: no such file; give the path of a GGUF")
+    threads = threads or usable_threads()
+    return VisionRuntime(_LlamaRuntime(library, Path(path), context, threads, gpu_layers, None), Path(mmproj), threads)
+
+
+class VisionRuntime:
+    """A text model that can be shown images.
+
+    Images are u8[height, width, 3], red first. llama.cpp resizes them to sides that are multiples of 32 and to between
+    8 and 4096 tokens of 32 x 32 pixels; one that fits already is taken as it is.
+    """
+
+    def __init__(self, text: _LlamaRuntime, mmproj: Path, threads: int) -> None:
+        from llama_cpp import mtmd_cpp
+
+        self._text, self._mtmd, self._library = text, mtmd_cpp, text._library
+        self.n_vocab = text.n_vocab
+        self.n_embd: int = self._library.llama_model_n_embd_inp(text._model)
+        mtmd_cpp.mtmd_helper_log_set(_log_callback, ctypes.c_void_p(0))
+        params = mtmd_cpp.mtmd_context_params_default()
+        params.use_gpu = text._gpu_layers != 0
+        params.n_threads = threads
+        params.print_timings = params.warmup = False
+        # fused attention rounds keys and values to F16; this measures the file, not the shortcut
+        params.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._tower = mtmd_cpp.mtmd_init_from_file(os.fsencode(mmproj), text._model, params)
+        if not self._tower:
+            error = text._failure(
+                f"llama.cpp cannot load the vision tower {mmproj} beside it",
+                "check that both are of the same model and whole",
+            )
+            text.close()
+            raise error
+
+    def embeddings(self, image: U8Array) -> F32Array:
+        """What the tower makes of an image: f32[n_tokens, n_embd], one token for each 32 x 32 pixels, line by line."""
+        with self._prompt([image]) as chunks:
+            kind = self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE  # the others are the marks around it
+            chunk = next(chunk for chunk in chunks if self._mtmd.mtmd_input_chunk_get_type(chunk) == kind)
+            n_tokens = self._mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+            if self._mtmd.mtmd_encode_chunk(self._tower, chunk):
+                raise self._text._failure("llama.cpp cannot encode the image", "use a smaller one")
+            pointer = self._mtmd.mtmd_get_output_embd(self._tower)
+            return np.ctypeslib.as_array(pointer, shape=(n_tokens, self.n_embd)).copy()
+
+    def logits(self, prompt: Sequence[str | U8Array]) -> F32Array:
+        """Logits f32[n_vocab] after a prompt of texts and images, memory empty at the start.
+
+        The names of special tokens in the texts count as such; `<|vision_start|>` and `<|vision_end|>` are put around
+        every image.
+        """
+        text, library = self._text, self._library
+        library.llama_memory_clear(library.llama_get_memory(text._context), True)
+        with self._prompt(prompt) as chunks:
+            start, n_tokens = 0, sum(self._mtmd.mtmd_input_chunk_get_n_tokens(chunk) for chunk in chunks)
+            if n_tokens > text.n_ctx:
+                raise ValueError(f"{n_tokens} tokens do not fit a window of {text.n_ctx}")
+            for i, chunk in enumerate(chunks):
+                after = library.llama_pos(start)
+                is_last = i == len(chunks) - 1
+                status = self._mtmd.mtmd_helper_eval_chunk_single(
+                    self._tower, text._context, chunk, start, 0, text._batch_tokens, is_last, ctypes.byref(after)
+                )
+                if status:
+                    raise text._failure(f"llama.cpp cannot decode the prompt (status {status})", "use a shorter one")
+                start = after.value
+            pointer = library.llama_get_logits_ith(text._context, -1)
+            return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
+
+    @contextmanager
+    def _prompt(self, parts: Sequence[str | U8Array]) -> Iterator[list[Any]]:
+        """The prompt as llama.cpp's chunks, each of one kind: tokens of text, or an image cut into patches."""
+        mtmd, kept = self._mtmd, []
+        bitmaps: list[Any] = []
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            for part in parts:
+                if isinstance(part, str):
+                    data = part.encode()
+                    kept.append(mtmd.mtmd_input_text(data, len(data), False, True))
+                    kept[-1] = mtmd.mtmd_input_part(ctypes.pointer(kept[-1]), None)
+                else:
+                    if part.ndim != 3 or part.shape[2] != 3 or part.dtype != np.uint8 or 0 in part.shape:
+                        raise ValueError(f"image of {part.dtype} {list(part.shape)}, expected u8 [height, width, 3]")
+                    pixels = np.ascontiguousarray(part)
+                    pointer = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+                    bitmaps.append(mtmd.mtmd_bitmap_init(part.shape[1], part.shape[0], pointer))  # copies the pixels
+                    kept.append(mtmd.mtmd_input_part(None, bitmaps[-1]))
+            pointers = [ctypes.pointer(part) for part in kept]
+            array = (ctypes.POINTER(mtmd.mtmd_input_part) * len(pointers))(*pointers)
+            status = mtmd.mtmd_tokenize_from_parts(self._tower, chunks, array, len(pointers), True)
+            if status:
+                raise self._text._failure(f"llama.cpp cannot prepare the prompt (status {status})", "check its images")
+            yield [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+        finally:
+            for bitmap in bitmaps:
+                mtmd.mtmd_bitmap_free(bitmap)
+            mtmd.mtmd_input_chunks_free(chunks)
+
+    def close(self) -> None:
+        """Frees the tower and the text model; a second call does nothing."""
+        if self._tower:
+            self._mtmd.mtmd_free(self._tower)
+            self._tower = None
+        self._text.close()
+
+    def __enter__(self) -> VisionRuntime:
         return self
 
     def __exit__(
