@@ -1,0 +1,259 @@
+"""A PEFT LoRA adapter, opened and checked: which modules it changes, by which two matrices, at which scale.
+
+Only plain LoRA is taken: W + scale * B @ A. Whatever else adapter_config.json can ask for changes what the matrices
+mean, so it is refused by name, and so is a setting that we have never heard of. Names, settings and their meaning:
+PEFT 0.21.2, `tuners/lora/config.py`, `tuners/lora/layer.py`, `utils/save_and_load.py`, `utils/other.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
+from pocketquant.errors import SourceError, listing
+from pocketquant.files import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"} | {
+    "init_lora_weights",
+    "bias",
+}
+_WITHOUT_EFFECT = {
+    # about training, or about which modules get matrices: the tensors themselves say that
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
+    *("megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
+}
+_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Those that leave the base weights alone; the others subtract something from them that the adapter does not hold."""
+_MAX_RANK = 1 << 16
+_MAX_NAME = 192
+_ALPHAS = (1e-9, 1e9)  # beyond, a scale is nothing or everything in f32
+_MAX_PATTERNS = 4096
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one module's weight: scale * B @ A, or its transpose for an embedding.
+
+    Attributes:
+        module: its path in the model that was trained: "model.layers.0.mlp.up_proj".
+        a: [rank, cols] of the weight; [rank, rows] for an embedding.
+        b: [rows, rank] of the weight; [cols, rank] for an embedding.
+        scale: alpha / rank, or alpha / sqrt(rank).
+        is_embedding: A's columns are the weight's rows.
+    """
+
+    module: str
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    is_embedding: bool
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, cols] of the weight."""
+        rows, cols = self.b.shape[0], self.a.shape[1]
+        return (cols, rows) if self.is_embedding else (rows, cols)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder, opened; no matrix read.
+
+    Attributes:
+        name: of its folder.
+        changes: what is added to which module, in the order of their names.
+        base_weights: module -> weight of the base model as it was in training, saved along.
+        trained_weights: module -> weight that was trained whole (`modules_to_save`).
+    """
+
+    name: str
+    changes: tuple[LowRank, ...]
+    base_weights: Mapping[str, StoredTensor]
+    trained_weights: Mapping[str, StoredTensor]
+
+
+def open_adapter(folder: Path | str) -> Adapter:
+    """Opens a folder with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        SourceError: files missing or broken, another method than plain LoRA, matrices missing, of a wrong shape or type
+            or unknown (all listed).
+    """
+    folder = Path(folder)
+    config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    if not config_path.is_file():
+        raise SourceError(f"{folder}: no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
+    if not weights_path.is_file():
+        found = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
+        raise SourceError(f"{folder}: no {WEIGHTS}{found}; save the adapter as safetensors")
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise SourceError(f"{config_path}: no JSON object")
+    problems = _config_problems(config)
+    if problems:
+        raise SourceError(
+            f"{config_path}: the adapter is more than plain LoRA, or cannot be read as such; merge it with PEFT "
+            f"(merge_and_unload) and convert the result:\n{listing(problems)}"
+        )
+    matrices, whole, problems = _sort_tensors(read_safetensors_header(weights_path))
+    changes = []
+    for (module, is_embedding), pair in sorted(matrices.items()):
+        change = _low_rank(module, is_embedding, pair, config)
+        if isinstance(change, str):
+            problems.append(f"{module}: {change}")
+        else:
+            changes.append(change)
+    if problems:
+        raise SourceError(f"{weights_path}: tensors that no plain LoRA adapter has:\n{listing(problems)}")
+    saved = config.get("modules_to_save") or []
+    trained = {key: tensor for key, tensor in whole.items() if _is_listed(key, saved) and not key[1]}
+    base = {key: tensor for key, tensor in whole.items() if key not in trained}
+    if not changes and not trained:
+        raise SourceError(f"{weights_path}: holds no LoRA matrices")
+    return Adapter(
+        folder.resolve().name,
+        tuple(changes),
+        {module: tensor for (module, _), tensor in base.items()},
+        {module: tensor for (module, _), tensor in trained.items()},
+    )
+
+
+def _is_listed(key: tuple[str, bool], saved: list[str]) -> bool:
+    return any(key[0] == name or key[0].endswith(f".{name}") for name in saved)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type {config.get('peft_type')!r}, expected 'LORA'")
+    if type(config.get("r")) is not int or not 1 <= config["r"] <= _MAX_RANK:
+        problems.append(f"r {config.get('r')!r}, expected an integer from 1 to {_MAX_RANK}")
+    if not _is_alpha(config.get("lora_alpha")):
+        problems.append(f"lora_alpha {config.get('lora_alpha')!r}, expected a number from {_ALPHAS[0]} to {_ALPHAS[1]}")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias {config['bias']!r}: biases were trained too, and no Qwen3.5 projection has one")
+    start = config.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _INITIALIZATIONS:
+        problems.append(
+            f"init_lora_weights {start!r}: changes the base weights before training; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes it a plain one"
+        )
+    if type(config.get("use_rslora", False)) is not bool:
+        problems.append(f"use_rslora {config['use_rslora']!r}, expected true or false")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        problems.append(f"modules_to_save {str(saved)[:80]!r}, expected a list of names")
+    for key in ("rank_pattern", "alpha_pattern"):
+        problems += _pattern_problems(key, config.get(key) or {})
+    problems += [
+        f"{key} {str(value)[:80]!r}: not supported"
+        for key, value in config.items()
+        if value and key not in _READ and key not in _WITHOUT_EFFECT
+    ]
+    return problems
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and _ALPHAS[0] <= value <= _ALPHAS[1]
+
+
+def _pattern_problems(key: str, patterns: Any) -> list[str]:
+    """Patterns are regular expressions of whoever made the adapter; those that could run for ages are refused."""
+    if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
+        return [f"{key}: expected an object of at most {_MAX_PATTERNS} names"]
+    problems = []
+    for pattern, value in patterns.items():
+        quantifiers = len(re.findall(r"[*+{]|(?<!\()\?", pattern))
+        is_whole = type(value) is int and 1 <= value <= _MAX_RANK
+        if not (is_whole if key == "rank_pattern" else _is_alpha(value)):
+            problems.append(f"{key} {pattern!r}: {value!r}")
+        elif len(pattern) > _MAX_NAME or quantifiers > 2 or re.search(r"\)[*+{]|\\\d|\(\?[^:=!]", pattern):
+            problems.append(f"{key} {pattern[:80]!r}: too intricate a pattern; write the modules' names")
+        else:
+            try:
+                re.compile(_whole(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                problems.append(f"{key} {pattern!r}: {error}")
+    return problems
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _chosen(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that the module's name ends with, at a dot; as PEFT's `get_pattern_key`."""
+    matching = (value for pattern, value in (patterns or {}).items() if re.match(_whole(pattern), module))
+    return next(matching, default)
+
+
+# ---------------------------------------------------------------- tensors
+
+_OF_MODULE = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_OF_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+"""Module, A or B, name of the adapter. An embedding has parameters where others have modules with a weight."""
+
+_Matrices = dict[tuple[str, bool], dict[str, StoredTensor]]
+_Whole = dict[tuple[str, bool], StoredTensor]
+
+
+def _sort_tensors(stored: list[StoredTensor]) -> tuple[_Matrices, _Whole, list[str]]:
+    """(module, is embedding) -> its A and B; (module, is below LoRA) -> whole weights; names that are neither."""
+    matrices: _Matrices = {}
+    whole: _Whole = {}
+    problems, adapters = [], set()
+    for tensor in stored:
+        name = tensor.name.removeprefix("base_model.model.")
+        is_short = len(name) <= _MAX_NAME
+        match = (_OF_MODULE.fullmatch(name) or _OF_EMBEDDING.fullmatch(name)) if is_short else None
+        if match:
+            pair = matrices.setdefault((match[1], match.re is _OF_EMBEDDING), {})
+            if match[2] in pair:
+                problems.append(f"{name}: a second {match[2]} matrix of the module")
+            pair[match[2]] = tensor
+            adapters.add(match[3] or "")
+        elif is_short and "lora_" not in name and name.endswith(".weight"):
+            module = name.removesuffix(".weight")
+            whole[module.removesuffix(".base_layer"), module.endswith(".base_layer")] = tensor
+        else:
+            problems.append(f"{name[:_MAX_NAME]} {tensor.dtype} {list(tensor.shape)}")
+    if len(adapters) > 1:
+        problems.append(f"matrices of several adapters: {', '.join(sorted(repr(name) for name in adapters))}")
+    return matrices, whole, problems
+
+
+def _low_rank(
+    module: str, is_embedding: bool, pair: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> LowRank | str:
+    """The change, or what is wrong with its matrices."""
+    a, b = pair.get("A"), pair.get("B")
+    if a is None or b is None:
+        return f"its {'A' if a is None else 'B'} matrix is missing"
+    shapes = f"A {list(a.shape)}, B {list(b.shape)}"
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        hint = "; LoRA on a convolution is not supported" if len(a.shape) > 2 else ""
+        return f"{shapes}: expected two matrices{hint}"
+    if a.shape[0] != b.shape[1]:
+        return f"{shapes}: A's rows and B's columns differ"
+    rank = _chosen(config.get("rank_pattern"), module, config["r"])
+    if a.shape[0] != rank:
+        return f"{shapes}: {CONFIG} says rank {rank}"
+    readable = ("BF16", "F16", "F32")
+    if a.dtype not in readable or b.dtype not in readable:
+        return f"data types {a.dtype} and {b.dtype}, expected {', '.join(readable)}"
+    alpha = _chosen(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return LowRank(module, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), is_embedding)

@@ -1,0 +1,205 @@
+"""Merges an adapter into a checkpoint while its rows are read.
+
+A changed tensor stands in for the stored one and gives F32 rows, base + scale * B @ A, before anything is permuted: the
+adapter was trained on the checkpoint's order of heads. Sums run in f64 in the order of the rank and are rounded once,
+to f32, so that no linear algebra library has a say in the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketquant.convert.adapter import Adapter, LowRank
+from pocketquant.convert.quantized.numbers import floats
+from pocketquant.convert.quantized.tensor import Reads
+from pocketquant.convert.safetensors import CheckpointTensor, RangeFile, StoredTensor
+from pocketquant.errors import SourceError, listing
+from pocketquant.formats import F32Array
+
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+"""Where the text model may stand in the trained model and in the checkpoint; the two need not agree."""
+HEAD = "lm_head"
+_EMBEDDING = "embed_tokens"
+_BLOCK_WEIGHTS = 1 << 15  # summed at a time: 256 KiB of f64, which stays in cache over the whole rank
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor of the checkpoint with an adapter's change added; a `CheckpointTensor`.
+
+    Attributes:
+        name: in the checkpoint.
+        base: what is stored there.
+        change: what to add; None for the plain numbers as F32.
+        reads: keeps A and B between chunks.
+    """
+
+    name: str
+    base: CheckpointTensor
+    change: LowRank | None
+    reads: Reads
+
+    @property
+    def file(self) -> RangeFile:
+        return self.base.file
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * prod(self.shape)
+
+    def words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Rows [start, stop) of the merged tensor, `<u4`; SourceError if the adapter's numbers are not finite."""
+        rows = floats(self.base.words(start, stop), self.base.dtype)
+        if self.change is not None:
+            left, right = matrices(self.change, self.reads, start, stop)
+            rows = add_product(rows, left, right, self.change.scale)
+        return np.ascontiguousarray(rows, dtype="<f4").view("<u4")
+
+
+def matrices(change: LowRank, reads: Reads, start: int, stop: int) -> tuple[F32Array, F32Array]:
+    """Two matrices whose product, scaled, is the change of rows [start, stop): f32[n, rank] and f32[rank, cols].
+
+    Raises:
+        SourceError: a number is not finite.
+    """
+    a, b = reads.words(change.a), reads.words(change.b)
+    if change.is_embedding:
+        left, right = floats(a[:, start:stop], change.a.dtype).T, floats(b, change.b.dtype).T
+    else:
+        left, right = floats(b[start:stop], change.b.dtype), floats(a, change.a.dtype)
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        raise SourceError(
+            f"{change.a.file}: {change.module}: non-finite number in its A or B matrix; the adapter is broken"
+        )
+    return left, right
+
+
+def add_product(rows: F32Array, left: F32Array, right: F32Array, scale: float) -> F32Array:
+    """rows + scale * left @ right, each entry summed in f64 in the order of the rank and rounded once.
+
+    Args:
+        rows: f32[n, k].
+        left: f32[n, rank].
+        right: f32[rank, k].
+    """
+    merged = np.empty_like(rows)
+    scaled, right = left.astype(np.float64) * scale, right.astype(np.float64)
+    step = max(1, _BLOCK_WEIGHTS // rows.shape[1])
+    for start in range(0, len(rows), step):
+        block = slice(start, min(start + step, len(rows)))
+        total = np.zeros((block.stop - start, rows.shape[1]))
+        term = np.empty_like(total)
+        for column, line in zip(scaled[block].T, right, strict=True):
+            np.multiply(column[:, None], line, out=term)
+            total += term
+        total += rows[block]
+        with np.errstate(over="ignore"):  # whoever reads rows looks for what is not finite
+            merged[block] = total
+    return merged
+
+
+def merge_adapter(
+    stored: Mapping[str, CheckpointTensor], adapter: Adapter, tied: bool, dropped: Mapping[str, str], notes: list[str]
+) -> dict[str, CheckpointTensor]:
+    """The checkpoint's tensors with the adapter's changes in their place; reads no weights.
+
+    While an adapter is trained, embedding and head are two modules even where they share their weights, so changing one
+    of them leaves the other as it was. The merged model then has a head of its own.
+
+    Args:
+        stored: the checkpoint's tensors by name.
+        adapter: from `open_adapter`.
+        tied: the embedding is the output head.
+        dropped: prefixes of names that are left out of the model -> what they are.
+        notes: what was merged is added here.
+
+    Raises:
+        SourceError: modules that the checkpoint does not have, or of another shape (all listed).
+    """
+    merged, reads = dict(stored), Reads()
+    problems: list[str] = []
+
+    def replace_weights(weights: Mapping[str, StoredTensor], what: str) -> None:
+        for module, tensor in weights.items():
+            name = _name_in(merged, module)
+            if name is None:
+                problems.append(f"{module}: the checkpoint has no such weight")
+            elif len(tensor.shape) != 2 or tensor.shape != merged[name].shape:
+                found = f"{what}, {list(tensor.shape)}, in the checkpoint {list(merged[name].shape)}"
+                problems.append(f"{module}: {found}; only matrices can be replaced")
+            else:
+                merged[name] = tensor
+        if weights:
+            notes.append(f"adapter {adapter.name}: {len(weights)} weights {what} in place of the checkpoint's")
+
+    replace_weights(adapter.base_weights, "of the base model that it brings along")
+    changed = [*adapter.trained_weights, *(change.module for change in adapter.changes)]
+    embedding = _name_in(merged, _EMBEDDING)
+    if tied and embedding is not None and any(_last(module) in (_EMBEDDING, HEAD) for module in changed):
+        head = _name_in(merged, HEAD) or f"{HEAD}.weight"
+        merged[head] = MergedTensor(head, merged[embedding], None, reads)
+        notes.append(f"adapter {adapter.name}: trained one of embedding and head, which were tied: now they are two")
+    replace_weights(adapter.trained_weights, "trained whole")
+    for change in adapter.changes:
+        name = _name_in(merged, change.module)
+        if name is None:
+            problems.append(f"{change.module}: the checkpoint has no such weight")
+        elif change.shape != merged[name].shape:
+            problems.append(f"{change.module}: {list(change.shape)}, in the checkpoint {list(merged[name].shape)}")
+        else:
+            merged[name] = MergedTensor(name, merged[name], change, reads)
+    if problems:
+        raise SourceError(
+            f"adapter {adapter.name}: does not fit the checkpoint; is it of another base model?\n{listing(problems)}"
+        )
+    notes.extend(_describe(adapter, merged, dropped))
+    return merged
+
+
+def _describe(adapter: Adapter, merged: Mapping[str, CheckpointTensor], dropped: Mapping[str, str]) -> list[str]:
+    ranks = sorted({change.rank for change in adapter.changes})
+    scales = sorted({change.scale for change in adapter.changes})
+    text = f"rank {_range(ranks)}, scale {_range(scales)}" if adapter.changes else "no LoRA matrices"
+    described = [f"adapter {adapter.name}: merged into {len(adapter.changes)} tensors ({text})"]
+    names = [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.change is not None]
+    for what in dict.fromkeys(dropped.values()):
+        prefixes = tuple(prefix for prefix, reason in dropped.items() if reason == what)
+        count = sum(name.startswith(prefixes) for name in names)
+        if count:
+            described.append(
+                f"adapter {adapter.name}: {count} of these belong to the {what}, which this file leaves out"
+            )
+    return described
+
+
+def _range(values: list[int] | list[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def without_prefix(module: str) -> str:
+    """A module's path inside the text model: "layers.0.mlp.up_proj", "embed_tokens", "lm_head"."""
+    return module.removeprefix(next(prefix for prefix in PREFIXES if module.startswith(prefix)))
+
+
+def _name_in(stored: Mapping[str, CheckpointTensor], module: str) -> str | None:
+    """The checkpoint's name of a module's weight: as it stands, or under the checkpoint's own prefix."""
+    inside = without_prefix(module)
+    names = (f"{module}.weight", *(f"{prefix}{inside}.weight" for prefix in PREFIXES))
+    return next((name for name in names if name in stored), None)
