@@ -1,4 +1,4 @@
-"""A source -> `Model`: a checkpoint folder or a GGUF file."""
+"""A source -> `Model`: a checkpoint, local or on a hub, or a GGUF file."""
 
 from pocketquant.convert.checkpoint import open_checkpoint
 from pocketquant.convert.sources import open_model

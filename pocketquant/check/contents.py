@@ -1,0 +1,121 @@
+"""What is checked: a GGUF's header and numbers as they are, or an opened model's.
+
+`open_gguf` refuses what a check has to describe, and its rows refuse numbers that are not finite, so this reads the
+header itself and hands out whatever stands in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from pocketquant.architectures import ARCHITECTURES
+from pocketquant.architectures.table import Architecture
+from pocketquant.files import read_at
+from pocketquant.formats import F32Array, U8Array
+from pocketquant.gguf_file import GgufTensor, read_header
+from pocketquant.model import Model, Tensor, Value
+
+CHUNK_WEIGHTS = 1 << 20
+
+ReadRows = Callable[[int, int], tuple[U8Array, F32Array]]
+"""Rows [start, stop) as stored and as numbers."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. `format` is the name of a GGML type, `shape` is [rows, cols]."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    read: ReadRows
+
+    @property
+    def n_cols(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    def row_chunks(self) -> Iterator[tuple[int, int]]:
+        """Row ranges of about a million weights."""
+        step = max(1, CHUNK_WEIGHTS // self.n_cols)
+        for start in range(0, self.n_rows, step):
+            yield start, min(start + step, self.n_rows)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file or a model: its metadata and tensors, and the table of its architecture if there is one."""
+
+    architecture: str
+    metadata: Mapping[str, Value]
+    entries: Mapping[str, Entry]
+    table: Architecture | None
+    is_file: bool
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text model of a known architecture (a vision tower has a table of its own)."""
+        return self.table is not None and self.table.blocks == "blk"
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks announced, those of multi-token prediction included, within what any model has."""
+        return min(max(self.number("block_count") or 0, 0), 4096)
+
+    @property
+    def n_mtp(self) -> int:
+        """Blocks of multi-token prediction announced, within reason."""
+        return min(max(self.number("nextn_predict_layers") or 0, 0), 16)
+
+    def number(self, key: str) -> int | None:
+        """A key of the architecture (`block_count`) if it is there and a whole number."""
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        return value.value if value is not None and type(value.value) is int else None
+
+
+def contents_of_gguf(path: Path) -> Contents:
+    """Reads the header of any GGUF; SourceError if that cannot be done."""
+    header = read_header(path)
+    name = header.metadata.get("general.architecture", Value("str", "")).value
+    entries = {
+        tensor.name: Entry(
+            tensor.name, tensor.shape, tensor.format.name, tensor.nbytes, partial(_read_gguf, path, tensor)
+        )
+        for tensor in header.tensors
+    }
+    return Contents(str(name), header.metadata, entries, _table(str(name)), is_file=True)
+
+
+def contents_of_model(model: Model) -> Contents:
+    """An opened checkpoint. Its rows are what would be written, before rounding."""
+    entries = {
+        tensor.name: Entry(tensor.name, tensor.shape, tensor.dtype, 0, partial(_read_tensor, tensor))
+        for tensor in model.tensors
+    }
+    return Contents(model.architecture, model.metadata, entries, _table(model.architecture), is_file=False)
+
+
+def _table(name: str) -> Architecture | None:
+    return next((architecture for architecture in ARCHITECTURES if architecture.name == name), None)
+
+
+def _read_gguf(path: Path, tensor: GgufTensor, start: int, stop: int) -> tuple[U8Array, F32Array]:
+    row_bytes = tensor.format.row_bytes(tensor.shape[-1])
+    raw = read_at(path, tensor.offset + start * row_bytes, (stop - start) * row_bytes).reshape(stop - start, row_bytes)
+    with np.errstate(invalid="ignore", over="ignore"):  # numbers that are none are what we look for
+        return raw, tensor.format.decode(raw, tensor.shape[-1])
+
+
+def _read_tensor(tensor: Tensor, start: int, stop: int) -> tuple[U8Array, F32Array]:
+    values = np.ascontiguousarray(tensor.rows(start, stop))
+    return values.view(np.uint8), values

@@ -1,0 +1,66 @@
+"""Runs a check on whatever was named, and shows what it found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from pocketquant.check import ERROR, CheckReport, Finding, check_gguf, check_model
+from pocketquant.cli.screen import size
+from pocketquant.convert import open_model
+from pocketquant.errors import ArchitectureError, TokenizerError
+
+_SHOWN = 8
+"""Findings of one kind that are written out; a file without a block misses a dozen tensors for one reason."""
+
+
+def check_file_or_source(file: str, source: str | None, progress: Callable[[int, int], None]) -> CheckReport:
+    """Checks a GGUF, against a source if one is given, or a checkpoint: one that is refused is a finding."""
+    path = Path(file)
+    if path.is_file() and path.suffix != ".safetensors":
+        return check_gguf(path, open_model(source) if source else None, progress=progress)
+    if source is not None:
+        raise typer.BadParameter("only a GGUF file can be compared with a source", param_hint="--source")
+    try:
+        return check_model(open_model(file), progress=progress)
+    except (ArchitectureError, TokenizerError) as error:
+        refused = Finding(ERROR, "refused", "", str(error), "this checkpoint cannot be converted as it is")
+        return CheckReport((refused,), (), (), {"architecture": None, "tensors": 0, "tensor_bytes": 0})
+
+
+def print_report(file: str, report: CheckReport) -> None:
+    """Findings on stdout, a line or two each, then the notes and how many there are."""
+    shown: Counter[str] = Counter()
+    totals = Counter(finding.code for finding in report.findings)
+    for finding in report.findings:
+        shown[finding.code] += 1
+        if shown[finding.code] > _SHOWN:
+            continue
+        place = f" {finding.tensor}" if finding.tensor else ""
+        print(f"{finding.severity}: {finding.code}{place}: {finding.message}")
+        if shown[finding.code] < min(_SHOWN, totals[finding.code]):
+            continue
+        if totals[finding.code] > _SHOWN:
+            print(f"  ... and {totals[finding.code] - _SHOWN} more of {finding.code}; --json lists them all")
+        if finding.advice:
+            print(f"  -> {finding.advice}")
+    for note in report.notes:
+        print(f"note: {note}")
+    n_errors = sum(finding.severity == ERROR for finding in report.findings)
+    print(f"{file}: {n_errors} errors, {len(report.findings) - n_errors} warnings ({_about(report)})")
+
+
+def _about(report: CheckReport) -> str:
+    about = f"{report.described['architecture'] or 'unknown architecture'}, {report.described['tensors']} tensors"
+    if nbytes := report.described["tensor_bytes"]:
+        about += f", {size(nbytes)}"
+    lossy = [(item.snr_db, item) for item in report.comparisons if item.snr_db is not None]
+    if lossy:
+        snr, least = min(lossy, key=lambda pair: pair[0])
+        about += f"; least like the source: {least.tensor} ({least.format}) with {snr:.1f} dB"
+    elif report.comparisons:
+        about += f"; {len(report.comparisons)} tensors equal the source's"
+    return about

@@ -1,0 +1,50 @@
+"""A model's chat template: replaced if the user says so, rendered, and refused if it does not work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pocketquant.chat_template import MAX_TEMPLATE_CHARACTERS, find_template_problems
+from pocketquant.errors import TokenizerError, listing
+from pocketquant.model import Model, Value
+
+_KEY = "tokenizer.chat_template"
+
+
+def with_chat_template(model: Model, template: Path | str | None = None, *, refuse: bool = True) -> Model:
+    """The model with its chat templates rendered and what they cannot do among its notes.
+
+    Args:
+        model: from a checkpoint or a GGUF.
+        template: a file to take in place of the model's own templates, all of them; None to keep them.
+        refuse: whether a template that does not render a plain conversation is an error or only a note. A template
+            given as a file is always refused.
+
+    Raises:
+        TokenizerError: the file cannot be read, or a template is broken; the line and the case are named.
+    """
+    if template is not None:
+        model = replace(model, metadata=_with_own(model, _read(Path(template))))
+    problems = find_template_problems(model.metadata)
+    errors = [problem.text for problem in problems if problem.level == "error"]
+    if errors and (refuse or template is not None):
+        raise TokenizerError(
+            "the chat template does not work; mend it, or give another with --chat-template FILE:\n" + listing(errors)
+        )
+    notes = tuple(problem.text for problem in problems if problem.level != "silence")
+    return replace(model, notes=(*model.notes, *notes))
+
+
+def _with_own(model: Model, text: str) -> dict[str, Value]:
+    kept = {key: value for key, value in model.metadata.items() if not key.startswith(_KEY)}
+    return {**kept, _KEY: Value("str", text)}
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARACTERS:
+            raise TokenizerError(f"{path}: {path.stat().st_size} bytes; no chat template is so long")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read as a chat template: {error}") from error
