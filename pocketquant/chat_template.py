@@ -116,7 +116,7 @@ _CALLING_TWICE = (
     _result("light drizzle"),
 )
 _IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Whose burrow is this?"}]}
-_IMAGES = "an image"
+IMAGES = "an image"
 _PROMPT = {"add_generation_prompt": True}
 _TOOLS = {"tools": [_TOOL], "add_generation_prompt": True}
 
@@ -137,7 +137,7 @@ CASES = (
         False,
         ("Hobart", "light drizzle", "wallaby"),
     ),
-    Case(_IMAGES, (_SYSTEM, _IMAGE), _PROMPT, False, ("burrow",)),
+    Case(IMAGES, (_SYSTEM, _IMAGE), _PROMPT, False, ("burrow",)),
 )
 """Why these, and which are required: docs/decisions/chat-template-cases.md."""
 
@@ -189,7 +189,7 @@ def _problem(name: str, case: Case, rendering: Rendering, *, may_refuse: bool) -
         return TemplateProblem("error", place + rendering.message)
     if rendering.outcome != RENDERED:
         # a template that joins texts crashes over a list of parts; that it reads no images is no fault
-        optional = "refusal" if rendering.outcome == REFUSED or case.name == _IMAGES else "crash"
+        optional = "refusal" if rendering.outcome == REFUSED or case.name == IMAGES else "crash"
         level = "error" if case.is_required and not may_refuse else optional
         return TemplateProblem(level, place + rendering.message)
     absent = [word for word in case.shows if word not in rendering.text]

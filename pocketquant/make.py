@@ -12,24 +12,31 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from pocketquant.convert import open_model
+import numpy as np
+
+from pocketquant.convert.sources import Parts, open_parts
 from pocketquant.demo import text_path
-from pocketquant.errors import OutputError
+from pocketquant.errors import EvalError, OutputError
 from pocketquant.eval import WeightError, compare, weight_errors
 from pocketquant.eval.report import Report, identify
 from pocketquant.gguf_file import file_name, open_gguf
 from pocketquant.model import Model, Plan
+from pocketquant.outputs import default_mmproj_recipe, plan_outputs
 from pocketquant.pipeline import write
-from pocketquant.quant import open_recipe, plan, read_importance
+from pocketquant.quant import Importance, Recipe, open_recipe, plan, read_importance
+from pocketquant.quant.collect import SELF, Calibration, collect_importance
+from pocketquant.quant.importance import importance_of, write_sums
 from pocketquant.runtime import require_runtime
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")
 SCHEMA = "pocketquant.make/1"
+CALIBRATION_CHUNKS = 128
+"""Windows of calibration text, unless told otherwise: more change little, and every one costs time."""
 
 ByteBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 StepBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -50,6 +57,22 @@ class Variant:
     recipe: str
     name: str
     plan: Plan
+    opened: Recipe
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """The importance matrix that a release makes for itself, from its own reference.
+
+    Attributes:
+        text: a file, or "self" for a text that the model writes.
+        chunks: most windows; None for the default.
+        name: of the matrix, which is kept beside the quantized files.
+    """
+
+    text: Path | str
+    chunks: int | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -58,20 +81,26 @@ class Release:
 
     Attributes:
         variants: the files to keep.
+        sidecars: the vision tower's and the multi-token-prediction block's file, where the source has them.
         reference: full precision, for the evaluation; made and deleted again.
+        importance: a matrix that was given; None if one is made, or none used.
+        calibrating: how to make one; the variants are then planned for a stand-in, which costs the same bytes.
     """
 
-    source: Path
+    source: str
     model: Model
     variants: tuple[Variant, ...]
+    sidecars: tuple[Variant, ...]
     reference: Variant
     text: Path
     context: int
     chunks: int | None
+    importance: Importance | None = None
+    calibrating: Calibrating | None = None
 
     @property
     def kept_bytes(self) -> int:
-        return sum(variant.plan.file_bytes for variant in self.variants)
+        return sum(variant.plan.file_bytes for variant in (*self.variants, *self.sidecars))
 
     @property
     def disk_bytes(self) -> int:
@@ -101,30 +130,89 @@ def plan_release(
     context: int = 512,
     chunks: int | None = None,
     imatrix: Path | None = None,
+    calibrate: Path | str | None = None,
+    calibrate_chunks: int | None = None,
     reference_type: str = "f32",
+    keep_source: Path | None = None,
 ) -> Release:
     """Opens the source and plans every file; reads no weights, writes nothing.
 
     Args:
-        source: checkpoint folder or full-precision GGUF.
+        source: as `open_model`. The weights are read several times: give `keep_source` with a repository on a hub.
         recipes: names or TOML files, one output each.
         text: what to measure on; None for the embedded evaluation text.
         context: tokens in a window.
         chunks: most windows to score; None for the whole text.
         imatrix: importance matrix for the quantized files.
+        calibrate: without one, the text to make one from: a file, or "self" for a text that the model writes. None for
+            no importance; `calibration_text()` is what the command takes.
+        calibrate_chunks: most windows of it.
         reference_type: recipe of the reference: f32, or bf16 where memory is short.
+        keep_source: a folder to download a repository into.
+
+    Raises:
+        EvalError: the same text to calibrate and to measure on.
     """
     require_runtime()
-    model = open_model(source)
-    importance = read_importance(imatrix) if imatrix else None
-    variants = tuple(_variant(model, recipe, importance) for recipe in recipes)
-    reference = _variant(model, reference_type, None)
-    return Release(Path(source), model, variants, reference, text or text_path("evaluation"), context, chunks)
+    text = text or text_path("evaluation")
+    parts = open_parts(source, keep_source=keep_source)
+    model = parts.model
+    importance, calibrating = read_importance(imatrix) if imatrix else None, None
+    planned_for = importance
+    if imatrix is None and calibrate is not None:
+        if calibrate != SELF and Path(calibrate).resolve() == text.resolve():
+            raise EvalError(f"{text}: measured on the text it is calibrated on, a file looks better than it is")
+        name = file_name(model.metadata, "imatrix").replace("-IMATRIX.gguf", "-imatrix.gguf")  # no type of numbers
+        calibrating = Calibrating(calibrate, calibrate_chunks, name)
+        planned_for = _stand_in(model, calibrating)
+    variants = tuple(_variant(model, open_recipe(recipe), planned_for) for recipe in recipes)
+    if calibrating and not any(variant.plan.importance for variant in variants):
+        calibrating = None  # nothing is rounded in blocks
+    reference = _variant(model, open_recipe(reference_type), None)
+    return Release(
+        str(source),
+        model,
+        variants,
+        _sidecars(parts, variants[0]),
+        reference,
+        text,
+        context,
+        chunks,
+        importance,
+        calibrating,
+    )
 
 
-def _variant(model: Model, recipe: str, importance: Any) -> Variant:
-    opened = open_recipe(recipe)
-    return Variant(opened.name, file_name(model.metadata, opened.name), plan(model, opened, importance))
+def _sidecars(parts: Parts, first: Variant) -> tuple[Variant, ...]:
+    """What lies beside the model, after the first variant: `mmproj-NAME` and `mtp-NAME`."""
+    outputs = plan_outputs(
+        parts, Path(first.name), first.opened, lambda model: first.plan, default_mmproj_recipe(first.recipe), None
+    )
+    return tuple(
+        Variant(str(output.plan.metadata["pocketquant.recipe"].value), path.name, output.plan, first.opened)
+        for output in outputs[1:]
+        for _, path in output.files
+    )
+
+
+def calibration_text() -> Path:
+    """The embedded text that `make` calibrates on by default."""
+    return text_path("calibration")
+
+
+def _stand_in(model: Model, calibrating: Calibrating) -> Importance:
+    """Importance with the names and numbers' sizes of the matrix to come, for plans that cost what theirs will."""
+    weights = {
+        tensor.name: np.broadcast_to(np.float32(1), (*tensor.shape[:-2], tensor.n_cols))
+        for tensor in model.tensors
+        if len(tensor.shape) > 1 and tensor.layer is not None
+    }
+    text = calibrating.text
+    return Importance(weights, calibrating.name, (SELF if text == SELF else Path(text).name,), 1)
+
+
+def _variant(model: Model, recipe: Recipe, importance: Importance | None) -> Variant:
+    return Variant(recipe.name, file_name(model.metadata, recipe.name), plan(model, recipe, importance), recipe)
 
 
 def make_release(
@@ -155,6 +243,9 @@ def make_release(
     with _staging(out, release.disk_bytes) as staging:
         reference = staging / release.reference.name
         _write(release.reference, reference, "reference", threads, bars)
+        calibration = None
+        if release.calibrating:
+            release, calibration = _calibrate(release, reference, staging, threads, gpu_layers, bars)
         measured = []
         for variant in release.variants:
             path = staging / variant.name
@@ -172,15 +263,42 @@ def make_release(
                 )
             measured.append(Measured(variant, report, tuple(weight_errors(open_gguf(path), release.model))))
         reference.unlink()
-        result = _describe(release, measured)
+        result = _describe(release, measured, calibration)
         (staging / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (staging / "report.md").write_text(to_markdown(result), encoding="utf-8")
-        names = [*(variant.name for variant in release.variants), "report.json", "report.md"]
+        for sidecar in release.sidecars:
+            _write(sidecar, staging / sidecar.name, sidecar.name, threads, bars)
+        made = [release.calibrating.name] if release.calibrating else []
+        files = [*release.variants, *release.sidecars]
+        names = [*(variant.name for variant in files), *made, "report.json", "report.md"]
         sums = "".join(f"{identify(staging / name).sha256}  {name}\n" for name in names)
         (staging / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for name in [*names, "SHA256SUMS"]:
             os.replace(staging / name, out / name)
     return result
+
+
+def _calibrate(
+    release: Release, reference: Path, staging: Path, threads: int | None, gpu_layers: int, bars: Bars
+) -> tuple[Release, Calibration]:
+    """Makes the matrix, and plans every variant again with it."""
+    calibrating = release.calibrating
+    assert calibrating is not None
+    is_written = calibrating.text == SELF
+    with bars.steps("calibrate") as advance:
+        sums, calibration = collect_importance(
+            reference,
+            calibrating.text,
+            context=release.context,
+            chunks=calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
+            threads=threads,
+            gpu_layers=gpu_layers,
+            progress=advance,
+        )
+    write_sums(sums, staging / calibrating.name)
+    importance = importance_of(sums, calibrating.name)
+    variants = tuple(_variant(release.model, variant.opened, importance) for variant in release.variants)
+    return replace(release, variants=variants, importance=importance), calibration
 
 
 class _staging:
@@ -216,18 +334,24 @@ def _write(variant: Variant, path: Path, label: str, threads: int | None, bars: 
         write(variant.plan, path, threads=threads, on_bytes=advance)
 
 
-def _describe(release: Release, measured: Sequence[Measured]) -> dict[str, Any]:
-    source = release.source
+def _describe(release: Release, measured: Sequence[Measured], calibration: Calibration | None) -> dict[str, Any]:
+    source = Path(release.source)
     files = [source] if source.is_file() else sorted([*source.glob("*.json"), *source.glob("*.safetensors")])
+    # a repository's files are not here to be digested; its name and revision stand in `given`
     return {
         "schema": SCHEMA,
         "source": {
             "name": _name(release),
+            "given": source.name if source.exists() else release.source,
             "n_weights": sum(prod(tensor.shape) for tensor in release.model.tensors),
             "notes": list(release.model.notes),
             "files": [asdict(identify(path)) for path in files],
         },
         "reference": release.reference.recipe,
+        "importance": _describe_importance(release, calibration),
+        "sidecars": [
+            {"recipe": item.recipe, "file": item.name, "file_bytes": item.plan.file_bytes} for item in release.sidecars
+        ],
         "variants": [
             {
                 "recipe": item.variant.recipe,
@@ -242,9 +366,27 @@ def _describe(release: Release, measured: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
+def _describe_importance(release: Release, calibration: Calibration | None) -> dict[str, Any] | None:
+    """Where the importance came from; None if there was none."""
+    importance = release.importance
+    if importance is None:
+        return None
+    described = {"file": importance.file, "datasets": list(importance.datasets), "entries": len(importance.weights)}
+    if calibration is None or release.calibrating is None:
+        return described | {"windows": importance.n_chunks}
+    text = release.calibrating.text
+    return described | {
+        "windows": len(calibration.windows),
+        "context": release.context,
+        "tokens": calibration.windows.size,
+        "tokens_sha256": calibration.sha256,
+        "text": None if text == SELF else asdict(identify(text)),
+    }
+
+
 def _name(release: Release) -> str:
     name = release.model.metadata.get("general.name")
-    return str(name.value) if name else release.source.resolve().name
+    return str(name.value) if name else Path(release.source).name
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -267,6 +409,9 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{_number(ppl['ratio'])}{_plus_minus(ppl['ratio_se'], '.1g')} |"
         )
     first = result["variants"][0]["evaluation"]
+    used_importance = result["importance"]
+    if used_importance:
+        lines += ["", f"Rounding weighted by {used_importance['file']}, from {', '.join(used_importance['datasets'])}."]
     lines += [
         "",
         f"{first['tokens']:,} tokens scored in {first['windows']} windows of {first['provenance']['context']}, text "

@@ -9,7 +9,7 @@ from pathlib import Path
 from pocketquant.convert.mtp import sidecar_path
 from pocketquant.convert.sources import Parts
 from pocketquant.model import Model, Plan
-from pocketquant.quant import open_recipe, plan
+from pocketquant.quant import Recipe, open_recipe, plan
 from pocketquant.splits import split_plan
 
 PlanModel = Callable[[Model], Plan]
@@ -37,7 +37,7 @@ def default_mmproj_recipe(recipe: str) -> str:
 
 
 def plan_outputs(
-    parts: Parts, out: Path, recipe: str, plan_model: PlanModel, mmproj: str, split_bytes: int | None
+    parts: Parts, out: Path, recipe: Recipe, plan_model: PlanModel, mmproj: str, split_bytes: int | None
 ) -> tuple[Output, ...]:
     """Plans the model's file and those beside it.
 
@@ -58,7 +58,7 @@ def plan_outputs(
         tower = plan(parts.vision, open_recipe(mmproj))
         outputs.append(Output("mmproj", tower, ((tower, mmproj_path(out)),)))
     if parts.mtp is not None:  # no importance: matrices have no entries for the block
-        block = plan(parts.mtp, open_recipe(recipe))
+        block = plan(parts.mtp, recipe)
         outputs.append(Output("mtp", block, ((block, sidecar_path(out)),)))
     return tuple(outputs)
 

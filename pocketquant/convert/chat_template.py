@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pocketquant.chat_template import MAX_TEMPLATE_CHARACTERS, find_template_problems
+from pocketquant.chat_template import IMAGES, MAX_TEMPLATE_CHARACTERS, TemplateProblem, find_template_problems
 from pocketquant.errors import TokenizerError, listing
 from pocketquant.model import Model, Value
 
@@ -32,8 +32,13 @@ def with_chat_template(model: Model, template: Path | str | None = None, *, refu
         raise TokenizerError(
             "the chat template does not work; mend it, or give another with --chat-template FILE:\n" + listing(errors)
         )
-    notes = tuple(problem.text for problem in problems if problem.level != "silence")
+    notes = tuple(problem.text for problem in problems if problem.level != "silence" and not _is_text_only(problem))
     return replace(model, notes=(*model.notes, *notes))
+
+
+def _is_text_only(problem: TemplateProblem) -> bool:
+    """Whether the template only says that it reads no images, as every text model's may."""
+    return problem.level == "refusal" and f"with {IMAGES}" in problem.text
 
 
 def _with_own(model: Model, text: str) -> dict[str, Value]:

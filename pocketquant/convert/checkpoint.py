@@ -64,9 +64,7 @@ def open_mtp(source: Path | str | Snapshot, *, adapter: Adapter | None = None) -
     return _open(source, "sidecar", adapter, sidecar=True)
 
 
-def _open(
-    source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None, *, sidecar: bool
-) -> Model | None:
+def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None, *, sidecar: bool) -> Model | None:
     snapshot = source if isinstance(source, Snapshot) else local_snapshot(Path(source))
     folder = snapshot.folder
     config = _read_object(folder / "config.json")

@@ -33,7 +33,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a source holds, each part a file of its own: the model, its vision tower, its multi-token-prediction block."""
+    """What a source holds, each a file of its own: the model, its vision tower, its multi-token-prediction block."""
 
     model: Model
     vision: Model | None = None

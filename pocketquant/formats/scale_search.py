@@ -109,7 +109,7 @@ def pick_half(sum_qx: Any, sum_qq: Any, unit: np.float32) -> np.float32:
 
 
 @jit
-def reach_of_signs(x: F32Array, at: int, top: float, bottom: float) -> Any:
+def reach_of_signs(x: F32Array, at: int, top: float | np.float32, bottom: float) -> Any:
     """For each sign of the scale, the one that just reaches the block's extremes with levels from -bottom to top."""
     a = load(x, at)
     b = load(x, at + 16)

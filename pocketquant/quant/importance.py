@@ -4,21 +4,27 @@ Reads the GGUF format of llama.cpp's llama-imatrix: for each weight NAME, F32 te
 inputs, one row per expert) and `NAME.counts` (how many inputs were summed). The weight of a column is sum / count; an
 expert that saw no input weighs every column alike.
 
+`ImportanceSums` is the same before the division: what is collected, merged and written.
+
 Source: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp of llama.cpp (b10359).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketquant.errors import RecipeError, listing
-from pocketquant.formats import F32Array
-from pocketquant.gguf_file import read_header
-from pocketquant.model import Model
+from pocketquant.files import replacing
+from pocketquant.formats import FORMATS, F32Array
+from pocketquant.gguf_file import GgufTensor, encode_table, read_header
+from pocketquant.model import Model, Value, padded
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
@@ -41,6 +47,91 @@ class Importance:
     n_chunks: int = 0
 
 
+@dataclass(frozen=True)
+class ImportanceSums:
+    """An importance matrix that can still be added to.
+
+    Attributes:
+        sums: tensor name -> [n_matrix, n_cols], squared inputs summed.
+        counts: tensor name -> [1] or [n_expert], how many inputs were summed.
+        context: tokens in a window of the text.
+        datasets: names of the texts.
+        metadata: further keys for the file.
+    """
+
+    sums: Mapping[str, npt.NDArray[Any]]
+    counts: Mapping[str, npt.NDArray[Any]]
+    context: int
+    datasets: tuple[str, ...] = ()
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def n_chunks(self) -> int:
+        """Windows of text, as llama.cpp counts them: by the tensor that saw most."""
+        return int(max(counts.max() for counts in self.counts.values())) // self.context
+
+
+def importance_of(sums: ImportanceSums, file: str = "") -> Importance:
+    """The matrix that `read_importance` would read, had the sums been written to a file of that name."""
+    weights = {
+        name: _mean_squares(array.astype(np.float32).reshape(-1), sums.counts[name].astype(np.float32))
+        for name, array in sums.sums.items()
+    }
+    return Importance(weights, file, sums.datasets, sums.n_chunks)
+
+
+def merge_sums(parts: Sequence[ImportanceSums]) -> ImportanceSums:
+    """Adds matrices of one model up, as if their texts had been one; the first one's window counts the chunks.
+
+    Raises:
+        RecipeError: the same tensor has other sizes in another matrix (all listed).
+    """
+    sums: dict[str, npt.NDArray[Any]] = {}
+    counts: dict[str, npt.NDArray[Any]] = {}
+    faults = []
+    for part in parts:
+        for name, array in part.sums.items():
+            if name not in sums:
+                sums[name], counts[name] = array.astype(np.float64), part.counts[name].astype(np.int64)
+            elif sums[name].shape != array.shape or counts[name].shape != part.counts[name].shape:
+                faults.append(f"{name}: {_by(sums[name].shape)} sums in one, {_by(array.shape)} in another")
+            else:
+                sums[name] = sums[name] + array
+                counts[name] = counts[name] + part.counts[name].astype(np.int64)
+    if faults:
+        raise RecipeError(f"importance matrices of different models cannot be merged:\n{listing(faults)}")
+    datasets = tuple(dict.fromkeys(name for part in parts for name in part.datasets))
+    return ImportanceSums(sums, counts, parts[0].context, datasets)
+
+
+def write_sums(sums: ImportanceSums, path: str | Path) -> None:
+    """Writes llama-imatrix's GGUF format; what stood at `path` is replaced by the whole file or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    metadata = {
+        "general.type": Value("str", "imatrix"),
+        "imatrix.datasets": Value("str[]", list(sums.datasets)),
+        "imatrix.chunk_count": Value("u32", sums.n_chunks),
+        "imatrix.chunk_size": Value("u32", sums.context),
+        **sums.metadata,
+    }
+    arrays: dict[str, F32Array] = {}
+    for name in sorted(sums.sums):
+        counts = sums.counts[name].astype("<f4")
+        arrays[name + _SUMS] = sums.sums[name].astype("<f4").reshape(counts.size, -1)
+        arrays[name + _COUNTS] = counts.reshape(-1, 1)
+    table = encode_table(
+        metadata,
+        [GgufTensor(name, array.shape, FORMATS["F32"], 0, 4 * prod(array.shape)) for name, array in arrays.items()],
+    )
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(table.ljust(padded(len(table)), b"\0"))
+        for array in arrays.values():
+            file.write(array.tobytes().ljust(padded(array.nbytes), b"\0"))
+
+
 def read_importance(path: str | Path) -> Importance:
     """Reads an importance matrix in llama.cpp's GGUF format.
 
@@ -48,13 +139,28 @@ def read_importance(path: str | Path) -> Importance:
         RecipeError: not an importance matrix, or some of its tensors are missing, mis-shaped, not finite or negative.
         SourceError: a GGUF that is damaged.
     """
+    sums = read_sums(path)
+    flat = {name: array.reshape(-1) for name, array in sums.sums.items()}
+    weights = {name: _mean_squares(array, sums.counts[name]) for name, array in flat.items()}
+    stated = read_header(path).metadata.get("imatrix.chunk_count")
+    n_chunks = int(stated.value) if stated is not None and stated.kind == "u32" else 0
+    return Importance(weights, Path(path).name, sums.datasets, n_chunks)
+
+
+def read_sums(path: str | Path) -> ImportanceSums:
+    """Reads sums and counts as the file has them, f32; errors are those of `read_importance`.
+
+    A file that does not say how long its windows were is taken to have had windows of 512 tokens.
+    """
     path = Path(path)
     _check_is_gguf(path)
     header = read_header(path)
     kind = header.metadata.get("general.type")
     if kind is None or kind.value != "imatrix":
         found = "no general.type" if kind is None else f"general.type = {kind.value}"
-        raise RecipeError(f"{path}: not an importance matrix ({found}, expected imatrix); make one with llama-imatrix")
+        raise RecipeError(
+            f"{path}: not an importance matrix ({found}, expected imatrix); make one with `pocketquant imatrix`"
+        )
 
     arrays: dict[str, F32Array] = {}
     faults: list[str] = []
@@ -67,26 +173,26 @@ def read_importance(path: str | Path) -> Importance:
         arrays[tensor.name] = np.fromfile(path, dtype="<f4", count=tensor.nbytes // 4, offset=tensor.offset)
 
     names = sorted({name.removesuffix(_SUMS).removesuffix(_COUNTS) for name in arrays})
-    weights: dict[str, F32Array] = {}
+    sums: dict[str, F32Array] = {}
+    counts: dict[str, F32Array] = {}
     for name in names:
-        sums, counts = arrays.get(name + _SUMS), arrays.get(name + _COUNTS)
-        if sums is None or counts is None:
-            faults.append(f"{name}: {_SUMS if sums is None else _COUNTS} is missing")
-        elif fault := _find_fault(sums, counts):
+        summed, counted = arrays.get(name + _SUMS), arrays.get(name + _COUNTS)
+        if summed is None or counted is None:
+            faults.append(f"{name}: {_SUMS if summed is None else _COUNTS} is missing")
+        elif fault := _find_fault(summed, counted):
             faults.append(f"{name}: {fault}")
         else:
-            weights[name] = _mean_squares(sums, counts)
+            sums[name], counts[name] = summed.reshape(counted.size, -1), np.rint(counted)
     if faults:
         raise RecipeError(f"{path}: {len(faults)} fault(s) in the importance matrix\n{listing(faults)}")
-    if not weights:
-        raise RecipeError(f"{path}: the importance matrix has no entries; make it again with llama-imatrix")
-    datasets = header.metadata.get("imatrix.datasets")
-    chunks = header.metadata.get("imatrix.chunk_count")
-    return Importance(
-        weights,
-        path.name,
+    if not sums:
+        raise RecipeError(f"{path}: the importance matrix has no entries; make it again with `pocketquant imatrix`")
+    datasets, size = header.metadata.get("imatrix.datasets"), header.metadata.get("imatrix.chunk_size")
+    return ImportanceSums(
+        sums,
+        counts,
+        int(size.value) if size is not None and size.kind == "u32" and size.value else 512,
         tuple(str(item) for item in datasets.value) if datasets is not None and datasets.kind == "str[]" else (),
-        int(chunks.value) if chunks is not None and chunks.kind == "u32" else 0,
     )
 
 

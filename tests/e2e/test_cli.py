@@ -122,7 +122,7 @@ def test_make_twice(tmp_path: Path) -> None:
     run(*arguments)
     names = {path.name for path in out.iterdir()}
     assert {"report.json", "report.md", "SHA256SUMS"} < names
-    assert len(names) == 5
+    assert len(names) == 6
     first = {name: digest(out / name) for name in names}
     for line in (out / "SHA256SUMS").read_text().splitlines():
         expected, name = line.split("  ")

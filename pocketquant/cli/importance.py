@@ -1,0 +1,80 @@
+"""`pocketquant imatrix`: makes an importance matrix, or adds several up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketquant.cli.screen import print_json, say, step_progress
+
+
+def make_matrix(
+    gguf: Path,
+    text: str,
+    out: Path,
+    *,
+    context: int,
+    chunks: int | None,
+    seed: int,
+    threads: int | None,
+    gpu_layers: int,
+    resume: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
+    from pocketquant.quant.collect import collect_importance
+    from pocketquant.quant.importance import write_sums
+
+    with step_progress(out.name, quiet=quiet) as advance:
+        sums, calibration = collect_importance(
+            gguf,
+            text,
+            context=context,
+            chunks=chunks,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            seed=seed,
+            state=out.with_name(f".{out.name}.unfinished"),
+            resume=resume,
+            progress=advance,
+        )
+    write_sums(sums, out)
+    summary = {
+        "out": str(out),
+        "entries": len(sums.sums),
+        "datasets": list(sums.datasets),
+        "windows": len(calibration.windows),
+        "context": context,
+        "tokens": calibration.windows.size,
+        "tokens_sha256": calibration.sha256,
+        "experts_without_input": sum(int((counts == 0).sum()) for counts in sums.counts.values()),
+    }
+    _report(summary, json=json, quiet=quiet)
+
+
+def merge_matrices(files: list[Path], out: Path, *, json: bool, quiet: bool) -> None:
+    """Adds matrices up."""
+    from pocketquant.quant.importance import merge_sums, read_sums, write_sums
+
+    sums = merge_sums([read_sums(path) for path in files])
+    write_sums(sums, out)
+    summary = {
+        "out": str(out),
+        "entries": len(sums.sums),
+        "datasets": list(sums.datasets),
+        "windows": sums.n_chunks,
+        "context": sums.context,
+    }
+    _report(summary, json=json, quiet=quiet)
+
+
+def _report(summary: dict[str, object], *, json: bool, quiet: bool) -> None:
+    say(
+        f"{summary['out']}: importance of {summary['entries']} tensors from {summary['windows']} windows of "
+        f"{summary['context']} tokens",
+        quiet=quiet,
+    )
+    if without := summary.get("experts_without_input"):
+        say(f"note: {without} experts' matrices saw no input; their columns will weigh alike", quiet=quiet)
+    if json:
+        print_json(summary)

@@ -1,0 +1,128 @@
+"""`convert` and `quantize`: open, plan, say what it will cost, write."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size
+from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_explanation
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options of `convert` and `quantize` ask for."""
+
+    source: str
+    out: Path | None
+    sizing: Sizing
+    imatrix: Path | None = None
+    chat_template: Path | None = None
+    adapter: Path | None = None
+    mtp: str = "sidecar"
+    mmproj: str | None = None
+    keep_source: Path | None = None
+    split_max_size: str | None = None
+    threads: int | None = None
+    dry_run: bool = False
+    json: bool = False
+    quiet: bool = False
+
+
+def run(request: Request) -> None:
+    """Does what was asked for."""
+    from pocketquant.convert.sources import open_parts
+    from pocketquant.outputs import all_files, default_mmproj_recipe, plan_outputs
+    from pocketquant.pipeline import write_together
+    from pocketquant.quant import open_recipe, read_importance
+    from pocketquant.splits import parse_size
+
+    quiet, sizing = request.quiet, request.sizing
+    if request.out is None and not request.dry_run:
+        raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
+    if request.mtp not in ("sidecar", "embed", "drop"):
+        raise typer.BadParameter("sidecar, embed or drop", param_hint="--mtp")
+    if quiet:  # the hub's client draws bars of its own
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    importance = read_importance(request.imatrix) if request.imatrix else None
+    parts = open_parts(
+        request.source,
+        chat_template=request.chat_template,
+        keep_source=request.keep_source,
+        adapter=request.adapter,
+        mtp=request.mtp,  # type: ignore[arg-type]
+        with_vision=request.mmproj != "none",
+    )
+    for note in parts.model.notes:
+        say(f"note: {note}", quiet=quiet)
+    out = request.out or Path("model.gguf")
+    recipe = open_recipe(sizing.recipe)
+    outputs = plan_outputs(
+        parts,
+        out,
+        recipe,
+        lambda model: plan_sized(model, sizing, importance, quiet=quiet),
+        request.mmproj or default_mmproj_recipe(recipe.name),
+        parse_size(request.split_max_size) if request.split_max_size else None,
+    )
+    planned = outputs[0].plan
+    entries = [
+        describe_tensor(item.tensor, item.format.name, item.nbytes)
+        | ({"reason": item.reason} if request.dry_run else {})
+        for item in planned.tensors
+    ]
+    summary: dict[str, Any] = {
+        "file_bytes": planned.file_bytes,
+        "bits_per_weight": round(planned.bits_per_weight, 4),
+        "recipe": planned.metadata["pocketquant.recipe"].value,
+        "notes": list(parts.model.notes),
+        "files": [
+            {"kind": output.kind, "file": path.name, "file_bytes": part.file_bytes}
+            for output in outputs
+            for part, path in output.files
+        ],
+        "tensors": entries,
+    }
+    explanation = explain_plan(planned, parts.model, sizing)
+    if explanation:
+        summary["explain"] = explanation.to_json()
+    files = all_files(outputs)
+    if not request.dry_run:
+        for part, path in files:
+            say(f"{path}: {size(part.file_bytes)} from {request.source}", quiet=quiet)
+        total = sum(item.nbytes for part, _ in files for item in part.tensors)
+        with byte_progress(out.name, total, quiet=quiet) as advance:
+            write_together(files, threads=request.threads, on_bytes=advance)
+        summary = {"out": str(request.out), **summary}
+    if request.json:
+        print_json(summary)
+        return
+    if request.dry_run:
+        rows = [[*tensor_cells(entry), str(entry["reason"])] for entry in entries]
+        print_table(["tensor", "role", "shape", "type", "bytes", "reason"], rows)
+        print(f"\n{planned.file_bytes:,} bytes in all, {planned.bits_per_weight:.2f} bits per weight")
+        for part, path in files if len(files) > 1 else []:
+            print(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
+    if explanation:
+        print_explanation(explanation)
+
+
+def describe_tensor(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:
+    """A tensor as `--json` shows it."""
+    return {
+        "name": tensor.name,
+        "role": tensor.role.value,
+        "shape": list(tensor.shape),
+        "type": type_name,
+        "nbytes": nbytes,
+    }
+
+
+def tensor_cells(entry: dict[str, Any]) -> list[str]:
+    """The same as cells of a table."""
+    shape = " x ".join(str(n) for n in entry["shape"])
+    return [entry["name"], entry["role"], shape, entry["type"], f"{entry['nbytes']:,}"]

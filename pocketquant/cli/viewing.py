@@ -1,0 +1,89 @@
+"""`inspect` and `weights`: what a source holds, and how far its tensors are from full precision."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pocketquant.cli.planning import describe_tensor, tensor_cells
+from pocketquant.cli.screen import print_json, print_table, step_progress
+
+
+def inspect(source: str, *, json: bool) -> None:
+    """Prints metadata and tensors; reads no weights."""
+    from pocketquant.convert import open_model
+    from pocketquant.formats import FORMATS
+
+    model = open_model(source)
+    entries = [
+        describe_tensor(tensor, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
+        for tensor in model.tensors
+    ]
+    sizes = _file_sizes(source)
+    if json:
+        print_json(
+            {
+                "architecture": model.architecture,
+                "file_bytes": sum(sizes),
+                "notes": list(model.notes),
+                "metadata": {key: _short(value.value) for key, value in model.metadata.items()},
+                "tensors": entries,
+            }
+        )
+        return
+    print_table(
+        ["key", "type", "value"],
+        [[key, value.kind, str(_short(value.value))[:100]] for key, value in model.metadata.items()],
+    )
+    print()
+    print_table(["tensor", "role", "shape", "type", "bytes"], [tensor_cells(entry) for entry in entries])
+    print(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {model.architecture}")
+    for note in model.notes:
+        print(f"note: {note}")
+
+
+def _file_sizes(source: str) -> list[int]:
+    """Bytes of each file that holds weights."""
+    from pocketquant.convert.sources import open_snapshot
+    from pocketquant.gguf_file import read_shards
+
+    path = Path(source)
+    if path.is_file() and path.suffix != ".safetensors":
+        return [file.stat().st_size for file, _ in read_shards(path)]
+    with open_snapshot(source) as snapshot:
+        return [file.size for file in snapshot.weights.values()]
+
+
+def _short(value: Any) -> Any:
+    """A metadata value with long lists cut: nobody reads 248,320 tokens."""
+    if isinstance(value, list) and len(value) > 16:
+        return {"count": len(value), "first": value[:4]}
+    return value
+
+
+def weights(source: str, reference: str, *, json: bool, quiet: bool) -> None:
+    """Prints each tensor's error."""
+    from pocketquant.convert import open_model
+    from pocketquant.eval import weight_errors
+
+    with step_progress(Path(source).name, quiet=quiet) as advance:
+        errors = weight_errors(open_model(source), open_model(reference), progress=advance)
+    if json:
+        print_json({"tensors": [asdict(error) | {"role": error.role.value} for error in errors]})
+        return
+    print_table(
+        ["tensor", "role", "type", "SNR (dB)", "cosine", "relative RMSE", "largest error"],
+        [
+            [
+                error.name,
+                error.role.value,
+                error.format,
+                "exact" if error.snr_db is None else f"{error.snr_db:.2f}",
+                f"{error.cosine:.6f}",
+                "" if error.relative_rmse is None else f"{error.relative_rmse:.5f}",
+                f"{error.max_abs_error:.3g}",
+            ]
+            for error in errors
+        ],
+    )

@@ -1,0 +1,205 @@
+"""Makes an importance matrix: runs a model over a text and adds up the squared inputs of its weights.
+
+Windows are those of llama-imatrix: the text without one final newline, tokenized as a whole, cut into pieces of
+`context` tokens, a rest at the end dropped; where the model wants BOS it leads the text and replaces the first token of
+each window. Like there, only weights of blocks are covered: neither the output matrix nor a tied embedding is.
+
+Source: tools/imatrix/imatrix.cpp of llama.cpp (b10359).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketquant.errors import EvalError
+from pocketquant.files import replacing
+from pocketquant.quant.importance import ImportanceSums
+from pocketquant.quant.observing import InputSums, Observer
+from pocketquant.runtime import Runtime, open_runtime, open_sampler
+
+Progress = Callable[[int, int], None]
+"""Called with windows done and windows in all."""
+
+SELF = "self"
+"""In place of a text's path: let the model write the text."""
+
+SELF_CHUNKS = 16
+"""Windows that a model writes, unless told otherwise: a token at a time is slow."""
+
+_STARTS = ("<|endoftext|>", "<|im_end|>", "\n")
+"""What a sampled window begins with where the model has no BOS; the first that it knows as one token."""
+
+_MAX_STATE_BYTES = 1 << 34
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that a matrix is made from, tokenized.
+
+    Attributes:
+        name: of its file, or "self".
+        windows: i32[n_window, context].
+    """
+
+    name: str
+    windows: npt.NDArray[np.int32]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the tokens."""
+        return hashlib.sha256(self.windows.astype("<i4").tobytes()).hexdigest()
+
+
+def collect_importance(
+    gguf: str | Path,
+    text: str | Path,
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    seed: int = 0,
+    state: Path | None = None,
+    resume: bool = False,
+    save_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> tuple[ImportanceSums, Calibration]:
+    """Runs a model over a text.
+
+    Args:
+        gguf: the model, best in full precision.
+        text: path of a UTF-8 text, or `SELF` to sample one from the model.
+        context: tokens in a window.
+        chunks: most windows to take; None for the whole text, or `SELF_CHUNKS` sampled ones.
+        threads: threads that compute; None for all that this process may use.
+        gpu_layers: layers computed on a GPU, -1 for all.
+        seed: of the sampling.
+        state: where unfinished sums are kept meanwhile; deleted at the end.
+        resume: go on from `state` if it is there; the result is the same to the last bit.
+        save_seconds: least time between two savings of the state.
+        progress: told after each window.
+
+    Returns:
+        The sums, and what they were made from.
+
+    Raises:
+        EvalError: model or text cannot be read, the text is too short, an input is not finite, the state is of another
+            run, or the installed llama-cpp-python cannot be looked into.
+    """
+    if context < 16 or (chunks is not None and chunks < 1):
+        raise EvalError(f"context {context}, chunks {chunks}: use windows of at least 16 tokens, and at least one")
+    observer = Observer()
+    if str(text) == SELF:
+        calibration = _sample(gguf, context, chunks or SELF_CHUNKS, threads, gpu_layers, seed)
+    else:
+        _read_text(text)  # before a model is loaded
+    with open_runtime(gguf, context=context, threads=threads, gpu_layers=gpu_layers, observe=observer.see) as runtime:
+        if str(text) != SELF:
+            calibration = _cut(text, runtime, context, chunks)
+        run = {"model": _fingerprint(Path(gguf)), "tokens": calibration.sha256, "context": context} if state else {}
+        done = _load(state, run, observer.totals) if state and resume and state.exists() else 0
+        saved, total = time.monotonic(), len(calibration.windows)
+        if progress is not None:
+            progress(done, total)
+        for window in calibration.windows[done:]:
+            for _ in runtime.logits(window.tolist()):
+                if observer.failure is not None:
+                    raise observer.failure
+            done += 1
+            if progress is not None:
+                progress(done, total)
+            if state is not None and done < total and time.monotonic() - saved >= save_seconds:
+                _save(state, run | {"done": done}, observer.totals)
+                saved = time.monotonic()
+    totals = observer.totals
+    if not totals.sums:
+        raise EvalError(f"{gguf}: llama.cpp multiplied no weight of a block; the matrix would be empty")
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return ImportanceSums(totals.sums, totals.counts, context, (calibration.name,)), calibration
+
+
+def _sample(
+    gguf: str | Path, context: int, chunks: int, threads: int | None, gpu_layers: int, seed: int
+) -> Calibration:
+    with open_sampler(gguf, context=context, threads=threads, gpu_layers=gpu_layers) as sampler:
+        starts = [sampler.tokenize(start, special=True) for start in _STARTS]
+        start = [sampler.bos] if sampler.bos is not None else next((s for s in starts if len(s) == 1), starts[-1])
+        windows = [start + sampler.sample(start, context - len(start), seed=seed + i) for i in range(chunks)]
+    return Calibration(SELF, np.array(windows, dtype=np.int32))
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8").removesuffix("\n")
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8") from error
+
+
+def _cut(path: str | Path, runtime: Runtime, context: int, chunks: int | None) -> Calibration:
+    lead = [] if runtime.bos is None else [runtime.bos]
+    tokens = np.array(lead + runtime.tokenize(_read_text(path)), dtype=np.int32)
+    n_window = min(len(tokens) // context, chunks or len(tokens))
+    if n_window == 0:
+        raise EvalError(
+            f"{path}: {len(tokens)} tokens are too few for one window of {context}; give a longer text or a smaller "
+            "context"
+        )
+    windows = tokens[: n_window * context].reshape(n_window, context)
+    if runtime.bos is not None:
+        windows[:, 0] = runtime.bos
+    return Calibration(Path(path).name, windows)
+
+
+def _fingerprint(path: Path) -> str:
+    """Digest of a file's size and of 256 pieces of it: enough to tell one model from another, whatever its size."""
+    size, piece = path.stat().st_size, 1 << 16
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(256):
+            file.seek(max(size - piece, 0) * i // 255)
+            digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def _save(state: Path, run: dict[str, Any], totals: InputSums) -> None:
+    arrays: dict[str, npt.NDArray[Any]] = {f"sums {name}": array for name, array in totals.sums.items()}
+    arrays |= {f"counts {name}": array for name, array in totals.counts.items()}
+    with replacing(state) as temporary, open(temporary, "wb") as file:
+        np.savez(file, run=np.array(json.dumps(run)), **arrays)  # type: ignore[arg-type]
+
+
+def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
+    """Fills the totals; how many windows they hold."""
+    try:
+        if state.stat().st_size > _MAX_STATE_BYTES:
+            raise ValueError("too large")
+        with np.load(state, allow_pickle=False) as arrays:
+            stated = json.loads(str(arrays["run"]))
+            kept = {name: arrays[name] for name in arrays.files if name != "run"}
+        done = stated.pop("done")
+        if stated != run:
+            differs = ", ".join(key for key in run if stated.get(key) != run[key])
+            raise EvalError(
+                f"{state}: was begun with other settings ({differs}); delete it, or repeat the same command"
+            )
+        for name, array in kept.items():
+            kind, weight = name.split(" ", 1)
+            if kind == "sums":
+                totals.sums[weight] = array.astype(np.float64)
+                totals.counts[weight] = kept[f"counts {weight}"].astype(np.int64)
+        return int(done)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise EvalError(f"{state}: not the state of an unfinished importance matrix ({error}); delete it") from error
