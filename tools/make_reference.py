@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
@@ -23,8 +25,7 @@ PAGES = Path(__file__).parent.parent / "docs/reference"
 def commands_page() -> str:
     lines = ["# Commands", "", "stdout is data, stderr is talk. Exit codes: 0 fine, 2 bad input, 130 interrupted."]
     lines.append("`--debug` anywhere shows the traceback of an error.")
-    group = typer.main.get_command(app)
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in _commands(typer.main.get_command(app)):
         positional = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(["pocketquant", name, *(p.metavar or p.name.upper() for p in positional), "[options]"])
         lines += ["", f"## {name}", "", command.help or "", "", f"    {usage}", "", "| | | default |", "|---|---|---|"]
@@ -37,6 +38,15 @@ def commands_page() -> str:
             required = "required" if parameter.required else default
             lines.append(f"| `{spelled.replace('|', chr(92) + '|')}` | {parameter.help or ''} | {required} |")
     return "\n".join(lines) + "\n"
+
+
+def _commands(group: Any, parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name; those of a group after the group's."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{parent}{name} ")
+        else:
+            yield parent + name, command
 
 
 def recipes_page() -> str:
@@ -63,6 +73,7 @@ def _rules(recipe: Recipe) -> list[str]:
             *([] if rule.tied is None else ["tied" if rule.tied else "not tied"]),
             *([] if rule.importance is None else ["importance given" if rule.importance else "no importance"]),
             *([f"query heads per key head >= {rule.min_gqa}"] if rule.min_gqa else []),
+            *([] if rule.mtp is None else ["in an MTP block" if rule.mtp else "in no MTP block"]),
             *([f"experts >= {rule.min_experts}"] if rule.min_experts else []),
             *([f"experts <= {rule.max_experts}"] if rule.max_experts is not None else []),
         ]

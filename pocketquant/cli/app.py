@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size, step_progress
+from pocketquant.cli.planning import Request, run
+from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.sizing import Sizing, read_sizing, recipe_app
 
 app = typer.Typer(
     help="Qwen3.5 checkpoints in, small GGUF files out, with the numbers of what quantization cost.",
@@ -16,8 +18,15 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(recipe_app, name="recipe")
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder (config.json, *.safetensors) or GGUF.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="Checkpoint folder, one .safetensors file, GGUF, or a repository: org/name[@revision], hf://…, ms://….",
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="The GGUF to write.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; default: every processor.")
@@ -28,7 +37,35 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no t
 GpuLayers = Annotated[
     int, typer.Option("--gpu-layers", metavar="N", help="Layers to run on a GPU; -1 for all (needs a GPU build).")
 ]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option("--chat-template", metavar="FILE", help="A jinja2 template in place of the source's own."),
+]
+AdapterDir = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="PEFT LoRA adapter to merge into the checkpoint.")
+]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        "--mtp",
+        metavar="sidecar|embed|drop",
+        help="A multi-token-prediction block: beside, inside, or not at all.",
+    ),
+]
+Mmproj = Annotated[
+    str | None,
+    typer.Option(
+        "--mmproj", metavar="RECIPE|none", help="Recipe of the vision tower; default: pocket_mmproj, or the plain type."
+    ),
+]
+KeepSource = Annotated[
+    Path | None, typer.Option("--keep-source", metavar="DIR", help="Download a hub's repository there, whole.")
+]
 Context = Annotated[int, typer.Option("--context", min=8, metavar="N", help="Tokens in a window.")]
+SplitMaxSize = Annotated[
+    str | None,
+    typer.Option("--split-max-size", metavar="SIZE", help="Write shards no larger than this: 512M, 2GB, 1.5GiB."),
+]
 Chunks = Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows to score; default: all.")]
 
 
@@ -54,6 +91,12 @@ def convert(
     source: Source,
     out: Out = None,
     type: Annotated[str, typer.Option("--type", metavar="bf16|f16|f32", help="Number format of the weights.")] = "bf16",
+    chat_template: ChatTemplate = None,
+    adapter: AdapterDir = None,
+    mtp: Mtp = "sidecar",
+    mmproj: Mmproj = None,
+    keep_source: KeepSource = None,
+    split_max_size: SplitMaxSize = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -62,7 +105,23 @@ def convert(
     """Convert a checkpoint to a full-precision GGUF."""
     if type.lower() not in ("bf16", "f16", "f32"):
         raise typer.BadParameter("bf16, f16 or f32; for smaller types use `pocketquant quantize`", param_hint="--type")
-    _run_plan(source, out, type.lower(), None, threads, dry_run, json, quiet)
+    run(
+        Request(
+            source,
+            out,
+            Sizing(type.lower()),
+            chat_template=chat_template,
+            adapter=adapter,
+            mtp=mtp,
+            mmproj=mmproj,
+            keep_source=keep_source,
+            split_max_size=split_max_size,
+            threads=threads,
+            dry_run=dry_run,
+            json=json,
+            quiet=quiet,
+        )
+    )
 
 
 @app.command()
@@ -70,125 +129,117 @@ def quantize(
     source: Source,
     out: Out = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", metavar="NAME|FILE.toml", help="Built-in recipe or a TOML file.")
-    ] = "pocket_4bit",
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="Built-in recipe, a TOML file, or from:FILE.gguf for another file's types; default: pocket_4bit.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", metavar="SIZE", help="Least predicted loss in a file of 2.95GB, 700MB, 1.5GiB."),
+    ] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option("--target-bpw", metavar="BITS", help="The same for bits per weight: 4.8.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option("--sensitivity", metavar="FILE", help="Measured sensitivities to predict with.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what each role takes, loses, and would lose in the next type.")
+    ] = False,
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
     ] = None,
+    chat_template: ChatTemplate = None,
+    adapter: AdapterDir = None,
+    mtp: Mtp = "sidecar",
+    mmproj: Mmproj = None,
+    keep_source: KeepSource = None,
+    split_max_size: SplitMaxSize = None,
     threads: Threads = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a checkpoint in one pass, or a full-precision GGUF."""
-    _run_plan(source, out, recipe, imatrix, threads, dry_run, json, quiet)
+    run(
+        Request(
+            source,
+            out,
+            read_sizing(recipe, target_size, target_bpw, sensitivity, explain),
+            imatrix=imatrix,
+            chat_template=chat_template,
+            adapter=adapter,
+            mtp=mtp,
+            mmproj=mmproj,
+            keep_source=keep_source,
+            split_max_size=split_max_size,
+            threads=threads,
+            dry_run=dry_run,
+            json=json,
+            quiet=quiet,
+        )
+    )
 
 
-def _run_plan(
-    source: str,
-    out: Path | None,
-    recipe: str,
-    imatrix: Path | None,
-    threads: int | None,
-    dry_run: bool,
-    json: bool,
-    quiet: bool,
+@app.command()
+def adapter(
+    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")],
+    base: Annotated[str, typer.Option("--base", metavar="SRC", help="The model it belongs to: checkpoint or GGUF.")],
+    out: Out = None,
+    type: Annotated[str, typer.Option("--type", metavar="f32|f16|bf16", help="Number format of the matrices.")] = "f32",
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    from pocketquant.convert import open_model
-    from pocketquant.pipeline import write
-    from pocketquant.quant import open_recipe, plan, read_importance
+    """Convert a LoRA adapter to a GGUF that llama.cpp loads beside the base model (--lora)."""
+    from pocketquant.cli.adapter import convert_adapter
 
+    if type.lower() not in ("f32", "f16", "bf16"):
+        raise typer.BadParameter("f32, f16 or bf16", param_hint="--type")
     if out is None and not dry_run:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
-    model = open_model(source)
-    for note in model.notes:
-        say(f"note: {note}", quiet=quiet)
-    planned = plan(model, open_recipe(recipe), read_importance(imatrix) if imatrix else None)
-    entries = [
-        _entry(item.tensor, item.format.name, item.nbytes) | ({"reason": item.reason} if dry_run else {})
-        for item in planned.tensors
-    ]
-    summary = {
-        "file_bytes": planned.file_bytes,
-        "bits_per_weight": round(planned.bits_per_weight, 4),
-        "recipe": planned.metadata["pocketquant.recipe"].value,
-        "notes": list(model.notes),
-        "tensors": entries,
-    }
-    if dry_run:
-        if json:
-            print_json(summary)
-        else:
-            print_table(
-                ["tensor", "role", "shape", "type", "bytes", "reason"],
-                [[*_cells(entry), str(entry["reason"])] for entry in entries],
-            )
-            print(f"\n{planned.file_bytes:,} bytes in all, {planned.bits_per_weight:.2f} bits per weight")
-        return
-    assert out is not None
-    say(f"{out}: {size(planned.file_bytes)} ({planned.bits_per_weight:.2f} bits per weight) from {source}", quiet=quiet)
-    with byte_progress(out.name, sum(item.nbytes for item in planned.tensors), quiet=quiet) as advance:
-        write(planned, out, threads=threads, on_bytes=advance)
-    if json:
-        print_json({"out": str(out), **summary})
+    convert_adapter(folder, base, None if dry_run else out, type.lower(), json=json, quiet=quiet)
 
 
-def _entry(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "role": tensor.role.value,
-        "shape": list(tensor.shape),
-        "type": type_name,
-        "nbytes": nbytes,
-    }
+@app.command()
+def split(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF, or the first shard of one to split anew.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Names the shards: FILE-00001-of-0000N.")],
+    split_max_size: Annotated[
+        str, typer.Option("--split-max-size", metavar="SIZE", help="Largest file: 512M, 2GB, 1.5GiB.")
+    ],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Split a GGUF into shards that llama.cpp loads, without touching its weights."""
+    from pocketquant.cli import splitting
+
+    splitting.split(file, out, split_max_size, json=json, quiet=quiet)
 
 
-def _cells(entry: dict[str, Any]) -> list[str]:
-    shape = " x ".join(str(n) for n in entry["shape"])
-    return [entry["name"], entry["role"], shape, entry["type"], f"{entry['nbytes']:,}"]
+@app.command()
+def join(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The first shard, NAME-00001-of-0000N.gguf.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The GGUF to write.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Join the shards of a GGUF; the result is the file that was split."""
+    from pocketquant.cli import splitting
+
+    splitting.join(file, out, json=json, quiet=quiet)
 
 
 @app.command()
 def inspect(source: Source, json: Json = False) -> None:
     """List metadata and tensors of a GGUF or a checkpoint, without reading weights."""
-    from pocketquant.convert import open_model
-    from pocketquant.formats import FORMATS
+    from pocketquant.cli import viewing
 
-    model = open_model(source)
-    entries = [
-        _entry(tensor, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
-        for tensor in model.tensors
-    ]
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    file_bytes = sum(file.stat().st_size for file in files)
-    if json:
-        print_json(
-            {
-                "architecture": model.architecture,
-                "file_bytes": file_bytes,
-                "notes": list(model.notes),
-                "metadata": {key: _short(value.value) for key, value in model.metadata.items()},
-                "tensors": entries,
-            }
-        )
-        return
-    print_table(
-        ["key", "type", "value"],
-        [[key, value.kind, str(_short(value.value))[:100]] for key, value in model.metadata.items()],
-    )
-    print()
-    print_table(["tensor", "role", "shape", "type", "bytes"], [_cells(entry) for entry in entries])
-    print(f"\n{file_bytes:,} bytes in {len(files)} file(s), {len(entries)} tensors of {model.architecture}")
-    for note in model.notes:
-        print(f"note: {note}")
-
-
-def _short(value: Any) -> Any:
-    """A metadata value with long lists cut: nobody reads 248,320 tokens."""
-    if isinstance(value, list) and len(value) > 16:
-        return {"count": len(value), "first": value[:4]}
-    return value
+    viewing.inspect(source, json=json)
 
 
 @app.command()
@@ -203,9 +254,6 @@ def eval(
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap behind the standard errors.")] = 0,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Per-tensor weight error only, without inference.")
-    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -240,30 +288,77 @@ def weights(
     quiet: Quiet = False,
 ) -> None:
     """Measure each tensor's error against full precision, without inference."""
-    from dataclasses import asdict
+    from pocketquant.cli import viewing
 
-    from pocketquant.convert import open_model
-    from pocketquant.eval import weight_errors
+    viewing.weights(source, reference, json=json, quiet=quiet)
 
-    errors = weight_errors(open_model(source), open_model(reference))
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE|SRC", help="GGUF file, or a checkpoint before it is converted.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--source", metavar="SRC", help="The checkpoint it was made from: compare every tensor with it."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look for what is wrong with a GGUF or a checkpoint, without running it; exit code 1 if something is."""
+    from pocketquant.cli.findings import check_file_or_source, print_report
+
+    with step_progress(Path(file).name, quiet=quiet) as advance:
+        report = check_file_or_source(file, source, advance)
     if json:
-        print_json({"tensors": [asdict(error) | {"role": error.role.value} for error in errors]})
+        print_json({"file": file, **report.to_json()})
+    else:
+        print_report(file, report)
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def imatrix(
+    files: Annotated[list[Path], typer.Argument(metavar="GGUF", help="Model to run; with --merge, matrices to add.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The importance matrix to write.")],
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE|self", help="UTF-8 text; self: the model writes it.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add matrices of one model up instead of running it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was saved.")] = False,
+    context: Context = 512,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows to run; default: all, self: 16.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the text that the model writes.")] = 0,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an importance matrix: which inputs of each weight matter, from running the model over a text."""
+    from pocketquant.cli.importance import make_matrix, merge_matrices
+
+    if merge:
+        if text is not None or resume:
+            raise typer.BadParameter("runs no model, so it takes no --text and no --resume", param_hint="--merge")
+        merge_matrices(files, out, json=json, quiet=quiet)
         return
-    columns = ["tensor", "role", "type", "SNR (dB)", "cosine", "relative RMSE", "largest error"]
-    print_table(
-        columns,
-        [
-            [
-                error.name,
-                error.role.value,
-                error.format,
-                "exact" if error.snr_db is None else f"{error.snr_db:.2f}",
-                f"{error.cosine:.6f}",
-                "" if error.relative_rmse is None else f"{error.relative_rmse:.5f}",
-                f"{error.max_abs_error:.3g}",
-            ]
-            for error in errors
-        ],
+    if len(files) != 1:
+        raise typer.BadParameter("one model; to add matrices up, say --merge", param_hint="GGUF")
+    if text is None:
+        raise typer.BadParameter("name a text, or self to let the model write one", param_hint="--text")
+    make_matrix(
+        files[0],
+        text,
+        out,
+        context=context,
+        chunks=chunks,
+        seed=seed,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        resume=resume,
+        json=json,
+        quiet=quiet,
     )
 
 
@@ -279,11 +374,20 @@ def make(
         Path | None, typer.Option("--text", metavar="FILE", help="What to measure on; default: embedded text.")
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
+        str | None,
+        typer.Option("--imatrix", metavar="FILE|none", help="Importance matrix; default: one is made and kept."),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option("--calibrate", metavar="FILE|self", help="Text to make it from; self: the model writes it."),
+    ] = None,
+    calibrate_chunks: Annotated[
+        int | None, typer.Option("--calibrate-chunks", min=1, metavar="N", help="Windows of it; default 128, self 16.")
     ] = None,
     reference_type: Annotated[
         str, typer.Option("--reference-type", metavar="f32|bf16", help="Type of the reference; bf16 halves memory.")
     ] = "f32",
+    keep_source: KeepSource = None,
     context: Context = 512,
     chunks: Chunks = None,
     threads: Threads = None,
@@ -293,8 +397,10 @@ def make(
     quiet: Quiet = False,
 ) -> None:
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
-    from pocketquant.make import DEFAULT_RECIPES, Bars, make_release, plan_release, to_markdown
+    from pocketquant.make import DEFAULT_RECIPES, Bars, calibration_text, make_release, plan_release, to_markdown
 
+    if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
+        raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
     if reference_type not in ("f32", "bf16"):
         raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
     release = plan_release(
@@ -303,12 +409,15 @@ def make(
         text=text,
         context=context,
         chunks=chunks,
-        imatrix=imatrix,
+        imatrix=None if imatrix in (None, "none") else Path(imatrix),
+        calibrate=(calibrate or calibration_text()) if imatrix is None else None,
+        calibrate_chunks=calibrate_chunks,
         reference_type=reference_type,
+        keep_source=keep_source,
     )
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)
-    for variant in release.variants:
+    for variant in (*release.variants, *release.sidecars):
         line = f"{variant.name}: {size(variant.plan.file_bytes)}, {variant.plan.bits_per_weight:.2f} bits per weight"
         say(line, quiet=quiet)
     say(
@@ -318,7 +427,10 @@ def make(
     )
     if dry_run:
         if json:
-            files = [{"file": item.name, "file_bytes": item.plan.file_bytes} for item in release.variants]
+            files = [
+                {"file": item.name, "file_bytes": item.plan.file_bytes}
+                for item in (*release.variants, *release.sidecars)
+            ]
             print_json({"files": files, "disk_bytes": release.disk_bytes, "memory_bytes": release.memory_bytes})
         return
     bars = Bars(
@@ -342,4 +454,5 @@ def demo(
     """Run `make` on the small checkpoint that comes with the package."""
     from pocketquant.demo import checkpoint_dir
 
-    make(str(checkpoint_dir()), out, json=json, quiet=quiet)
+    # seconds; the whole texts take minutes
+    make(str(checkpoint_dir()), out, calibrate_chunks=32, chunks=64, json=json, quiet=quiet)

@@ -51,7 +51,7 @@ NOT_IN_INVENTORY = {
 def real_config(size: str) -> dict[str, Any]:
     """config.json of the real model: the text model under the vision-language class."""
     interval = 4
-    text = text_config(
+    return text_config(
         **CONFIGS[size],
         num_hidden_layers=LAYERS[size],
         head_dim=256,
@@ -70,7 +70,6 @@ def real_config(size: str) -> dict[str, Any]:
             "rope_type": "default",
         },
     )
-    return text
 
 
 @pytest.fixture(scope="module", params=["0.8B", "4B"])

@@ -1,0 +1,205 @@
+"""A size as the input: the format of every tensor, so that the whole file fits and the predicted loss is least.
+
+What a choice costs comes from `sensitivity`, the best of all choices from `knapsack`, and the result is an ordinary
+recipe, planned like any other. Formats on offer are those with fast kernels on phones (ARM repacking in llama.cpp,
+ggml/src/ggml-cpu/repack.cpp): Q4_K, Q5_K, Q6_K, Q8_0, and F16, which pays for the few weights that steer DeltaNet and
+above 8.5 bits per weight. Q3_K has no such kernels and is offered for small targets only. Rows that are no multiple of
+256 have IQ4_NL, Q8_0 and F16, other rows F16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from pocketquant.errors import RecipeError
+from pocketquant.formats import FORMATS
+from pocketquant.model import Model, Plan, Role, Tensor, Value, padded
+from pocketquant.quant.importance import Importance
+from pocketquant.quant.knapsack import MOST_LOSS, select
+from pocketquant.quant.planning import plan
+from pocketquant.quant.recipe import Recipe
+from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
+from pocketquant.quant.sensitivity import Prediction, Sensitivity, read_sensitivity
+
+FORMATS_ON_OFFER = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+"""By ascending size. IQ4_NL only where a row does not fit the others."""
+
+SMALL_TARGET = 4.75
+"""Q3_K is offered below so many bits per weight, or where nothing else fits. On the published figures it saves nothing
+above: 0.1 % of the predicted loss at 4.7 bits for 4B, nothing for 0.8B. Below it saves up to a tenth."""
+
+CLOSE_ENOUGH = 0.005
+"""A target above the largest file by more than this part of it cannot be reached."""
+
+_BELOW_MTP = ("Q3_K", "IQ4_NL", "Q4_K")  # no importance matrix covers multi-token prediction: Q5_K or better
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asks for, one of the two: bytes of the whole file, or bits per weight of its tensors."""
+
+    file_bytes: int | None = None
+    bits_per_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.file_bytes is None) == (self.bits_per_weight is None):
+            raise RecipeError("give one target: a size or bits per weight")
+        if (self.file_bytes or self.bits_per_weight or 0) <= 0:
+            raise RecipeError(f"a target of {self}: must be above 0")
+
+    def __str__(self) -> str:
+        return f"{self.bits_per_weight:g} bits per weight" if self.file_bytes is None else f"{self.file_bytes:,} bytes"
+
+    @property
+    def recipe_name(self) -> str:
+        return f"target-{self.bits_per_weight:g}bpw" if self.file_bytes is None else f"target-{self.file_bytes}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The formats that one place can have, by ascending size, with the bytes and the predicted loss of each."""
+
+    place: Place
+    formats: tuple[str, ...]
+    nbytes: tuple[int, ...]
+    loss: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A plan made to a target.
+
+    Attributes:
+        predicted_loss: nats a token, of all tensors together.
+        least_loss: no plan within the target is predicted to lose less; equal to `predicted_loss` but for problems
+            made to be hard.
+    """
+
+    target: Target
+    recipe: Recipe
+    plan: Plan
+    predicted_loss: float
+    least_loss: float
+
+    @property
+    def fill(self) -> float:
+        """The part of the target that the plan uses."""
+        if self.target.file_bytes is not None:
+            return self.plan.file_bytes / self.target.file_bytes
+        return self.plan.bits_per_weight / (self.target.bits_per_weight or 1)
+
+
+def list_options(model: Model, prediction: Prediction) -> list[Options]:
+    """What each place of a model can be; the tensors kept in F32 are no places."""
+    places: dict[Place, list[Tensor]] = {}
+    for tensor in model.tensors:
+        if not tensor.keep_f32:
+            places.setdefault((tensor.role, tensor.layer), []).append(tensor)
+    options = []
+    offered = [name for name in FORMATS_ON_OFFER if name in prediction.error]
+    for place, tensors in places.items():
+        n_layer = model.sizes["n_layer"]
+        formats = tuple(name for name in offered if all(_can_be(tensor, name, n_layer) for tensor in tensors))
+        options.append(
+            Options(
+                place,
+                formats,
+                tuple(sum(_bytes(tensor, name) for tensor in tensors) for name in formats),
+                tuple(sum(prediction.loss(tensor, name) for tensor in tensors) for name in formats),
+            )
+        )
+    return options
+
+
+def _can_be(tensor: Tensor, name: str, n_layer: int) -> bool:
+    if tensor.role is Role.VISION_PATCH:  # runtimes have no convolution with quantized kernels
+        return name == "F16"
+    if tensor.layer is not None and tensor.layer >= n_layer and name in _BELOW_MTP:
+        return False
+    if name == "IQ4_NL" and tensor.n_cols % FORMATS["Q4_K"].block_len == 0:
+        return False
+    return tensor.n_cols % FORMATS[name].block_len == 0
+
+
+def _bytes(tensor: Tensor, name: str) -> int:
+    return padded(tensor.n_rows * FORMATS[name].row_bytes(tensor.n_cols))
+
+
+def plan_to_target(
+    model: Model,
+    target: Target,
+    sensitivity: Sensitivity | None = None,
+    importance: Importance | None = None,
+    metadata_extra: Mapping[str, Value] | None = None,
+) -> Allocation:
+    """Plans the file that loses least, by prediction, among those that are not larger than the target.
+
+    Args:
+        model: the opened source.
+        target: bytes of the whole file, header and alignment included; or bits per weight, counting the alignment.
+        sensitivity: the table to predict with; None for the one that comes with the package.
+        importance, metadata_extra: as for `plan`.
+
+    Raises:
+        RecipeError: the target is beyond what the formats reach (the range is named), roles without a sensitivity, or
+            what `plan` raises.
+    """
+    prediction = (sensitivity or read_sensitivity()).predict(model)
+    options = list_options(model, prediction)
+    if not options:
+        raise RecipeError("the model has no tensor whose type could be chosen")
+    # All plans have one name and so one length of header, but for the keys of an importance matrix, which nothing
+    # uses where no tensor is quantized; the smallest plan has them.
+    smallest = plan(model, _recipe(model, target, options, [0] * len(options)), importance, metadata_extra)
+    kept = sum(padded(item.nbytes) for item in smallest.tensors if item.tensor.keep_f32)
+    budget = _budget(model, target, len(smallest.header), kept, options)
+    options = _without_q3_k(model, options, budget)
+
+    total = sum(max(option.loss) for option in options)
+    unit = total / (MOST_LOSS - 2 * len(options)) or 1.0
+    found = select([o.nbytes for o in options], [[round(x / unit) for x in o.loss] for o in options], budget)
+    recipe = _recipe(model, target, options, found.choices)
+    planned = plan(model, recipe, importance, metadata_extra)
+    loss = sum(option.loss[i] for option, i in zip(options, found.choices, strict=True))
+    return Allocation(target, recipe, planned, loss, loss * (found.lower_bound / found.loss if found.loss else 1.0))
+
+
+def _without_q3_k(model: Model, options: list[Options], budget: int) -> list[Options]:
+    """The options without Q3_K, unless the budget is small."""
+    n_weights = sum(prod(tensor.shape) for tensor in model.tensors if not tensor.keep_f32)
+    fast = [
+        replace(option, formats=option.formats[1:], nbytes=option.nbytes[1:], loss=option.loss[1:])
+        if option.formats[0] == "Q3_K"
+        else option
+        for option in options
+    ]
+    is_small = 8 * budget < SMALL_TARGET * n_weights or sum(option.nbytes[0] for option in fast) > budget
+    return options if is_small else fast
+
+
+def _recipe(model: Model, target: Target, options: list[Options], choices: list[int] | tuple[int, ...]) -> Recipe:
+    types = {option.place: FORMATS[option.formats[i]] for option, i in zip(options, choices, strict=True)}
+    description = f"the least predicted loss within {target}"
+    recipe = recipe_of_types(target.recipe_name, description, types, description)
+    check_types(model, recipe, types)
+    return recipe
+
+
+def _budget(model: Model, target: Target, header: int, kept: int, options: list[Options]) -> int:
+    """Bytes for the tensors that have a choice, each one padded; `header` and `kept` are the bytes of the rest."""
+    n_weights = sum(prod(tensor.shape) for tensor in model.tensors)
+    least, most = (sum(option.nbytes[i] for option in options) for i in (0, -1))
+    if target.file_bytes is not None:
+        budget = target.file_bytes - header - kept
+    else:
+        budget = int((target.bits_per_weight or 0) * n_weights / 8) - kept
+    if budget < least or budget > most + CLOSE_ENOUGH * (header + kept + most):
+        names = [name for name in FORMATS_ON_OFFER if any(name in option.formats for option in options)]
+        raise RecipeError(
+            f"a target of {target} cannot be reached: with {', '.join(names)} this model's files are from "
+            f"{header + kept + least:,} to {header + kept + most:,} bytes "
+            f"({8 * (kept + least) / n_weights:.2f} to {8 * (kept + most) / n_weights:.2f} bits per weight)"
+        )
+    return budget
