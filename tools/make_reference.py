@@ -7,6 +7,7 @@ python tools/make_reference.py --check   exit 1 if a page is not what the code s
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,7 @@ def python_page() -> str:
     for name in pocketquant.__all__:
         item = getattr(pocketquant, name)
         signature = str(inspect.signature(item)) if inspect.isfunction(item) else ""
+        signature = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", signature)
         lines += ["", f"## {name}", "", "```", f"{name}{signature}", "", inspect.getdoc(item) or "", "```"]
     return "\n".join(lines) + "\n"
 

@@ -17,8 +17,8 @@ from pocketquant.quant.allocation import Allocation, Target, plan_to_target
 from pocketquant.quant.explain import Explanation, explain
 from pocketquant.quant.importance import Importance, check_importance, read_importance
 from pocketquant.quant.planning import plan
-from pocketquant.quant.recipe import Recipe, Rule, builtin_recipes, choose_formats, open_recipe, parse_recipe
-from pocketquant.quant.recipe_text import format_recipe
+from pocketquant.quant.recipe import Recipe, Rule, builtin_recipes, choose_formats, parse_recipe
+from pocketquant.quant.recipe_text import format_recipe, open_recipe
 from pocketquant.quant.sensitivity import Sensitivity, parse_sensitivity, read_sensitivity
 
 __all__ = [

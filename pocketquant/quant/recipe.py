@@ -109,22 +109,18 @@ class Recipe:
 
 
 def builtin_recipes() -> tuple[str, ...]:
-    """The names that `open_recipe` knows without a file, sorted."""
+    """The names that `open_named_recipe` knows without a file, sorted."""
     folder = resources.files("pocketquant.quant") / "recipes"
     return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml")))
 
 
-def open_recipe(name_or_path: str | Path) -> Recipe:
-    """The recipe of that name, the one in that TOML file, or the types of another GGUF (`from:FILE.gguf`).
+def open_named_recipe(name_or_path: str | Path) -> Recipe:
+    """The recipe of that name, or the one in that TOML file.
 
     Raises:
         RecipeError: there is no such recipe or file, it is too large, or something in it is not understood.
     """
     text = str(name_or_path)
-    if text.startswith("from:"):
-        from pocketquant.quant.recipe_text import recipe_of_file  # imports this module
-
-        return recipe_of_file(text[len("from:") :])
     if text.lower() in builtin_recipes():
         packaged = resources.files("pocketquant.quant") / "recipes" / f"{text.lower()}.toml"
         return parse_recipe(packaged.read_text(encoding="utf-8"), text)

@@ -14,7 +14,7 @@ from pocketquant.errors import RecipeError, listing
 from pocketquant.formats import FORMATS, QuantFormat
 from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.model import Model, Role, Value
-from pocketquant.quant.recipe import Recipe, Rule, choose_formats
+from pocketquant.quant.recipe import Recipe, Rule, choose_formats, open_named_recipe
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12} | {
     "Q4_K": 15,
@@ -28,6 +28,16 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "
 
 Place = tuple[Role, int | None]
 """A role and its block; all tensors of one place have one format."""
+
+
+def open_recipe(name_or_path: str | Path) -> Recipe:
+    """The recipe of that name, the one in that TOML file, or the types of another GGUF (`from:FILE.gguf`).
+
+    Raises:
+        RecipeError: there is no such recipe or file, it is too large, or something in it is not understood.
+    """
+    text = str(name_or_path)
+    return recipe_of_file(text[len("from:") :]) if text.startswith("from:") else open_named_recipe(name_or_path)
 
 
 def format_recipe(recipe: Recipe) -> str:
