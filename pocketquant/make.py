@@ -32,6 +32,7 @@ from pocketquant.quant import Importance, Recipe, open_recipe, plan, read_import
 from pocketquant.quant.collect import SELF, Calibration, collect_importance
 from pocketquant.quant.importance import importance_of, write_sums
 from pocketquant.runtime import require_runtime
+from pocketquant.splits import split_file
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")
 SCHEMA = "pocketquant.make/1"
@@ -97,6 +98,7 @@ class Release:
     chunks: int | None
     importance: Importance | None = None
     calibrating: Calibrating | None = None
+    split_bytes: int | None = None
 
     @property
     def kept_bytes(self) -> int:
@@ -105,7 +107,8 @@ class Release:
     @property
     def disk_bytes(self) -> int:
         """Free disk the run needs."""
-        return self.kept_bytes + self.reference.plan.file_bytes
+        shards = 0 if self.split_bytes is None else max(variant.plan.file_bytes for variant in self.variants)
+        return self.kept_bytes + self.reference.plan.file_bytes + shards
 
     @property
     def memory_bytes(self) -> int:
@@ -133,12 +136,14 @@ def plan_release(
     calibrate: Path | str | None = None,
     calibrate_chunks: int | None = None,
     reference_type: str = "f32",
-    keep_source: Path | None = None,
+    parts: Parts | None = None,
+    mmproj: str | None = None,
+    split_bytes: int | None = None,
 ) -> Release:
     """Opens the source and plans every file; reads no weights, writes nothing.
 
     Args:
-        source: as `open_model`. The weights are read several times: give `keep_source` with a repository on a hub.
+        source: as `open_model`.
         recipes: names or TOML files, one output each.
         text: what to measure on; None for the embedded evaluation text.
         context: tokens in a window.
@@ -148,14 +153,17 @@ def plan_release(
             no importance; `calibration_text()` is what the command takes.
         calibrate_chunks: most windows of it.
         reference_type: recipe of the reference: f32, or bf16 where memory is short.
-        keep_source: a folder to download a repository into.
+        parts: the source, opened otherwise than `open_parts(source)` does: with an adapter, say. The weights are read
+            several times, so open a repository on a hub with `keep_source`.
+        mmproj: recipe of the vision tower; None for the first recipe's companion.
+        split_bytes: largest file to keep; None for no limit. Files are measured whole and split afterwards.
 
     Raises:
         EvalError: the same text to calibrate and to measure on.
     """
     require_runtime()
     text = text or text_path("evaluation")
-    parts = open_parts(source, keep_source=keep_source)
+    parts = parts or open_parts(source)
     model = parts.model
     importance, calibrating = read_importance(imatrix) if imatrix else None, None
     planned_for = importance
@@ -173,21 +181,21 @@ def plan_release(
         str(source),
         model,
         variants,
-        _sidecars(parts, variants[0]),
+        _sidecars(parts, variants[0], mmproj),
         reference,
         text,
         context,
         chunks,
         importance,
         calibrating,
+        split_bytes,
     )
 
 
-def _sidecars(parts: Parts, first: Variant) -> tuple[Variant, ...]:
+def _sidecars(parts: Parts, first: Variant, mmproj: str | None) -> tuple[Variant, ...]:
     """What lies beside the model, after the first variant: `mmproj-NAME` and `mtp-NAME`."""
-    outputs = plan_outputs(
-        parts, Path(first.name), first.opened, lambda model: first.plan, default_mmproj_recipe(first.recipe), None
-    )
+    tower_recipe = mmproj or default_mmproj_recipe(first.recipe)
+    outputs = plan_outputs(parts, Path(first.name), first.opened, lambda model: first.plan, tower_recipe, None)
     return tuple(
         Variant(str(output.plan.metadata["pocketquant.recipe"].value), path.name, output.plan, first.opened)
         for output in outputs[1:]
@@ -270,12 +278,22 @@ def make_release(
             _write(sidecar, staging / sidecar.name, sidecar.name, threads, bars)
         made = [release.calibrating.name] if release.calibrating else []
         files = [*release.variants, *release.sidecars]
-        names = [*(variant.name for variant in files), *made, "report.json", "report.md"]
+        kept = [name for variant in files for name in _split(staging / variant.name, release.split_bytes)]
+        names = [*kept, *made, "report.json", "report.md"]
         sums = "".join(f"{identify(staging / name).sha256}  {name}\n" for name in names)
         (staging / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for name in [*names, "SHA256SUMS"]:
             os.replace(staging / name, out / name)
     return result
+
+
+def _split(path: Path, max_bytes: int | None) -> list[str]:
+    """Names of the files that a finished one is kept as: its own, or its shards'."""
+    if max_bytes is None or path.stat().st_size <= max_bytes:
+        return [path.name]
+    shards = split_file(path, path, max_bytes)
+    path.unlink()
+    return [shard.name for shard in shards]
 
 
 def _calibrate(

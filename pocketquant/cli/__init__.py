@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pocketquant.cli.app import app
 from pocketquant.cli.screen import print_error
 from pocketquant.errors import PocketquantError
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 __all__ = ["main"]
 
@@ -25,12 +30,23 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise Interrupted
 
 
+def _raise_again(unraisable: UnraisableHookArgs) -> None:
+    """An interrupt that arrives inside a callback of llama.cpp is lost there; raise it again a moment later."""
+    if not isinstance(unraisable.exc_value, Interrupted):
+        sys.__unraisablehook__(unraisable)
+        return
+    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    timer.daemon = True
+    timer.start()
+
+
 def main() -> None:
     """Entry point of the `pocketquant` command."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    sys.unraisablehook = _raise_again
     try:
         app(args=arguments, prog_name="pocketquant")
     except PocketquantError as error:

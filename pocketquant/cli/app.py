@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pocketquant.cli.planning import Request, run
+from pocketquant.cli.planning import Request, open_source, run
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
 from pocketquant.cli.sizing import Sizing, read_sizing, recipe_app
 
@@ -387,7 +387,12 @@ def make(
     reference_type: Annotated[
         str, typer.Option("--reference-type", metavar="f32|bf16", help="Type of the reference; bf16 halves memory.")
     ] = "f32",
+    chat_template: ChatTemplate = None,
+    adapter: AdapterDir = None,
+    mtp: Mtp = "sidecar",
+    mmproj: Mmproj = None,
     keep_source: KeepSource = None,
+    split_max_size: SplitMaxSize = None,
     context: Context = 512,
     chunks: Chunks = None,
     threads: Threads = None,
@@ -398,6 +403,7 @@ def make(
 ) -> None:
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
     from pocketquant.make import DEFAULT_RECIPES, Bars, calibration_text, make_release, plan_release, to_markdown
+    from pocketquant.splits import parse_size
 
     if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
         raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
@@ -413,7 +419,9 @@ def make(
         calibrate=(calibrate or calibration_text()) if imatrix is None else None,
         calibrate_chunks=calibrate_chunks,
         reference_type=reference_type,
-        keep_source=keep_source,
+        parts=open_source(source, chat_template, keep_source, adapter, mtp, mmproj),
+        mmproj=mmproj,
+        split_bytes=parse_size(split_max_size) if split_max_size else None,
     )
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size
 from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_explanation
+
+if TYPE_CHECKING:
+    from pocketquant.convert.sources import Parts
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,6 @@ class Request:
 
 def run(request: Request) -> None:
     """Does what was asked for."""
-    from pocketquant.convert.sources import open_parts
     from pocketquant.outputs import all_files, default_mmproj_recipe, plan_outputs
     from pocketquant.pipeline import write_together
     from pocketquant.quant import open_recipe, read_importance
@@ -44,18 +46,11 @@ def run(request: Request) -> None:
     quiet, sizing = request.quiet, request.sizing
     if request.out is None and not request.dry_run:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
-    if request.mtp not in ("sidecar", "embed", "drop"):
-        raise typer.BadParameter("sidecar, embed or drop", param_hint="--mtp")
     if quiet:  # the hub's client draws bars of its own
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     importance = read_importance(request.imatrix) if request.imatrix else None
-    parts = open_parts(
-        request.source,
-        chat_template=request.chat_template,
-        keep_source=request.keep_source,
-        adapter=request.adapter,
-        mtp=request.mtp,  # type: ignore[arg-type]
-        with_vision=request.mmproj != "none",
+    parts = open_source(
+        request.source, request.chat_template, request.keep_source, request.adapter, request.mtp, request.mmproj
     )
     for note in parts.model.notes:
         say(f"note: {note}", quiet=quiet)
@@ -109,6 +104,29 @@ def run(request: Request) -> None:
             print(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
     if explanation:
         print_explanation(explanation)
+
+
+def open_source(
+    source: str,
+    chat_template: Path | None,
+    keep_source: Path | None,
+    adapter: Path | None,
+    mtp: str,
+    mmproj: str | None,
+) -> Parts:
+    """Opens a source as the options say."""
+    from pocketquant.convert.sources import open_parts
+
+    if mtp not in ("sidecar", "embed", "drop"):
+        raise typer.BadParameter("sidecar, embed or drop", param_hint="--mtp")
+    return open_parts(
+        source,
+        chat_template=chat_template,
+        keep_source=keep_source,
+        adapter=adapter,
+        mtp=mtp,  # type: ignore[arg-type]
+        with_vision=mmproj != "none",
+    )
 
 
 def describe_tensor(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:

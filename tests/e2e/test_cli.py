@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,25 @@ def test_make_that_fails_changes_nothing(tmp_path: Path) -> None:
     result = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
     assert result.returncode == 2
     assert "short.txt" in result.stderr
+    assert os.listdir(out) == ["report.md"]
+    assert (out / "report.md").read_text() == "good"
+
+
+def test_make_interrupted_changes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.md").write_text("good")
+    process = subprocess.Popen(
+        [COMMAND, "make", str(checkpoint_dir()), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".making-*/*.gguf")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(out.glob(".making-*/*.gguf")), "it never started writing"
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in talk
     assert os.listdir(out) == ["report.md"]
     assert (out / "report.md").read_text() == "good"
 

@@ -109,3 +109,18 @@ def test_make_keeps_the_sidecars(whole: Path, tmp_path: Path) -> None:
         assert sidecar["file"] in names
         assert sidecar["file"] in (tmp_path / "out" / "SHA256SUMS").read_text()
     assert [sidecar["file"].split("-")[0] for sidecar in result["sidecars"]] == ["mmproj", "mtp"]
+
+
+def test_make_splits_what_it_keeps(whole: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 200)
+    options = ["--text", text, "--context", 64, "--chunks", 4, "--imatrix", "none", "--recipe", "q8_0"]
+    run("make", whole, "--out", tmp_path / "out", *options, "--split-max-size", "1500k", "--mtp", "drop", "--quiet")
+    shards = sorted((tmp_path / "out").glob("*-of-*.gguf"))
+    assert len(shards) > 1
+    assert all(shard.stat().st_size <= 1_500_000 for shard in shards)
+    sums = (tmp_path / "out" / "SHA256SUMS").read_text()
+    assert all(shard.name in sums for shard in shards)
+    assert json.loads(run("inspect", shards[0], "--json").stdout)["file_bytes"] == sum(
+        shard.stat().st_size for shard in shards if not shard.name.startswith("mmproj-")
+    )

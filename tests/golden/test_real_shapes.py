@@ -19,7 +19,7 @@ from pocketquant import open_model, open_recipe, plan
 from pocketquant.model import Model
 
 INVENTORIES = json.loads((Path(__file__).parent / "real_models.json").read_text())
-LAYERS = {"0.8B": 24, "4B": 32}
+LAYERS = {"0.8B": 24, "2B": 24, "4B": 32, "9B": 32}
 CONFIGS = {
     "0.8B": {
         "hidden_size": 1024,
@@ -27,6 +27,21 @@ CONFIGS = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "linear_num_value_heads": 16,
+    },
+    "2B": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 16,
+    },
+    "9B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 32,
+        "tie_word_embeddings": False,
     },
     "4B": {
         "hidden_size": 2560,
@@ -73,8 +88,8 @@ def real_config(size: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["0.8B", "4B"])
-def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Model, float]:
-    """Size, opened model, seconds it took to open."""
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Model]:
+    """Size and opened model."""
     size: str = request.param
     folder = tmp_path_factory.mktemp("real") / f"Qwen3.5-{size}"
     make_sparse_checkpoint(folder, real_config(size))
@@ -97,13 +112,11 @@ base_model:
     }
     (folder / "config.json").write_text(json.dumps(outer))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    started = time.perf_counter()
-    model = open_model(folder)
-    return size, model, time.perf_counter() - started
+    return size, open_model(folder)
 
 
-def test_names_shapes_and_types_equal_the_real_files(real: tuple[str, Model, float]) -> None:
-    size, model, _ = real
+def test_names_shapes_and_types_equal_the_real_files(real: tuple[str, Model]) -> None:
+    size, model = real
     ours = {
         item.tensor.name: [item.format.name, list(item.tensor.shape), item.nbytes]
         for item in plan(model, open_recipe("bf16")).tensors
@@ -111,8 +124,8 @@ def test_names_shapes_and_types_equal_the_real_files(real: tuple[str, Model, flo
     assert ours == INVENTORIES[size]["tensors"]
 
 
-def test_metadata_equals_the_real_files_key_by_key(real: tuple[str, Model, float]) -> None:
-    size, model, _ = real
+def test_metadata_equals_the_real_files_key_by_key(real: tuple[str, Model]) -> None:
+    size, model = real
     kinds = {"arr[str,1]": "str[]", "arr[i32,4]": "i32[]"}
     ours = dict(plan(model, open_recipe("bf16")).metadata)
     for key, entry in INVENTORIES[size]["metadata"].items():
@@ -132,16 +145,37 @@ def test_metadata_equals_the_real_files_key_by_key(real: tuple[str, Model, float
     assert ours.keys() == NOT_IN_INVENTORY.keys()
 
 
-def test_planned_in_seconds(real: tuple[str, Model, float]) -> None:
-    _, model, opening = real
-    started = time.perf_counter()
-    plan(model, open_recipe("q4_k_m"))
-    assert opening + time.perf_counter() - started < 5
+@pytest.mark.parametrize("size", CONFIGS)
+def test_planned_in_five_seconds_with_a_vocabulary_of_the_real_size(size: str, tmp_path: Path) -> None:
+    folder = make_sparse_checkpoint(tmp_path / f"Qwen3.5-{size}", real_config(size))
+    (folder / "tokenizer.json").write_text(json.dumps(large_tokenizer(248044)))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
+    (folder / "generation_config.json").write_text("{}")
+    started = time.process_time()
+    planned = plan(open_model(folder), open_recipe("q4_k_m"))
+    assert time.process_time() - started < 5
+    assert len(planned.metadata["tokenizer.ggml.merges"].value) == 248044 - 256
+    assert planned.file_bytes > {"0.8B": 4e8, "2B": 1e9, "4B": 2.6e9, "9B": 5e9}[size]
+
+
+def large_tokenizer(n_tokens: int) -> dict[str, Any]:
+    """The test tokenizer grown to the real one's size: every pair of bytes, then triples, each by one merge."""
+    tokenizer = tokenizer_json()
+    letters = [token for token in tokenizer["model"]["vocab"] if len(token) == 1]
+    pairs = [[a, b] for a in letters for b in letters]
+    triples = ([a + b, c] for a, b in pairs for c in letters)
+    merges = (pairs + [next(triples) for _ in range(max(0, n_tokens - 256 - len(pairs)))])[: n_tokens - 256]
+    vocab = letters + ["".join(merge) for merge in merges]
+    tokenizer["model"] |= {"vocab": {token: number for number, token in enumerate(vocab)}, "merges": merges}
+    for number, token in enumerate(tokenizer["added_tokens"]):
+        token["id"] = n_tokens + number
+    return tokenizer
 
 
 @pytest.mark.parametrize("recipe", ["q4_k_m", "pocket_4bit"])
-def test_4b_fits_three_gigabytes(real: tuple[str, Model, float], recipe: str) -> None:
-    size, model, _ = real
+def test_4b_fits_three_gigabytes(real: tuple[str, Model], recipe: str) -> None:
+    size, model = real
     planned = plan(model, open_recipe(recipe))
     assert planned.file_bytes < {"0.8B": 0.6e9, "4B": 3.0e9}[size]
     assert sum(prod(item.tensor.shape) for item in planned.tensors) > {"0.8B": 7.5e8, "4B": 4.2e9}[size]
