@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,12 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path}: broken JSON: {error}") from error
 
 
-def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-            if on_bytes:
-                on_bytes(len(piece))
     return digest.hexdigest()
 
 
@@ -88,12 +86,6 @@ def replacing(target: Path) -> Iterator[Path]:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_text(target: Path, text: str) -> None:
-    """Replaces a text file whole."""
-    with replacing(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def usable_threads() -> int:

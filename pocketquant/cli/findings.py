@@ -11,6 +11,7 @@ import typer
 from pocketquant.check import ERROR, CheckReport, Finding, check_gguf, check_model
 from pocketquant.cli.screen import size
 from pocketquant.convert import open_model
+from pocketquant.convert.sources import names_gguf
 from pocketquant.errors import ArchitectureError, TokenizerError
 
 _SHOWN = 8
@@ -19,9 +20,8 @@ _SHOWN = 8
 
 def check_file_or_source(file: str, source: str | None, progress: Callable[[int, int], None]) -> CheckReport:
     """Checks a GGUF, against a source if one is given, or a checkpoint: one that is refused is a finding."""
-    path = Path(file)
-    if path.is_file() and path.suffix != ".safetensors":
-        return check_gguf(path, open_model(source) if source else None, progress=progress)
+    if names_gguf(file):
+        return check_gguf(Path(file), open_model(source) if source else None, progress=progress)
     if source is not None:
         raise typer.BadParameter("only a GGUF file can be compared with a source", param_hint="--source")
     try:

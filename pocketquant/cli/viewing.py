@@ -45,12 +45,11 @@ def inspect(source: str, *, json: bool) -> None:
 
 def _file_sizes(source: str) -> list[int]:
     """Bytes of each file that holds weights."""
-    from pocketquant.convert.sources import open_snapshot
+    from pocketquant.convert.sources import names_gguf, open_snapshot
     from pocketquant.gguf_file import read_shards
 
-    path = Path(source)
-    if path.is_file() and path.suffix != ".safetensors":
-        return [file.stat().st_size for file, _ in read_shards(path)]
+    if names_gguf(source):
+        return [file.stat().st_size for file, _ in read_shards(Path(source))]
     with open_snapshot(source) as snapshot:
         return [file.size for file in snapshot.weights.values()]
 

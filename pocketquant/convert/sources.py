@@ -84,7 +84,8 @@ def open_parts(
         with_vision: open the vision tower; without it, one that cannot be converted stops nothing.
         only_model: open neither vision tower nor sidecar.
     """
-    if is_gguf := (path := Path(source)).is_file() and path.suffix != ".safetensors":
+    if is_gguf := names_gguf(source):
+        path = Path(source)
         if adapter is not None:
             raise SourceError(f"{path}: an adapter is merged into a checkpoint, not into a GGUF; give the checkpoint")
         parts = Parts(open_gguf(path))
@@ -97,6 +98,12 @@ def open_parts(
                 open_mtp(snapshot, adapter=merged) if mtp == "sidecar" and not only_model else None,
             )
     return replace(parts, model=with_chat_template(parts.model, chat_template, refuse=not is_gguf))
+
+
+def names_gguf(source: Path | str) -> bool:
+    """Whether a source is to be read as a GGUF: any file that is not a checkpoint's safetensors."""
+    path = Path(source)
+    return path.is_file() and path.suffix != ".safetensors"
 
 
 @contextmanager
