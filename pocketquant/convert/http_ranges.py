@@ -198,7 +198,13 @@ def _open(file: HttpFile, wanted: tuple[int, int] | None) -> _Answer:
             headers["Range"] = f"bytes={wanted[0]}-{wanted[1] - 1}"
         if origin_of(url) == origin_of(file.url):  # a token never goes to another host
             headers |= _credentials(file.hub)
-        connection, response = _get(url, headers)
+        try:
+            connection, response = _get(url, headers)
+        except _Interrupted as error:
+            if place is None or url != place.url:
+                raise
+            _forget_place(file)  # a storage that is gone: the hub knows where the file is now
+            raise _Interrupted(str(error), 0.0) from error
         if response.status in (301, 302, 303, 307, 308):
             keep(connection, response)
             _check_linked(file, response.headers)
@@ -211,6 +217,11 @@ def _open(file: HttpFile, wanted: tuple[int, int] | None) -> _Answer:
             raise
         return _Answer(connection, response, skip)
     raise SourceError(f"{file}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _forget_place(file: HttpFile) -> None:
+    with _places_lock:
+        _places.pop(file.url, None)
 
 
 def _get(url: str, headers: dict[str, str]) -> tuple[Connection, HTTPResponse]:
@@ -257,8 +268,7 @@ def _checked(
     if status in _BUSY:
         raise _Interrupted(f"the hub answered {status} {_phrase(response)}", waiting_asked_for(headers))
     if status in (401, 403, 404, 410) and origin_of(url) != origin_of(file.url):
-        with _places_lock:  # a signed address that has expired: ask the hub for a new one
-            _places.pop(file.url, None)
+        _forget_place(file)  # a signed address that has expired: ask the hub for a new one
         raise _Interrupted(f"the hub's storage answered {status} {_phrase(response)}", None if place is None else 0.0)
     if status not in (200, 206):
         raise SourceError(refusal(file.label, file.hub, status, headers.get("X-Error-Code")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     (tmp_path / NAME).write_bytes(DATA.tobytes())
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(http_ranges, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(http_ranges, "_places", {})  # another test's hub may have had the same port
+    monkeypatch.setattr(remote_file, "_blocks", type(remote_file._blocks)())
     with serving({"org/name": tmp_path}) as hub:
         yield hub
 
@@ -144,6 +147,15 @@ def test_an_expired_signed_address_is_asked_for_again(hub: Hub) -> None:
     hub.faults = [Fault("/storage/", status=403)]
     assert np.array_equal(fetch_range(address(hub), 8, 16), DATA[8:16])
     assert len(hub.asked("/resolve/")) == 2
+
+
+def test_a_storage_that_is_gone_is_looked_for_again(hub: Hub) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    file = address(hub)
+    http_ranges._places[file.url] = http_ranges._Place(f"http://localhost:{port}/storage/{NAME}", None)
+    assert np.array_equal(fetch_range(file, 0, 5000), DATA[:5000])
+    assert len(hub.asked("/resolve/")) == 1
 
 
 def test_idle_connections_closed_meanwhile_cost_no_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
