@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pocketquant.errors import RecipeError
+
 F32Array = npt.NDArray[np.float32]
 U8Array = npt.NDArray[np.uint8]
 
@@ -30,6 +32,7 @@ class QuantFormat:
         block_bytes: bytes of a block.
         module: submodule of `pocketquant.formats` with `encode_<name>` and `decode_<name>`; "" if none.
         fallback: the format llama.cpp takes when a row is no multiple of `block_len`; "" if none.
+        written: False for formats that are only read, because files that people have hold them.
     """
 
     name: str
@@ -38,6 +41,7 @@ class QuantFormat:
     block_bytes: int
     module: str = ""
     fallback: str = ""
+    written: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,7 +62,12 @@ class QuantFormat:
 
         Returns:
             u8[n, row_bytes(k)].
+
+        Raises:
+            RecipeError: the format is only read.
         """
+        if not self.written:
+            raise RecipeError(f"{self.name} can be read but not written; {unwritten_advice()}")
         return self._function("encode")(rows, importance)  # type: ignore[no-any-return]
 
     def decode(self, data: U8Array, n_cols: int) -> F32Array:
@@ -88,7 +97,29 @@ _TABLE = (
     QuantFormat("Q6_K", 14, 256, 210, "q6_k", "Q8_0"),
     QuantFormat("IQ4_NL", 20, 32, 18, "iq4", "F16"),
     QuantFormat("IQ4_XS", 23, 256, 136, "iq4", "IQ4_NL"),
+    QuantFormat("IQ1_S", 19, 256, 50, "iq1", "IQ4_NL", written=False),
+    QuantFormat("IQ1_M", 29, 256, 56, "iq1", "IQ4_NL", written=False),
+    QuantFormat("IQ2_XXS", 16, 256, 66, "iq2", "IQ4_NL", written=False),
+    QuantFormat("IQ2_XS", 17, 256, 74, "iq2", "IQ4_NL", written=False),
+    QuantFormat("IQ2_S", 22, 256, 82, "iq2", "IQ4_NL", written=False),
+    QuantFormat("IQ3_XXS", 18, 256, 98, "iq3", "IQ4_NL", written=False),
+    QuantFormat("IQ3_S", 21, 256, 110, "iq3", "IQ4_NL", written=False),
+    QuantFormat("TQ1_0", 34, 256, 54, "ternary", "Q4_0", written=False),
+    QuantFormat("TQ2_0", 35, 256, 66, "ternary", "Q4_0", written=False),
+    QuantFormat("Q1_0", 41, 128, 18, "ternary", "F16", written=False),
+    QuantFormat("MXFP4", 39, 32, 17, "fp4", "F16", written=False),
+    QuantFormat("NVFP4", 40, 64, 36, "fp4", "F16", written=False),
 )
 
 FORMATS: dict[str, QuantFormat] = {format.name: format for format in _TABLE}
 BY_GGML_ID: dict[int, QuantFormat] = {format.ggml_id: format for format in _TABLE}
+
+
+def unwritten_advice() -> str:
+    """What to do where a format that is only read is asked for."""
+    smallest = min((item for item in _TABLE if item.written), key=lambda item: item.bits_per_weight)
+    return (
+        f"choose one of {' '.join(item.name for item in _TABLE if item.written)} "
+        f"(the smallest is {smallest.name}, {smallest.bits_per_weight:g} bits a weight), or make the file with "
+        "llama.cpp's llama-quantize"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +17,48 @@ from numba import njit
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _digest_sources() -> str:
+def _import_without_scipy() -> None:
+    """Imports the part of numba that, where scipy is installed, would import that for a third of a second.
+
+    numba only wants to know whether it may take BLAS for some products of vectors, which no kernel has.
+    """
+    from numba.np import linalg
+
+    def say_absent() -> None:
+        raise ImportError
+
+    ensure_blas = linalg.ensure_blas
+    linalg.ensure_blas = say_absent
+    try:
+        import numba.np.arraymath  # noqa: F401
+    finally:
+        linalg.ensure_blas = ensure_blas
+
+
+with suppress(ImportError, AttributeError):  # another numba may be built differently
+    _import_without_scipy()
+
+
+def dated_jit(*folders: Path) -> Callable[[_Function], _Function]:
+    """A `jit` whose cached kernels are dated by every source file of `folders`."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    sources = digest.hexdigest()
+
+    def compile_dated(function: _Function) -> _Function:
+        try:
+            kernel = njit(nogil=True, cache=True, error_model="numpy")(function)
+        except RuntimeError:  # numba's way to say that neither the package nor the user's cache folder is writable
+            return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        kernel._cache._cache_file._source_stamp = sources
+        return kernel  # type: ignore[no-any-return]
+
+    return compile_dated
 
 
-_SOURCES = _digest_sources()
+_compile = dated_jit(Path(__file__).parent)
 
 
 def jit(function: _Function) -> _Function:
@@ -31,9 +66,4 @@ def jit(function: _Function) -> _Function:
 
     Division by zero follows IEEE, because candidate scales may divide by zero.
     """
-    try:
-        kernel = njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # numba's way to say that neither the package nor the user's cache folder is writable
-        return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
-    kernel._cache._cache_file._source_stamp = _SOURCES
-    return kernel  # type: ignore[no-any-return]
+    return _compile(function)

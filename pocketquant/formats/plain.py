@@ -58,8 +58,11 @@ def decode_bf16(data: U8Array, n_cols: int) -> F32Array:
 
 def is_finite(data: npt.NDArray[np.generic], dtype: str) -> bool:
     """Whether stored words (`F32` as u4 or f4, `F16` and `BF16` as u2) hold no infinity and no NaN."""
-    words = data.view("<u4" if dtype == "F32" else "<u2")
-    if not words.size:
+    width = 4 if dtype == "F32" else 2
+    positive, negative = data.view(f"<i{width}"), data.view(f"<u{width}")
+    if not data.size:
         return True
-    # without its sign, a word with all exponent bits set is larger than every finite one
-    return bool(np.left_shift(words, 1).max() < _EXPONENT[dtype] << 1)
+    # all exponent bits set is more than any finite number: as signed words among those without a sign, as unsigned
+    # words among those with one
+    exponent = _EXPONENT[dtype]
+    return bool(positive.max() < exponent and negative.max() < exponent | 1 << (8 * width - 1))
