@@ -6,6 +6,7 @@
     ├── TokenizerError              a tokenizer that would be converted wrong
     ├── RecipeError                 a recipe or importance matrix that cannot be applied
     ├── OutputError                 a target that cannot be written
+    ├── ClusterError                machines that cannot be reached or do not run this version
     └── EvalError                   two files or a text that cannot be compared
 
 A message says what is wrong, where, and what to do; it lists every offender (ten, then a count), not only the first.
@@ -40,6 +41,10 @@ class RecipeError(PocketquantError):
 
 class OutputError(PocketquantError):
     """The output cannot be written; what stood there before is untouched."""
+
+
+class ClusterError(PocketquantError):
+    """The cluster cannot be reached, loses its workers, or would not compute what this machine computes."""
 
 
 class EvalError(PocketquantError):

@@ -1,6 +1,7 @@
 """GGUF files: read one as a `Model`, turn a plan's metadata and tensors into a header. The only importer of `gguf`.
 
-Reading is our own and bounded (a file comes from anywhere); headers are written by gguf-py's `GGUFWriter`.
+Reading is bounded (a file comes from anywhere). Writing gives the bytes of gguf-py's `GGUFWriter`, which takes most of
+a second for the 250,000 tokens and as many merges of a real model.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little endian.
 """
 
@@ -13,14 +14,12 @@ import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pocketquant.architectures import architecture_named
+from pocketquant.architectures.gguf_names import MOST_BLOCKS, block_kinds, missing_names, rules_by_name
 from pocketquant.architectures.table import MODEL, TensorRule
 from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files import read_at
@@ -40,6 +39,9 @@ _MAX_KEYS = 1 << 16
 _MAX_DIMS = 4
 _WRITTEN_BY_PLAN = ("general.file_type", "general.quantization_version", "pocketquant.", "quantize.imatrix.", "split.")
 _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+OTHER_KINDS = {"adapter": "a LoRA adapter", "imatrix": "an importance matrix"}
+"""`general.type` of GGUF files that are no models -> what they are, for people."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,9 @@ def open_gguf(path: Path | str) -> Model:
     shards = read_shards(path)
     header = shards[0][1]
     entries = [(file, entry) for file, shard in shards for entry in shard.tensors]
+    kind = header.metadata.get("general.type", Value("str", "")).value
+    if kind in OTHER_KINDS:
+        raise ArchitectureError(f"{path}: {OTHER_KINDS[kind]}, and no model; `inspect` shows what it holds")
     architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))
     sizes = architecture.sizes_from_gguf(header.metadata)
     at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
@@ -293,8 +298,15 @@ def open_gguf(path: Path | str) -> Model:
         )
     if not entries:
         raise ArchitectureError(f"{path}: holds no tensors; whatever wrote it found none: convert the checkpoint again")
-    if unknown:
-        raise ArchitectureError(f"{path}: tensors that no {architecture.name} model has:\n{listing(unknown)}")
+    n_layer, n_mtp = sizes["n_layer"], sizes.get("n_mtp", 0)
+    if n_layer + n_mtp > MOST_BLOCKS:
+        raise ArchitectureError(f"{path}: announces {n_layer + n_mtp} blocks; the file is broken")
+    rules = rules_by_name(architecture, block_kinds(architecture, header.metadata, n_layer), n_mtp)
+    missing = [name for name, _ in missing_names(rules, {entry.name for _, entry in entries}, n_layer, n_mtp)]
+    problems = [f"tensors that no {architecture.name} model has:\n{listing(unknown)}"] if unknown else []
+    problems += [f"tensors of {architecture.name} that are missing:\n{listing(missing)}"] if missing else []
+    if problems:
+        raise ArchitectureError(f"{path}: {chr(10).join(problems)}\nconvert the checkpoint again, or `check` the file")
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith(_WRITTEN_BY_PLAN)}
     return Model(architecture.name, metadata, tuple(tensors), sizes)
 
@@ -321,35 +333,33 @@ def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor
 
 def encode_table(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:
     """The same from entries of a tensor table, whose offsets are counted anew, and without the padding."""
-    import gguf
-
-    writer = gguf.GGUFWriter(None, "")
-    writer.kv_data[0].clear()  # the constructor writes general.architecture; ours says it in its own place
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        writer.kv_data[0][key] = _gguf_value(value)
+        parts += [_string(key), *_encode_value(value)]
+    offset = 0
     for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name,
-            tensor.shape,
-            np.dtype(np.float32),
-            tensor.nbytes,
-            raw_dtype=gguf.GGMLQuantizationType(tensor.format.ggml_id),
-        )
-    buffer = BytesIO()
-    writer.fout, writer.state = [buffer], gguf.WriterState.EMPTY
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    return buffer.getvalue()
+        shape = tensor.shape[::-1]
+        place = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.format.ggml_id, offset)
+        parts += [_string(tensor.name), place]
+        offset += padded(tensor.nbytes)
+    return b"".join(parts)
 
 
-def _gguf_value(value: Value) -> Any:
-    import gguf
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return len(raw).to_bytes(8, "little") + raw
 
-    kinds = gguf.GGUFValueType
-    if value.kind.endswith("[]"):
-        return gguf.GGUFValue(value.value, kinds.ARRAY, kinds(_KINDS.index(value.kind[:-2])))
-    return gguf.GGUFValue(value.value, kinds(_KINDS.index(value.kind)))
+
+def _encode_value(value: Value) -> list[bytes]:
+    if not value.kind.endswith("[]"):
+        kind, items = value.kind, [value.value]
+        parts = [struct.pack("<I", _KINDS.index(kind))]
+    else:
+        kind, items = value.kind[:-2], value.value
+        parts = [struct.pack("<IIQ", _KINDS.index("[]"), _KINDS.index(kind), len(items))]
+    if kind == "str":
+        return parts + [_string(item) for item in items]
+    return [*parts, struct.pack(f"<{len(items)}{_PACKED[kind]}", *items)]
 
 
 def file_name(metadata: Mapping[str, Value], recipe: str) -> str:

@@ -9,17 +9,22 @@ from pathlib import Path
 from pocketquant.convert.mtp import sidecar_path
 from pocketquant.convert.sources import Parts
 from pocketquant.model import Model, Plan
-from pocketquant.quant import Recipe, open_recipe, plan
-from pocketquant.splits import split_plan
+from pocketquant.quant import Importance, Recipe, open_recipe, plan
+from pocketquant.quant.importance import importance_of_block
+from pocketquant.splits import check_whole, split_plan
 
 PlanModel = Callable[[Model], Plan]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One file, or the shards of one: what it holds ("model", "mmproj", "mtp"), its plan, and plans with paths."""
+    """One file, or the shards of one: what it holds ("model", "mmproj", "mtp"), its plan, and plans with paths.
+
+    `path` is that of the whole; shards are named after it.
+    """
 
     kind: str
+    path: Path
     plan: Plan
     files: tuple[tuple[Plan, Path], ...]
 
@@ -37,7 +42,13 @@ def default_mmproj_recipe(recipe: str) -> str:
 
 
 def plan_outputs(
-    parts: Parts, out: Path, recipe: Recipe, plan_model: PlanModel, mmproj: str, split_bytes: int | None
+    parts: Parts,
+    out: Path,
+    recipe: Recipe,
+    plan_model: PlanModel,
+    mmproj: str,
+    split_bytes: int | None,
+    importance: Importance | None = None,
 ) -> tuple[Output, ...]:
     """Plans the model's file and those beside it.
 
@@ -47,19 +58,23 @@ def plan_outputs(
         recipe: the model's, for the block in the sidecar as well.
         plan_model: plans the model itself, with whatever importance or target size there is.
         mmproj: recipe of the vision tower.
-        split_bytes: largest file of the model; None for one file.
+        split_bytes: largest file; None for no limit. llama.cpp reads the vision tower from one file alone.
+        importance: for the block in the sidecar, where it has entries for it.
 
     Raises:
+        OutputError: a tensor, or the whole vision tower, is larger than `split_bytes`.
         RecipeError: a recipe is unknown or cannot be applied.
     """
     planned = plan_model(parts.model)
-    outputs = [Output("model", planned, tuple(split_plan(planned, out, split_bytes)))]
+    outputs = [Output("model", out, planned, tuple(split_plan(planned, out, split_bytes)))]
     if parts.vision is not None:
-        tower = plan(parts.vision, open_recipe(mmproj))
-        outputs.append(Output("mmproj", tower, ((tower, mmproj_path(out)),)))
-    if parts.mtp is not None:  # no importance: matrices have no entries for the block
-        block = plan(parts.mtp, recipe)
-        outputs.append(Output("mtp", block, ((block, sidecar_path(out)),)))
+        tower, path = plan(parts.vision, open_recipe(mmproj)), mmproj_path(out)
+        check_whole("vision tower", path, tower.file_bytes, split_bytes)
+        outputs.append(Output("mmproj", path, tower, ((tower, path),)))
+    if parts.mtp is not None:
+        known = None if importance is None else importance_of_block(importance, parts.mtp)
+        block, path = plan(parts.mtp, recipe, known), sidecar_path(out)
+        outputs.append(Output("mtp", path, block, tuple(split_plan(block, path, split_bytes))))
     return tuple(outputs)
 
 

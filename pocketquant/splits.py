@@ -23,6 +23,9 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(?:([KMGT])(I?))?B?", re.IGNORECA
 _MAX_SHARDS = 65535  # split.count is a u16
 _COPIED_AT_ONCE = 8 << 20
 
+_ONE_FILE_ONLY = {"mmproj": "vision tower", "adapter": "adapter", "imatrix": "importance matrix"}
+"""`general.type` of the files that llama.cpp does not read in shards -> what they are, for people."""
+
 OnBytes = Callable[[int], None]
 
 
@@ -66,8 +69,30 @@ def split_plan(plan: Plan, target: Path, max_bytes: int | None) -> list[tuple[Pl
         for item in items[start:stop]:
             tensors.append(replace(item, offset=offset))
             offset += padded(item.nbytes)
-        shards.append(Plan(metadata, tuple(tensors), encode_header(metadata, tensors), plan.importance))
+        shards.append(Plan(metadata, tuple(tensors), encode_header(metadata, tensors), plan.importance, plan.rounding))
     return list(zip(shards, shard_paths(target, len(shards)), strict=True))
+
+
+def check_whole(what: str, path: Path, file_bytes: int, max_bytes: int | None) -> None:
+    """Refuses a file of a kind that llama.cpp does not read in shards, where it is larger than the limit.
+
+    An mmproj, an adapter and an importance matrix are each read from the one file named (`tools/mtmd/clip.cpp`,
+    `src/llama-adapter.cpp`, `common/imatrix-loader.cpp`, b10359); only models are looked for in shards.
+
+    Args:
+        what: the kind, for people: "vision tower".
+        path: of the output.
+        file_bytes: its size.
+        max_bytes: limit for a file; None for no limit.
+
+    Raises:
+        OutputError: it does not fit into one file.
+    """
+    if max_bytes is not None and file_bytes > max_bytes:
+        raise OutputError(
+            f"{path.name}: the {what} takes {file_bytes:,} bytes, a file may have {max_bytes:,}, and llama.cpp reads "
+            "its kind from one file alone; allow more, or choose smaller types for it"
+        )
 
 
 def split_file(source: Path, target: Path, max_bytes: int, on_bytes: OnBytes | None = None) -> list[Path]:
@@ -84,12 +109,17 @@ def split_file(source: Path, target: Path, max_bytes: int, on_bytes: OnBytes | N
 
     Raises:
         SourceError: a broken file, or one laid out in another way than llama.cpp does.
-        OutputError: a tensor larger than the limit; no space, no permission.
+        OutputError: a tensor larger than the limit, or a kind of file that llama.cpp does not read in shards; no space,
+            no permission.
     """
     metadata, places = _whole(source)
     whole = padded(len(encode_table(metadata, [entry for _, entry in places])))
-    if whole + sum(padded(entry.nbytes) for _, entry in places) <= max_bytes:
+    file_bytes = whole + sum(padded(entry.nbytes) for _, entry in places)
+    if file_bytes <= max_bytes:
         return _copy([(metadata, places)], [target], on_bytes)
+    kind = metadata.get("general.type", Value("str", "")).value
+    if kind in _ONE_FILE_ONLY:
+        check_whole(_ONE_FILE_ONLY[kind], target, file_bytes, max_bytes)
     bounds = _shards(metadata, [entry for _, entry in places], max_bytes)
     files = [(shard_metadata, places[start:stop]) for shard_metadata, start, stop in bounds]
     return _copy(files, shard_paths(target, len(files)), on_bytes)

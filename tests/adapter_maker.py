@@ -111,6 +111,60 @@ def make_adapter(
     return write_adapter(folder, tensors, dtype, r=rank, rank_pattern=dict(ranks or {}), **config)
 
 
+PARAMETERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def expert_factors(
+    config: Mapping[str, Any], rank: int, seed: int = 3, size: float = 1.0
+) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """(layer, fused parameter) -> A [n_expert, rank, cols] and B [n_expert, rows, rank], every number distinct."""
+    rng = np.random.default_rng(seed)
+    n_expert, n_ff, n_embd = (config[key] for key in ("num_experts", "moe_intermediate_size", "hidden_size"))
+    factors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for parameter, (rows, cols) in {"gate_up_proj": (2 * n_ff, n_embd), "down_proj": (n_embd, n_ff)}.items():
+            pair = (rng.standard_normal(shape) for shape in ((n_expert, rank, cols), (n_expert, rows, rank)))
+            factors[layer, parameter] = tuple((m * (size / rank / cols**0.5) ** 0.5).astype(np.float32) for m in pair)
+    return factors
+
+
+def expert_tensors(
+    factors: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]], layout: str, only: tuple[int, ...] | None = None
+) -> dict[str, np.ndarray]:
+    """The same change as PEFT of today saves it ("fused"), as before 0.19 ("swapped"), or by module ("one by one")."""
+    tensors = {}
+    for (layer, parameter), (a, b) in factors.items():
+        n_expert, rank, _ = a.shape
+        experts = f"base_model.model.model.layers.{layer}.mlp.experts"
+        if layout == "one by one":
+            halves = np.split(b, len(PARAMETERS[parameter]), axis=1)
+            for part, half in zip(PARAMETERS[parameter], halves, strict=True):
+                for e in range(n_expert) if only is None else only:
+                    tensors[f"{experts}.{e}.{part}.lora_A.weight"] = a[e]
+                    tensors[f"{experts}.{e}.{part}.lora_B.weight"] = half[e]
+            continue
+        if layout == "swapped":
+            a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+        module = experts + ("" if parameter == "down_proj" else ".base_layer")  # wrapped first, so inside
+        tensors[f"{module}.lora_A.weight"] = a.reshape(n_expert * rank, -1)
+        tensors[f"{module}.lora_B.weight"] = b.transpose(1, 2, 0).reshape(b.shape[1], rank * n_expert)
+    return tensors
+
+
+def write_expert_adapter(
+    folder: Path,
+    factors: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]],
+    layout: str,
+    only: tuple[int, ...] | None = None,
+    **config: Any,
+) -> Path:
+    """An adapter's folder with the tensors of `expert_tensors`; keyword arguments replace settings."""
+    if layout != "one by one":
+        config = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], **config}
+    settings = {"r": next(iter(factors.values()))[0].shape[1], "lora_dropout": 0.0, **config}
+    return write_adapter(folder, expert_tensors(factors, layout, only), **settings)
+
+
 def rows_of(model: Any, name: str) -> np.ndarray:
     """All of a tensor as f32."""
     tensor = next(tensor for tensor in model.tensors if tensor.name == name)

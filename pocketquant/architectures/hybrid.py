@@ -363,6 +363,8 @@ DROPPED = {
     "model.visual.": "vision tower",
     "visual.": "vision tower",
     "model.language_model.visual.": "vision tower",
+    "vision_tower.": "vision tower",
+    "model.vision_tower.": "vision tower",
     "mtp.": "multi-token-prediction block",
     "model.mtp.": "multi-token-prediction block",
     "language_model.mtp.": "multi-token-prediction block",

@@ -23,8 +23,8 @@ from pocketquant.model import Role, Value
 
 PROJECTOR = "qwen3vl_merger"
 """llama.cpp's name for this kind of tower; Qwen3-VL has the same."""
-PREFIXES = ("model.visual.", "visual.", "model.language_model.visual.")
-"""What the tower's names begin with in the checkpoints that are about."""
+PREFIXES = ("model.visual.", "visual.", "model.language_model.visual.", "vision_tower.", "model.vision_tower.")
+"""What the tower's names begin with in the checkpoints that are about; the last two are those of MLX programs."""
 
 # ---------------------------------------------------------------- tensors
 

@@ -14,6 +14,7 @@ from pocketquant.check.tokenizer import check_chat_template, check_tokenizer
 from pocketquant.check.vision import ARCHITECTURE as VISION
 from pocketquant.check.vision import check_vision
 from pocketquant.check.weights import check_weights
+from pocketquant.gguf_file import OTHER_KINDS
 from pocketquant.model import Model
 
 Progress = Callable[[int, int], None]
@@ -23,12 +24,13 @@ def check_gguf(path: Path | str, source: Model | None = None, *, progress: Progr
     """Looks for everything that can be wrong with a GGUF and be seen without running it.
 
     Args:
-        path: the file, of any architecture; what is not covered is said in the report.
+        path: the file, of any architecture, or the first shard of a split one, which stands for all of it; what is not
+            covered is said in the report.
         source: the opened checkpoint that it was made from, to compare every tensor with.
         progress: called with steps done and steps in all.
 
     Raises:
-        SourceError: the header cannot be read.
+        SourceError: the header cannot be read, or shards are missing or do not belong together.
     """
     original = contents_of_model(source) if source else None
     return _check(contents_of_gguf(Path(path)), original, progress)
@@ -61,16 +63,15 @@ def _check(contents: Contents, source: Contents | None, progress: Progress | Non
 
 def check_header(contents: Contents, notes: list[str]) -> Iterator[Finding]:
     """All that can be seen without reading numbers; what is not covered is added to the notes."""
-    if contents.table is None and contents.architecture != VISION:
+    if contents.kind in OTHER_KINDS:
+        notes.append(f"{OTHER_KINDS[contents.kind]}: only its numbers are looked at")
+    elif contents.table is None and contents.architecture != VISION:
         notes.append(
             f"architecture {contents.architecture!r} is not known: tensor names, shapes and keys are not covered, only "
             "the numbers and the chat template"
         )
     if not contents.entries and contents.architecture != VISION:
         yield Finding(ERROR, "no-tensors", "", "the file holds no tensors", "make it again")
-    split = contents.metadata.get("split.count")
-    if split is not None and type(split.value) is int and split.value > 1:
-        notes.append(f"one of {split.value} shards: tensors of the others are not missed")
     yield from check_structure(contents)
     yield from check_metadata(contents)
     yield from check_tokenizer(contents)

@@ -18,7 +18,7 @@ from pocketquant.architectures import ARCHITECTURES
 from pocketquant.architectures.table import Architecture
 from pocketquant.files import read_at
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.gguf_file import GgufTensor, read_header
+from pocketquant.gguf_file import OTHER_KINDS, GgufTensor, read_shards
 from pocketquant.model import Model, Tensor, Value
 
 CHUNK_WEIGHTS = 1 << 20
@@ -54,13 +54,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contents:
-    """A file or a model: its metadata and tensors, and the table of its architecture if there is one."""
+    """A file or a model: its metadata and tensors, and the table of its architecture if there is one.
+
+    `kind` is the file's `general.type`; an adapter or an importance matrix is no model and has no table.
+    """
 
     architecture: str
     metadata: Mapping[str, Value]
     entries: Mapping[str, Entry]
     table: Architecture | None
     is_file: bool
+    kind: str = "model"
 
     @property
     def is_text(self) -> bool:
@@ -84,16 +88,19 @@ class Contents:
 
 
 def contents_of_gguf(path: Path) -> Contents:
-    """Reads the header of any GGUF; SourceError if that cannot be done."""
-    header = read_header(path)
-    name = header.metadata.get("general.architecture", Value("str", "")).value
+    """Reads the header of any GGUF, of all its shards if it is split; SourceError if that cannot be done."""
+    shards = read_shards(path)
+    metadata = shards[0][1].metadata
+    name, kind = (str(metadata.get(f"general.{key}", Value("str", "")).value) for key in ("architecture", "type"))
     entries = {
         tensor.name: Entry(
-            tensor.name, tensor.shape, tensor.format.name, tensor.nbytes, partial(_read_gguf, path, tensor)
+            tensor.name, tensor.shape, tensor.format.name, tensor.nbytes, partial(_read_gguf, file, tensor)
         )
+        for file, header in shards
         for tensor in header.tensors
     }
-    return Contents(str(name), header.metadata, entries, _table(str(name)), is_file=True)
+    table = None if kind in OTHER_KINDS else _table(name)
+    return Contents(name, metadata, entries, table, is_file=True, kind=kind)
 
 
 def contents_of_model(model: Model) -> Contents:

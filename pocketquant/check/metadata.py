@@ -97,7 +97,7 @@ def _check_blocks(contents: Contents) -> Iterator[Finding]:
     if present and max(present) >= n_blocks:
         message = f"{n_blocks}, but there are tensors of blk.{max(present)}"
         yield _error(contents, "block-count", "block_count", message)
-    elif present and max(present) + 1 < n_blocks - n_mtp and "split.count" not in contents.metadata:
+    elif present and max(present) + 1 < n_blocks - n_mtp:
         message = f"{n_blocks}, but the last block with tensors is blk.{max(present)}"
         yield _error(contents, "block-count", "block_count", message)
     announced = contents.metadata.get(f"{contents.architecture}.nextn_predict_layers")
@@ -167,7 +167,8 @@ def _check_file_type(contents: Contents) -> Iterator[Finding]:
     for entry in contents.entries.values():
         if len(entry.shape) > 1:
             weights[entry.format] += entry.n_rows * entry.n_cols
-    if expected is None or not weights:
+    is_sidecar = contents.n_mtp > 0 and not any(name.startswith("blk.0.") for name in contents.entries)
+    if expected is None or not weights or is_sidecar:  # a sidecar has the model's type, and its block Q5_K or better
         return
     main, count = weights.most_common(1)[0]
     if weights[expected] * 4 < count:

@@ -10,16 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from pocketquant.architectures.table import (
-    ATTENTION,
-    BLOCK,
-    DELTA,
-    MODEL,
-    MTP,
-    Architecture,
-    TensorRule,
-    target_shape_of,
-)
+from pocketquant.architectures import gguf_names
+from pocketquant.architectures.table import Architecture, TensorRule, target_shape_of
 from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
 from pocketquant.errors import ArchitectureError
@@ -40,27 +32,16 @@ _CONVERT_AGAIN = "convert the checkpoint again with a tool that knows this archi
 
 
 def block_kinds(contents: Contents) -> tuple[str, ...]:
-    """DELTA or ATTENTION for every block of the trunk, as llama.cpp decides it; BLOCK for those of a vision tower."""
-    if not contents.is_text:
-        return (BLOCK,) * min(max(contents.number("vision.block_count") or 0, 0), 4096)
-    stated = contents.metadata.get(f"{contents.architecture}.attention.recurrent_layers")
-    n_trunk = max(0, contents.n_blocks - contents.n_mtp)
-    if stated is not None and isinstance(stated.value, list) and len(stated.value) >= n_trunk:
-        return tuple(DELTA if is_recurrent else ATTENTION for is_recurrent in stated.value[:n_trunk])
-    interval = contents.number("full_attention_interval") or 4
-    return tuple(DELTA if (layer + 1) % interval else ATTENTION for layer in range(n_trunk))
+    """What kind each block of the trunk, or of a vision tower, is."""
+    if contents.table is None:
+        return ()
+    n_blocks = contents.n_blocks - contents.n_mtp if contents.is_text else contents.number("vision.block_count") or 0
+    return gguf_names.block_kinds(contents.table, contents.metadata, n_blocks)
 
 
 def rules_by_name(contents: Contents, table: Architecture) -> dict[str, TensorRule]:
     """Name in GGUF -> its rule, for every tensor that the trunk and the MTP blocks should have, the head included."""
-    trunk: list[tuple[str, ...]] = [(BLOCK, kind) for kind in block_kinds(contents)]
-    mtp: list[tuple[str, ...]] = [(BLOCK, ATTENTION, MTP)] * contents.n_mtp
-    rules = {rule.target: rule for rule in table.tensors if rule.where == MODEL}
-    for layer, kinds in enumerate(trunk + mtp):
-        for rule in table.tensors:
-            if rule.where in kinds:
-                rules[f"{table.blocks}.{layer}.{rule.target}"] = rule
-    return rules
+    return gguf_names.rules_by_name(table, block_kinds(contents), contents.n_mtp)
 
 
 def check_structure(contents: Contents) -> Iterator[Finding]:
@@ -74,15 +55,8 @@ def check_structure(contents: Contents) -> Iterator[Finding]:
     n_trunk = len(block_kinds(contents))
     n_mtp = contents.n_mtp
     yield from _check_mtp(contents, n_trunk, n_mtp)
-    is_sidecar = n_mtp > 0 and not any(name.startswith("blk.0.") for name in contents.entries)
-    if _is_shard(contents):
-        rules = {name: rule for name, rule in rules.items() if name in contents.entries}
-    for name, rule in rules.items():
+    for name, _ in gguf_names.missing_names(rules, contents.entries, n_trunk, n_mtp):
         layer = _layer_of(name)
-        if name in contents.entries or rule.role is Role.HEAD or name.endswith(".nextn.shared_head_norm.weight"):
-            continue
-        if is_sidecar and layer is not None and layer < n_trunk:
-            continue
         if layer is not None and layer >= n_trunk and not _has_block(contents, layer):
             continue  # said once, by `mtp-absent`
         yield Finding(ERROR, "tensor-missing", name, f"missing; {table.name} needs it", _CONVERT_AGAIN)
@@ -95,7 +69,7 @@ def _check_mtp(contents: Contents, n_trunk: int, n_mtp: int) -> Iterator[Finding
     key = f"{contents.architecture}.nextn_predict_layers"
     declared = range(n_trunk, n_trunk + n_mtp)
     found = {layer for name in contents.entries if ".nextn." in name and (layer := _layer_of(name)) is not None}
-    absent = [] if _is_shard(contents) else [layer for layer in declared if not _has_block(contents, layer)]
+    absent = [layer for layer in declared if not _has_block(contents, layer)]
     if absent:
         yield Finding(
             ERROR,
@@ -131,7 +105,7 @@ def _check_mtp(contents: Contents, n_trunk: int, n_mtp: int) -> Iterator[Finding
     ]
     for name in coarse:
         message = (
-            f"{contents.entries[name].format} in the multi-token-prediction block, which no importance matrix sees"
+            f"{contents.entries[name].format} in the multi-token-prediction block, which llama-imatrix leaves out"
         )
         yield Finding(WARNING, "mtp-coarse", name, message, "keep the MTP block at Q5_K or better")
 
@@ -208,11 +182,6 @@ def is_mtp(contents: Contents, name: str) -> bool:
     """Whether a tensor belongs to a block behind the trunk."""
     layer = _layer_of(name)
     return layer is not None and layer >= len(block_kinds(contents))
-
-
-def _is_shard(contents: Contents) -> bool:
-    count = contents.metadata.get("split.count")
-    return count is not None and type(count.value) is int and count.value > 1
 
 
 def _has_block(contents: Contents, layer: int) -> bool:

@@ -7,14 +7,19 @@ from pathlib import Path
 from pocketquant.cli.screen import print_json, print_table, say, size
 
 
-def convert_adapter(folder: Path, base: str, out: Path | None, type_name: str, *, json: bool, quiet: bool) -> None:
+def convert_adapter(
+    folder: Path, base: str, out: Path | None, type_name: str, max_size: str | None, *, json: bool, quiet: bool
+) -> None:
     """A PEFT folder -> GGUF adapter; `out` None prints the plan and writes nothing."""
     from pocketquant.convert import open_model
     from pocketquant.convert.adapter import open_adapter
     from pocketquant.convert.adapter_gguf import plan_adapter
     from pocketquant.pipeline import write
+    from pocketquant.splits import check_whole, parse_size
 
     planned = plan_adapter(open_adapter(folder), open_model(base), type_name)
+    if max_size:
+        check_whole("adapter", out or folder, planned.file_bytes, parse_size(max_size))
     entries = [
         {"name": item.tensor.name, "shape": list(item.tensor.shape), "type": item.format.name, "nbytes": item.nbytes}
         for item in planned.tensors

@@ -2,44 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocketquant.cli.planning import describe_tensor, tensor_cells
 from pocketquant.cli.screen import print_json, print_table, step_progress
+
+if TYPE_CHECKING:
+    from pocketquant.model import Value
 
 
 def inspect(source: str, *, json: bool) -> None:
     """Prints metadata and tensors; reads no weights."""
     from pocketquant.convert import open_model
+    from pocketquant.convert.sources import names_gguf
     from pocketquant.formats import FORMATS
 
+    if names_gguf(source) and _inspect_other(Path(source), json=json):
+        return
     model = open_model(source)
     entries = [
         describe_tensor(tensor, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
         for tensor in model.tensors
     ]
     sizes = _file_sizes(source)
+    _show(model.architecture, sizes, model.notes, model.metadata, entries, json=json)
+
+
+def _inspect_other(path: Path, *, json: bool) -> bool:
+    """Shows an adapter or an importance matrix, and says what it is; False for what claims to be a model."""
+    from pocketquant.gguf_file import OTHER_KINDS, read_header
+
+    header = read_header(path)
+    stated = {key: header.metadata.get(f"general.{key}") for key in ("type", "architecture")}
+    kind, architecture = (str(value.value) if value else "" for value in stated.values())
+    if kind not in OTHER_KINDS:
+        return False
+    entries = [
+        {
+            "name": tensor.name,
+            "role": kind,
+            "shape": list(tensor.shape),
+            "type": tensor.format.name,
+            "nbytes": tensor.nbytes,
+        }
+        for tensor in header.tensors
+    ]
+    notes = (f"{OTHER_KINDS[kind]}, no model",)
+    _show(architecture or kind, [path.stat().st_size], notes, header.metadata, entries, json=json)
+    return True
+
+
+def _show(
+    architecture: str,
+    sizes: Sequence[int],
+    notes: Sequence[str],
+    metadata: Mapping[str, Value],
+    entries: Sequence[dict[str, Any]],
+    *,
+    json: bool,
+) -> None:
     if json:
         print_json(
             {
-                "architecture": model.architecture,
+                "architecture": architecture,
                 "file_bytes": sum(sizes),
-                "notes": list(model.notes),
-                "metadata": {key: _short(value.value) for key, value in model.metadata.items()},
+                "notes": list(notes),
+                "metadata": {key: _short(value.value) for key, value in metadata.items()},
                 "tensors": entries,
             }
         )
         return
     print_table(
         ["key", "type", "value"],
-        [[key, value.kind, str(_short(value.value))[:100]] for key, value in model.metadata.items()],
+        [[key, value.kind, str(_short(value.value))[:100]] for key, value in metadata.items()],
     )
     print()
     print_table(["tensor", "role", "shape", "type", "bytes"], [tensor_cells(entry) for entry in entries])
-    print(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {model.architecture}")
-    for note in model.notes:
+    print(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {architecture}")
+    for note in notes:
         print(f"note: {note}")
 
 

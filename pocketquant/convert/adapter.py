@@ -3,6 +3,11 @@
 Only plain LoRA is taken: W + scale * B @ A. Whatever else adapter_config.json can ask for changes what the matrices
 mean, so it is refused by name, and so is a setting that we have never heard of. Names, settings and their meaning:
 PEFT 0.21.2, `tuners/lora/config.py`, `tuners/lora/layer.py`, `utils/save_and_load.py`, `utils/other.py`.
+
+Fused experts are parameters and no modules, so PEFT targets them by `target_parameters` and keeps the factors of all
+experts in one pair: A holds them one below the other, B takes turns (column r * n_expert + e). The second parameter of
+a module is wrapped around the first, whose matrices then lie at `base_layer` (ParamWrapper, `tuners/lora/layer.py`).
+PEFT before 0.19 took an expert's rows for its inputs, so there A and B change places (0.17.1 to 0.19.0 compared).
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +27,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"} | {
     "init_lora_weights",
     "bias",
+    "target_parameters",
+    "peft_version",
 }
 _WITHOUT_EFFECT = {
     # about training, or about which modules get matrices: the tensors themselves say that
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
 }
@@ -35,6 +42,9 @@ _MAX_RANK = 1 << 16
 _MAX_NAME = 192
 _ALPHAS = (1e-9, 1e9)  # beyond, a scale is nothing or everything in f32
 _MAX_PATTERNS = 4096
+_PARAMETERS = ("gate_up_proj", "down_proj", "weight")
+"""Parameters that can be targets, in their order within a module: the first one is wrapped first."""
+_FACTORS_SWAPPED_SINCE = (0, 19)
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class LowRank:
         b: [rows, rank] of the weight; [cols, rank] for an embedding.
         scale: alpha / rank, or alpha / sqrt(rank).
         is_embedding: A's columns are the weight's rows.
+        n_expert: experts whose factors the two matrices hold, 1 where the weight is a matrix.
+        is_transposed: the product of an expert's factors is its matrix transposed; None where nothing says so.
     """
 
     module: str
@@ -54,16 +66,37 @@ class LowRank:
     b: StoredTensor
     scale: float
     is_embedding: bool
+    n_expert: int = 1
+    is_transposed: bool | None = False
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // self.n_expert
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[rows, cols] of the weight."""
+        """[rows, cols] of the weight, of one expert's where there are several."""
         rows, cols = self.b.shape[0], self.a.shape[1]
-        return (cols, rows) if self.is_embedding else (rows, cols)
+        return (cols, rows) if self.is_embedding or self.is_transposed else (rows, cols)
+
+    def fitted(self, shape: tuple[int, ...]) -> LowRank | None:
+        """The same for a weight of that shape, None if it is of another one; the shape tells how experts' factors lie.
+
+        Raises:
+            SourceError: both ways fit, and nothing says which one it is.
+        """
+        if self.n_expert == 1:
+            return self if self.shape == shape else None
+        ways = [replace(self, is_transposed=flag) for flag in (False, True)]
+        fitting = [way for way in ways if way.shape == shape]
+        if len(fitting) < 2:
+            return fitting[0] if fitting else None
+        if self.is_transposed is None:
+            raise SourceError(
+                f"{self.module}: experts' matrices {list(shape)} are square, and {CONFIG} has no peft_version that "
+                "would tell their rows from their columns; save the adapter with PEFT 0.19 or later"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -108,7 +141,9 @@ def open_adapter(folder: Path | str) -> Adapter:
         )
     matrices, whole, problems = _sort_tensors(read_safetensors_header(weights_path))
     changes = []
-    for (module, is_embedding), pair in sorted(matrices.items()):
+    named, more = _name_parameters(matrices, config)
+    problems += more
+    for (module, is_embedding), pair in sorted(named.items()):
         change = _low_rank(module, is_embedding, pair, config)
         if isinstance(change, str):
             problems.append(f"{module}: {change}")
@@ -157,6 +192,9 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         problems.append(f"modules_to_save {str(saved)[:80]!r}, expected a list of names")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        problems.append(f"target_parameters {str(parameters)[:80]!r}, expected a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(key, config.get(key) or {})
     problems += [
@@ -207,6 +245,9 @@ _OF_MODULE = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _OF_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
 """Module, A or B, name of the adapter. An embedding has parameters where others have modules with a weight."""
 
+_OF_EXPERTS = re.compile(r"\bexperts\.(gate_up_proj|down_proj)$")
+_WRAPPED = ".base_layer"
+
 _Matrices = dict[tuple[str, bool], dict[str, StoredTensor]]
 _Whole = dict[tuple[str, bool], StoredTensor]
 
@@ -236,6 +277,26 @@ def _sort_tensors(stored: list[StoredTensor]) -> tuple[_Matrices, _Whole, list[s
     return matrices, whole, problems
 
 
+def _name_parameters(matrices: _Matrices, config: Mapping[str, Any]) -> tuple[_Matrices, list[str]]:
+    """The same with a targeted parameter's name behind the module's, which patterns are about; and problems."""
+    targets = tuple(f".{name}" for name in config.get("target_parameters") or [])
+    named: _Matrices = {}
+    problems = []
+    depths: dict[str, list[tuple[str, bool]]] = {}
+    for key in sorted(matrices, key=lambda key: -key[0].count(_WRAPPED)):  # the innermost first
+        depths.setdefault(key[0].replace(_WRAPPED, ""), []).append(key)
+    for module, keys in depths.items():
+        wanted = [name for name in _PARAMETERS if targets and f".{module}.{name}".endswith(targets)]
+        if not wanted and len(keys) == 1 and _WRAPPED not in keys[0][0]:
+            named[keys[0]] = matrices[keys[0]]
+        elif len(wanted) == len(keys):
+            for name, key in zip(wanted, keys, strict=True):
+                named[f"{module}.{name}", key[1]] = matrices[key]
+        else:
+            problems.append(f"{module}: {len(keys)} pairs of matrices, target_parameters names {len(wanted)} of it")
+    return named, problems
+
+
 def _low_rank(
     module: str, is_embedding: bool, pair: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> LowRank | str:
@@ -249,11 +310,20 @@ def _low_rank(
         return f"{shapes}: expected two matrices{hint}"
     if a.shape[0] != b.shape[1]:
         return f"{shapes}: A's rows and B's columns differ"
+    is_parameter = _OF_EXPERTS.search(module) is not None
     rank = _chosen(config.get("rank_pattern"), module, config["r"])
-    if a.shape[0] != rank:
+    if a.shape[0] != rank and not (is_parameter and a.shape[0] % rank == 0):
         return f"{shapes}: {CONFIG} says rank {rank}"
     readable = ("BF16", "F16", "F32")
     if a.dtype not in readable or b.dtype not in readable:
         return f"data types {a.dtype} and {b.dtype}, expected {', '.join(readable)}"
     alpha = _chosen(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return LowRank(module, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), is_embedding)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    transposed = _is_transposed(config) if is_parameter else False
+    return LowRank(module.removesuffix(".weight"), a, b, scale, is_embedding, a.shape[0] // rank, transposed)
+
+
+def _is_transposed(config: Mapping[str, Any]) -> bool | None:
+    """What the version of PEFT says about experts' factors; None where none is stated."""
+    match = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.get("peft_version") or ""))
+    return (int(match[1]), int(match[2])) < _FACTORS_SWAPPED_SINCE if match else None

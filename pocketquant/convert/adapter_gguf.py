@@ -3,7 +3,7 @@
 For every changed weight two tensors, `NAME.lora_a` [rank, cols] and `NAME.lora_b` [rows, rank]; llama.cpp adds
 alpha / rank * B @ (A @ x), with one alpha for the file and the rank of each pair. Where the base model's rows are in
 another order than the checkpoint's, so are B's, and where its columns are, A's. An embedding's A is transposed,
-[rows, rank], since it is looked up like the embedding.
+[rows, rank], since it is looked up like the embedding. Experts have a pair of stacks (`adapter_experts`).
 Source: llama.cpp `src/llama-adapter.cpp`, `src/llama-adapter.h`, `src/llama-graph.cpp`,
 `convert_lora_to_gguf.py` (b10359).
 """
@@ -20,7 +20,9 @@ import numpy.typing as npt
 from pocketquant.architectures import architecture_named
 from pocketquant.architectures.table import MODEL, Order, TensorRule
 from pocketquant.convert.adapter import Adapter, LowRank
-from pocketquant.convert.adapter_merge import HEAD, matrices, without_prefix
+from pocketquant.convert.adapter_experts import expert_pairs, is_of_experts
+from pocketquant.convert.adapter_merge import HEAD, matrices
+from pocketquant.convert.adapter_pieces import without_prefix
 from pocketquant.convert.quantized.numbers import floats
 from pocketquant.convert.quantized.tensor import Reads
 from pocketquant.convert.safetensors import StoredTensor
@@ -77,8 +79,12 @@ def plan_adapter(adapter: Adapter, base: Model, type_name: str = "f32") -> Plan:
         SourceError: modules that the base model does not have, of another shape, or that llama.cpp cannot add an
             adapter to (all listed).
     """
-    fitting, problems = [], []
+    fitting: list[tuple[LowRank, Tensor, TensorRule]] = []
+    of_experts = [change for change in adapter.changes if is_of_experts(change)]
+    pairs, problems = expert_pairs(of_experts, base)
     for change in adapter.changes:
+        if change in of_experts:
+            continue
         found = _place(change, base)
         if isinstance(found, str):
             problems.append(f"{change.module}: {found}")
@@ -96,15 +102,18 @@ def plan_adapter(adapter: Adapter, base: Model, type_name: str = "f32") -> Plan:
             f"merge it instead (convert or quantize with --adapter):\n{listing(problems)}"
         )
     # one alpha for the file: the one that leaves most matrices as they are
-    alphas = Counter(change.scale * change.rank for change in adapter.changes)
+    alphas = Counter([change.scale * change.rank for change, _, _ in fitting] + [pair.alpha for pair in pairs])
     alpha = alphas.most_common(1)[0][0]
     reads, planned, offset, kind = Reads(), list[PlannedTensor](), 0, FORMATS[type_name.upper()]
-    for change, target, rule in fitting:
-        factor = change.scale * change.rank / alpha
-        for tensor in _pair(change, target, rule, base, factor, reads):
-            nbytes = tensor.n_rows * kind.row_bytes(tensor.n_cols)
-            planned.append(PlannedTensor(tensor, kind, offset, nbytes, "number format of the file"))
-            offset = padded(offset + nbytes)
+    tensors = [
+        tensor
+        for change, target, rule in fitting
+        for tensor in _pair(change, target, rule, base, change.scale * change.rank / alpha, reads)
+    ]
+    for tensor in [*tensors, *(tensor for pair in pairs for tensor in pair.tensors(alpha, reads))]:
+        nbytes = tensor.n_rows * kind.row_bytes(tensor.n_cols)
+        planned.append(PlannedTensor(tensor, kind, offset, nbytes, "number format of the file"))
+        offset = padded(offset + nbytes)
     metadata = _metadata(adapter, base, alpha)
     return Plan(metadata, tuple(planned), encode_header(metadata, planned), {})
 
@@ -129,7 +138,7 @@ def _place(change: LowRank, base: Model) -> tuple[Tensor, TensorRule] | str:
         if tensor.name == name
     ]
     if not found:
-        return "the base model has no such weight, or it is of the experts, the vision tower or the MTP block"
+        return "the base model has no such weight, or it is of the vision tower or the MTP block"
     target, rule = found[0]
     if change.shape != target.shape or rule.each is not None:
         return f"{list(change.shape)}, in the base model {list(target.shape)}"

@@ -7,22 +7,23 @@ to f32, so that no linear algebra library has a say in the bytes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketquant.convert.adapter import Adapter, LowRank
+from pocketquant.convert.adapter_pieces import Piece, name_in, pieces_of, stack_of
 from pocketquant.convert.quantized.numbers import floats
 from pocketquant.convert.quantized.tensor import Reads
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile, StoredTensor
 from pocketquant.errors import SourceError, listing
 from pocketquant.formats import F32Array
 
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
-"""Where the text model may stand in the trained model and in the checkpoint; the two need not agree."""
 HEAD = "lm_head"
 _EMBEDDING = "embed_tokens"
 _BLOCK_WEIGHTS = 1 << 15  # summed at a time: 256 KiB of f64, which stays in cache over the whole rank
@@ -35,13 +36,13 @@ class MergedTensor:
     Attributes:
         name: in the checkpoint.
         base: what is stored there.
-        change: what to add; None for the plain numbers as F32.
+        pieces: what to add, in the order of the rows; none for the plain numbers as F32.
         reads: keeps A and B between chunks.
     """
 
     name: str
     base: CheckpointTensor
-    change: LowRank | None
+    pieces: tuple[Piece, ...]
     reads: Reads
 
     @property
@@ -62,21 +63,29 @@ class MergedTensor:
 
     def words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Rows [start, stop) of the merged tensor, `<u4`; SourceError if the adapter's numbers are not finite."""
-        rows = floats(self.base.words(start, stop), self.base.dtype)
-        if self.change is not None:
-            left, right = matrices(self.change, self.reads, start, stop)
-            rows = add_product(rows, left, right, self.change.scale)
-        return np.ascontiguousarray(rows, dtype="<f4").view("<u4")
+        rows = np.array(floats(self.base.words(start, stop), self.base.dtype), dtype="<f4")
+        for piece in self.pieces[bisect_right(self.pieces, start, key=lambda piece: piece.stop) :]:
+            if piece.at >= stop:
+                break
+            first, last = max(start, piece.at), min(stop, piece.stop)
+            moved = piece.first - piece.at
+            left, right = matrices(piece.change, self.reads, first + moved, last + moved, piece.expert)
+            part = slice(first - start, last - start)
+            rows[part] = add_product(rows[part], left, right, piece.change.scale)
+        return rows.view("<u4")
 
 
-def matrices(change: LowRank, reads: Reads, start: int, stop: int) -> tuple[F32Array, F32Array]:
+def matrices(change: LowRank, reads: Reads, start: int, stop: int, expert: int = 0) -> tuple[F32Array, F32Array]:
     """Two matrices whose product, scaled, is the change of rows [start, stop): f32[n, rank] and f32[rank, cols].
 
     Raises:
         SourceError: a number is not finite.
     """
     a, b = reads.words(change.a), reads.words(change.b)
-    if change.is_embedding:
+    if change.n_expert > 1:
+        a = a.reshape(change.n_expert, change.rank, -1)[expert]
+        b = b.reshape(len(b), change.rank, change.n_expert)[:, :, expert]
+    if change.is_embedding or change.is_transposed:
         left, right = floats(a[:, start:stop], change.a.dtype).T, floats(b, change.b.dtype).T
     else:
         left, right = floats(b[start:stop], change.b.dtype), floats(a, change.a.dtype)
@@ -134,7 +143,7 @@ def merge_adapter(
 
     def replace_weights(weights: Mapping[str, StoredTensor], what: str) -> None:
         for module, tensor in weights.items():
-            name = _name_in(merged, module)
+            name = name_in(merged, module)
             if name is None:
                 problems.append(f"{module}: the checkpoint has no such weight")
             elif len(tensor.shape) != 2 or tensor.shape != merged[name].shape:
@@ -147,20 +156,30 @@ def merge_adapter(
 
     replace_weights(adapter.base_weights, "of the base model that it brings along")
     changed = [*adapter.trained_weights, *(change.module for change in adapter.changes)]
-    embedding = _name_in(merged, _EMBEDDING)
+    embedding = name_in(merged, _EMBEDDING)
     if tied and embedding is not None and any(_last(module) in (_EMBEDDING, HEAD) for module in changed):
-        head = _name_in(merged, HEAD) or f"{HEAD}.weight"
-        merged[head] = MergedTensor(head, merged[embedding], None, reads)
+        head = name_in(merged, HEAD) or f"{HEAD}.weight"
+        merged[head] = MergedTensor(head, merged[embedding], (), reads)
         notes.append(f"adapter {adapter.name}: trained one of embedding and head, which were tied: now they are two")
     replace_weights(adapter.trained_weights, "trained whole")
+    pieces: dict[str, list[Piece]] = {}
     for change in adapter.changes:
-        name = _name_in(merged, change.module)
-        if name is None:
-            problems.append(f"{change.module}: the checkpoint has no such weight")
-        elif change.shape != merged[name].shape:
-            problems.append(f"{change.module}: {list(change.shape)}, in the checkpoint {list(merged[name].shape)}")
-        else:
-            merged[name] = MergedTensor(name, merged[name], change, reads)
+        placed = pieces_of(change, merged)
+        if isinstance(placed, str):
+            problems.append(f"{change.module}: {placed}")
+            continue
+        for name, piece in placed:
+            pieces.setdefault(name, []).append(piece)
+    for parts in pieces.values():
+        parts.sort(key=lambda piece: piece.at)
+        problems += [
+            f"{late.change.module}: changes what {early.change.module} changes already"
+            for early, late in pairwise(parts)
+            if late.at < early.stop
+        ]
+    stacks = {stack_of(name) for name in pieces}  # experts have to agree on their data type: all of them become F32
+    for name in [name for name in merged if stack_of(name) in stacks]:
+        merged[name] = MergedTensor(name, merged[name], tuple(pieces.get(name, ())), reads)
     if problems:
         raise SourceError(
             f"adapter {adapter.name}: does not fit the checkpoint; is it of another base model?\n{listing(problems)}"
@@ -174,7 +193,7 @@ def _describe(adapter: Adapter, merged: Mapping[str, CheckpointTensor], dropped:
     scales = sorted({change.scale for change in adapter.changes})
     text = f"rank {_range(ranks)}, scale {_range(scales)}" if adapter.changes else "no LoRA matrices"
     described = [f"adapter {adapter.name}: merged into {len(adapter.changes)} tensors ({text})"]
-    names = [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.change is not None]
+    names = [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.pieces]
     for what in dict.fromkeys(dropped.values()):
         prefixes = tuple(prefix for prefix, reason in dropped.items() if reason == what)
         count = sum(name.startswith(prefixes) for name in names)
@@ -191,15 +210,3 @@ def _range(values: list[int] | list[float]) -> str:
 
 def _last(module: str) -> str:
     return module.rpartition(".")[2]
-
-
-def without_prefix(module: str) -> str:
-    """A module's path inside the text model: "layers.0.mlp.up_proj", "embed_tokens", "lm_head"."""
-    return module.removeprefix(next(prefix for prefix in PREFIXES if module.startswith(prefix)))
-
-
-def _name_in(stored: Mapping[str, CheckpointTensor], module: str) -> str | None:
-    """The checkpoint's name of a module's weight: as it stands, or under the checkpoint's own prefix."""
-    inside = without_prefix(module)
-    names = (f"{module}.weight", *(f"{prefix}{inside}.weight" for prefix in PREFIXES))
-    return next((name for name in names if name in stored), None)

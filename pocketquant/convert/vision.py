@@ -29,19 +29,19 @@ from pocketquant.files import read_json
 from pocketquant.gguf_file import describe_folder, is_gguf
 from pocketquant.model import Model, Tensor, Value
 
-_MLX_PREFIXES = ("vision_tower.", "model.vision_tower.")
-
 
 @dataclass(frozen=True)
 class KernelFrame:
     """The kernel for one frame, out of a kernel [n_embd, n_channel, n_frame, n_patch, n_patch] for all of them.
 
     Stands for a stored tensor [n_embd, n_channel, n_patch, n_patch]. Reads what lies between, too: one request instead
-    of thousands for 16 lines each.
+    of thousands for 16 lines each. MLX programs keep the channels last, [n_embd, n_frame, n_patch, n_patch, n_channel]
+    (mlx-vlm 0.7.10, `models/qwen3_5/qwen3_5.py` sanitize).
     """
 
     kernel: CheckpointTensor
     frame: int
+    channels_last: bool = False
 
     @property
     def name(self) -> str:
@@ -57,16 +57,29 @@ class KernelFrame:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        n_embd, n_channel, _, *patch = self.kernel.shape
+        n_embd, n_channel, _, *patch = self._dimensions
         return (n_embd, n_channel, *patch)
 
     @property
+    def _dimensions(self) -> tuple[int, ...]:
+        if not self.channels_last:
+            return self.kernel.shape
+        n_embd, n_frame, height, width, n_channel = self.kernel.shape
+        return n_embd, n_channel, n_frame, height, width
+
+    @property
     def nbytes(self) -> int:
-        return self.kernel.nbytes // self.kernel.shape[2]
+        return self.kernel.nbytes // self._dimensions[2]
 
     def words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Lines [start, stop) of the frame, seen as [n_embd * n_channel * n_patch, n_patch]."""
-        n_frame, height, width = self.kernel.shape[2:]
+        n_channel, n_frame, height, width = self._dimensions[1:]
+        if self.channels_last:
+            n_lines, n_pixels = n_channel * height, n_frame * height * width
+            first, last = start // n_lines, -(-stop // n_lines)
+            words = self.kernel.words(first * n_pixels, last * n_pixels)
+            frames = words.reshape(last - first, n_frame, height, width, n_channel)[:, self.frame]
+            return frames.transpose(0, 3, 1, 2).reshape(-1, width)[start - first * n_lines : stop - first * n_lines]
         first, last = start // height, -(-stop // height)
         words = self.kernel.words(first * n_frame * height, last * n_frame * height)
         lines = words.reshape(last - first, n_frame, height, width)[:, self.frame].reshape(-1, width)
@@ -109,6 +122,8 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     sizes = QWEN35_VISION.read_sizes(vision_config)
     _check_text_width(folder, config, sizes)
     tensors = _map_tensors(sizes, stored, prefix)
+    if any(isinstance(rows, KernelFrame) and rows.channels_last for rows in map(_stored_of, tensors)):
+        notes.append("vision tower saved by MLX (its kernel's channels are last): put back in their place")
     settings = {**vision_config, **read_pixel_scaling(folder)}
     described = describe_folder(folder, sum(prod(tensor.shape) for tensor in tensors))
     metadata = model_metadata(QWEN35_VISION, settings, sizes, described) | {"general.type": Value("str", "mmproj")}
@@ -161,11 +176,6 @@ def _object(value: Any, where: Path | str) -> dict[str, Any]:
 
 
 def _prefix_of(folder: Path, stored: Mapping[str, CheckpointTensor]) -> str | None:
-    if any(name.startswith(_MLX_PREFIXES) for name in stored):
-        raise ArchitectureError(
-            f"{folder}: a vision tower as MLX saves it, with its kernels transposed; convert the checkpoint it was "
-            "made from"
-        )
     found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)]
     if len(found) > 1:
         raise ArchitectureError(f"{folder}: the checkpoint holds two vision towers, under the prefixes {found}")
@@ -215,20 +225,29 @@ def _map_tensors(sizes: Sizes, stored: Mapping[str, CheckpointTensor], prefix: s
         raise ArchitectureError(message)
     tensors = []
     for name, target, rule, layer in wanted:
-        source = stored[name] if rule.half is None else KernelFrame(stored[name], rule.half)
+        source = stored[name]
+        if rule.half is not None:
+            source = KernelFrame(source, rule.half, channels_last=source.shape != shape_of(rule, sizes))
         rows = CheckpointRows(source, source.shape, None, None, None)
         tensors.append(Tensor(target, rule.role, layer, source.shape, source.dtype, rows, keep_f32=rule.keep_f32))
     return tuple(tensors)
 
 
+def _stored_of(tensor: Tensor) -> object:
+    return tensor.source.stored_tensor if isinstance(tensor.source, CheckpointRows) else None
+
+
 def _problem_of(tensor: CheckpointTensor, rule: TensorRule, sizes: Sizes) -> str:
     expected = shape_of(rule, sizes)
-    if tensor.shape == expected:
+    if tensor.shape in (expected, _as_in_mlx(expected)):
         return "" if tensor.dtype in READABLE else f"data type {tensor.dtype}, expected {', '.join(READABLE)}"
     hint = ""
     if tensor.dtype in ("U8", "I8") and tensor.shape[-1:] == (1,):
         hint = ": this looks like a bitsandbytes 4-bit checkpoint"
-    elif len(expected) == 5 and tensor.shape == (expected[0], *expected[2:], expected[1]):
-        hint = ": this looks like a checkpoint saved by MLX"
     words = " ".join(f"{word}={size}" for word, size in zip(rule.shape.split(), expected, strict=True))
     return f"{tensor.dtype} {list(tensor.shape)}, expected [{words}]{hint}"
+
+
+def _as_in_mlx(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's shape with its channels last; other shapes as they are."""
+    return (shape[0], *shape[2:], shape[1]) if len(shape) == 5 else shape

@@ -25,6 +25,10 @@ Words for layers: `first_eighth` and `last_sixteenth` (of the layers, rounded do
 end ("-1"), and a range with both ends ("0-3"). A multi-token-prediction block has the number behind the last layer.
 It counts as one more layer in `first_eighth` and `more_bits`, as in llama.cpp, and does not in the other words.
 
+No importance matrix has entries for that block, so whatever a recipe gives it is at least Q5_K, unless the rule that
+decides says `mtp = true` itself. This is the one place where recipes with llama.cpp's names give other types than
+llama.cpp does, which rounds the block like any other.
+
 Source for the built-in recipes but `pocket_*`: src/llama-quant.cpp of llama.cpp (b10359), read for qwen35 and
 qwen35moe.
 """
@@ -50,6 +54,9 @@ else:
 
 MAX_RECIPE_BYTES = 65536
 """A recipe file larger than this is refused unread."""
+
+MTP_LEAST = "Q5_K"
+"""The least that the multi-token-prediction block gets."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _LAYER_WORD = re.compile(r"first_eighth|last_sixteenth|more_bits|-[1-9]\d{0,3}|(\d{1,4})(?:-(\d{1,4}))?")
@@ -198,11 +205,15 @@ def uses_more_bits(layer: int, n_layer: int) -> bool:
 def _choose(tensor: Tensor, model: Model, recipe: Recipe, has_importance: bool) -> tuple[QuantFormat, str]:
     if tensor.keep_f32:
         return FORMATS["F32"], "kept in F32: every runtime wants it so"
-    wanted, reason = recipe.default, f"default of {recipe.name}"
+    wanted, reason, is_meant = recipe.default, f"default of {recipe.name}", False
     for rule in recipe.rules:
         if _matches(rule, tensor, model, has_importance):
-            wanted, reason = rule.format, rule.reason
+            wanted, reason, is_meant = rule.format, rule.reason, rule.mtp is True
             break
+    least = FORMATS[MTP_LEAST]
+    if not is_meant and _is_mtp(tensor, model) and wanted.bits_per_weight < least.bits_per_weight:
+        reason = f"multi-token prediction, which no importance matrix covers: {least.name} in place of {wanted.name}"
+        wanted = least
     if tensor.role is Role.VISION_PATCH and wanted.name not in ("F16", "F32"):
         return FORMATS["F32"], f"kept in F32: runtimes have no convolution with {wanted.name} kernels"
     fitting = wanted

@@ -8,8 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_maker import make_adapter
-from checkpoint_maker import make_checkpoint
+from adapter_maker import (
+    checkpoint_shapes,
+    expert_factors,
+    expert_tensors,
+    make_adapter,
+    matrices_for,
+    write_adapter,
+    write_expert_adapter,
+)
+from checkpoint_maker import make_checkpoint, moe_config
+from moe_checkpoint import golden_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
@@ -104,6 +113,48 @@ def test_embedding_and_head_where_they_are_two(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "lora", checkpoint, more=("model.embed_tokens", "lm_head"))
     changed, beside = three_models(tmp_path, checkpoint, adapter)
     assert changed > 0.01
+    assert beside < 1e-6
+
+
+DENSE = [
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+    *("linear_attn.out_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "embed_tokens", "lm_head"),
+]
+
+
+@pytest.mark.parametrize("module", DENSE)
+def test_breaks_today_08_every_target_module_in_both_forms(module: str, tmp_path: Path) -> None:
+    """One module at a time, so that none can hide behind the others."""
+    checkpoint = make_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+    shapes = checkpoint_shapes(checkpoint)
+    names = [name.removesuffix(".weight") for name in shapes if name.endswith(f"{module}.weight")]
+    tensors = matrices_for({name: shapes[f"{name}.weight"] for name in names}, 4, size=30.0)
+    changed, beside = three_models(tmp_path, checkpoint, write_adapter(tmp_path / "lora", tensors))
+    assert changed > 1e-5
+    assert beside < 1e-4 * min(changed, 1.0)
+
+
+@pytest.mark.parametrize("layout", ["fused", "one by one"])
+def test_breaks_today_08_experts_beside_the_base_are_the_merged_model(layout: str, tmp_path: Path) -> None:
+    checkpoint = golden_checkpoint(tmp_path / "mixture")
+    only = (0, 3, 5) if layout == "one by one" else None
+    factors = expert_factors(moe_config(), rank=4, size=4.0)
+    adapter = write_expert_adapter(tmp_path / "lora", factors, layout, only, lora_alpha=8)
+    changed, beside = three_models(tmp_path, checkpoint, adapter)
+    assert changed > 1e-3
+    assert beside < 1e-6
+
+
+def test_experts_of_several_ranks_and_alphas(tmp_path: Path) -> None:
+    """llama.cpp has one rank for all experts of a tensor and one alpha for the file."""
+    checkpoint = golden_checkpoint(tmp_path / "mixture")
+    wide, narrow = (expert_factors(moe_config(), rank=rank, seed=rank, size=4.0) for rank in (4, 2))
+    tensors = expert_tensors(wide, "one by one", (0, 3)) | expert_tensors(narrow, "one by one", (5,))
+    patterns = {"rank_pattern": {r"experts\.5\.(gate|up|down)_proj": 2}, "alpha_pattern": {r"experts\.3\.up_proj": 24}}
+    adapter = write_adapter(tmp_path / "lora", tensors, r=4, lora_alpha=8, **patterns)
+    changed, beside = three_models(tmp_path, checkpoint, adapter)
+    assert changed > 1e-3
     assert beside < 1e-6
 
 

@@ -103,43 +103,59 @@ def drafting(path: Path) -> Iterator[Any]:
         llama.llama_model_free(model)
 
 
-def draft(path: Path, token: int, hidden: np.ndarray, n_vocab: int) -> np.ndarray:
-    """Logits of the block for a token at position 0 and the trunk's hidden state before it, f32[n_vocab]."""
+def draft(path: Path, tokens: list[int], hidden: np.ndarray, n_vocab: int) -> np.ndarray:
+    """Logits of the block after each token, given the trunk's hidden state before it, f32[n, n_vocab]."""
     with drafting(path) as context:
-        batch = llama.llama_batch_init(1, 0, 1)
+        batch = llama.llama_batch_init(len(tokens), 0, 1)
         values = np.ascontiguousarray(hidden, np.float32)
         batch.embd = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        batch.n_tokens, batch.token[0], batch.pos[0] = 1, token, 0
-        batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = 1, 0, 1
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
         assert llama.llama_decode(context, batch) == 0
-        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, 0), (n_vocab,)).copy()
+        rows = [np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i), (n_vocab,)) for i in range(len(tokens))]
+        logits = np.array(rows)
         batch.embd = None  # numpy's, not to be freed with the batch
         llama.llama_batch_free(batch)
     return logits
 
 
-def expected_draft(weights: dict[str, np.ndarray], token: int, hidden: np.ndarray) -> np.ndarray:
-    """The same from the checkpoint's own numbers, by the maths of transformers' Qwen3.5 block.
-
-    One token at position 0: rotations are none, and attention is the value itself.
-    """
+def expected_draft(weights: dict[str, np.ndarray], tokens: list[int], hidden: np.ndarray) -> np.ndarray:
+    """The same from the checkpoint's own numbers, by the maths of transformers' Qwen3.5 block, f64[n, n_vocab]."""
     w = {name: values.astype(np.float64) for name, values in weights.items()}
-    config, block = text_config(), "mtp.layers.0."
+    config, block, n = text_config(), "mtp.layers.0.", len(tokens)
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
-        return x / np.sqrt(np.mean(x * x) + config["rms_norm_eps"]) * (1 + w[name])
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config["rms_norm_eps"]) * (1 + w[name])
 
-    embedding = norm(w["model.embed_tokens.weight"][token], "mtp.pre_fc_norm_embedding.weight")
-    x = w["mtp.fc.weight"] @ np.concatenate([embedding, norm(hidden, "mtp.pre_fc_norm_hidden.weight")])
+    def rotate(x: np.ndarray) -> np.ndarray:  # a quarter of each head; all three of text's positions are one
+        n_rotated = x.shape[-1] // 4
+        frequencies = config["rope_parameters"]["rope_theta"] ** (-np.arange(0, n_rotated, 2) / n_rotated)
+        angles = (np.arange(n)[:, None] * frequencies)[:, None]
+        first, second, rest = np.split(x, [n_rotated // 2, n_rotated], axis=-1)
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    embedding = norm(w["model.embed_tokens.weight"][tokens], "mtp.pre_fc_norm_embedding.weight")
+    x = np.concatenate([embedding, norm(hidden, "mtp.pre_fc_norm_hidden.weight")], axis=1) @ w["mtp.fc.weight"].T
     y = norm(x, block + "input_layernorm.weight")
     n_head, n_kv, head_dim = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    gate = (w[block + "self_attn.q_proj.weight"] @ y).reshape(n_head, 2, head_dim)[:, 1]
-    value = (w[block + "self_attn.v_proj.weight"] @ y).reshape(n_kv, head_dim).repeat(n_head // n_kv, axis=0)
-    x = x + w[block + "self_attn.o_proj.weight"] @ (value / (1 + np.exp(-gate))).reshape(-1)
+    attention = block + "self_attn."
+    query, gate = np.split((y @ w[attention + "q_proj.weight"].T).reshape(n, n_head, 2 * head_dim), 2, axis=-1)
+    key, value = ((y @ w[f"{attention}{k}_proj.weight"].T).reshape(n, n_kv, head_dim) for k in "kv")
+    query, key = (rotate(norm(x, f"{attention}{k}_norm.weight")) for k, x in (("q", query), ("k", key)))
+    key, value = (x.repeat(n_head // n_kv, axis=1) for x in (key, value))
+    scores = np.einsum("ihd,jhd->hij", query, key) / head_dim**0.5
+    scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    mixed = np.einsum("hij,jhd->ihd", shares, value) / (1 + np.exp(-gate))
+    x = x + mixed.reshape(n, -1) @ w[attention + "o_proj.weight"].T
     y = norm(x, block + "post_attention_layernorm.weight")
-    gate, up = w[block + "mlp.gate_proj.weight"] @ y, w[block + "mlp.up_proj.weight"] @ y
-    x = x + w[block + "mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
-    return w["model.embed_tokens.weight"] @ norm(x, "mtp.norm.weight")
+    gate, up = (y @ w[f"{block}mlp.{k}_proj.weight"].T for k in ("gate", "up"))
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ w[block + "mlp.down_proj.weight"].T
+    return norm(x, "mtp.norm.weight") @ w["model.embed_tokens.weight"].T
 
 
 @pytest.mark.parametrize("part", ["sidecar", "embed"])
@@ -148,11 +164,11 @@ def test_block_predicts_what_the_checkpoints_numbers_say(part: str, checkpoint_w
     assert model is not None
     write(plan(model, open_recipe("f32")), tmp_path / "draft.gguf")
     weights = weights_for(text_config()) | mtp_weights_for(text_config())
-    for token, seed in ((104, 0), (13, 1)):
-        hidden = np.random.default_rng(seed).standard_normal(256)
-        logits = draft(tmp_path / "draft.gguf", token, hidden, n_vocab=320)
-        expected = expected_draft(weights, token, hidden)
-        assert np.ptp(expected) > 0.1
+    for tokens, seed in (([104], 0), ([13, 104, 256, 7, 99, 31], 1)):
+        hidden = np.random.default_rng(seed).standard_normal((len(tokens), 256))
+        logits = draft(tmp_path / "draft.gguf", tokens, hidden, n_vocab=320)
+        expected = expected_draft(weights, tokens, hidden)
+        assert np.ptp(expected, axis=1).min() > 0.1
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.ptp(expected))
 
 

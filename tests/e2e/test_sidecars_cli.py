@@ -124,3 +124,37 @@ def test_make_splits_what_it_keeps(whole: Path, tmp_path: Path) -> None:
     assert json.loads(run("inspect", shards[0], "--json").stdout)["file_bytes"] == sum(
         shard.stat().st_size for shard in shards if not shard.name.startswith("mmproj-")
     )
+
+
+def test_sidecars_are_split_or_refused(whole: Path, tmp_path: Path) -> None:
+    """llama.cpp looks for shards of models, and the MTP block's file is one; it reads an mmproj from one file."""
+    planned = json.loads(run("quantize", whole, "--dry-run", "--json", "--quiet").stdout)
+    sizes = {entry["kind"]: entry["file_bytes"] for entry in planned["files"]}
+    assert sizes["mmproj"] < sizes["mtp"] < sizes["model"]
+    options = ["--out", tmp_path / "m.gguf", "--split-max-size"]
+    run("quantize", whole, *options, sizes["mmproj"])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "mmproj-m.gguf" in names
+    assert any(name.startswith("m-00002-of-") for name in names)
+    assert any(name.startswith("mtp-m-00002-of-") for name in names)
+    assert all(path.stat().st_size <= sizes["mmproj"] for path in tmp_path.iterdir())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for command in (["quantize", whole], ["make", whole, "--imatrix", "none", "--recipe", "q8_0"]):
+        smaller = [COMMAND, *command, "--out", tmp_path / "m.gguf", "--split-max-size", sizes["mmproj"] - 1]
+        if command[0] == "make":
+            smaller += ["--mmproj", "pocket_mmproj"]
+        result = subprocess.run([str(word) for word in smaller], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert "the vision tower takes" in " ".join(result.stderr.split())
+        assert not list(tmp_path.iterdir())
+
+
+def test_make_splits_the_block_as_well(whole: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 200)
+    options = ["--text", text, "--context", 64, "--chunks", 2, "--imatrix", "none", "--recipe", "q8_0"]
+    run("make", whole, "--out", tmp_path / "out", *options, "--mmproj", "pocket_mmproj", "--split-max-size", "900k", "--quiet")
+    shards = sorted((tmp_path / "out").glob("mtp-*-of-*.gguf"))
+    assert len(shards) > 1
+    assert all(path.stat().st_size <= 900_000 for path in (tmp_path / "out").glob("*.gguf"))

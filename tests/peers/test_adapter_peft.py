@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from adapter_maker import make_adapter, rows_of
 from checkpoint_maker import make_checkpoint
+from moe_checkpoint import golden_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.adapter import open_adapter
@@ -34,8 +35,18 @@ CASES: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"out_proj": 3, r"^model\.layers\.0\.mlp\.down_proj": 20, "down_proj": 11},
     },
     "embedding and head": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "lm_head", "in_proj_z"]},
+    "fused experts": {
+        "r": 3,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "in_proj_qkv"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+        "rank_pattern": {"mlp.experts.down_proj": 2},
+        "alpha_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 5},
+    },
+    "one of the experts' two": {"r": 4, "target_modules": [], "target_parameters": ["experts.down_proj"]},
     "head trained whole": {"r": 4, "target_modules": ["in_proj_b"], "modules_to_save": ["lm_head"]},
 }
+PARAMETERS = (Role.EMBED, Role.ROUTER, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +56,12 @@ def peft_cases(oracle_python: Path, tmp_path_factory: pytest.TempPathFactory) ->
         pytest.skip("no peft in .venv-peers; pip install peft there")
     folder = tmp_path_factory.mktemp("peft")
     untied = make_checkpoint(folder / "untied", tie_word_embeddings=False)
+    mixture = golden_checkpoint(folder / "mixture")
     cases = {}
     for case, settings in CASES.items():
         has_head = any("lm_head" in settings.get(key, ()) for key in ("target_modules", "modules_to_save"))
-        cases[case] = (untied if has_head else checkpoint_dir(), folder / case.replace(" ", "-"))
+        base = mixture if settings.get("target_parameters") else untied if has_head else checkpoint_dir()
+        cases[case] = (base, folder / case.replace(" ", "-"))
     listed = [[str(base), str(target), CASES[case]] for case, (base, target) in cases.items()]
     (folder / "cases.json").write_text(json.dumps(listed))
     command = [oracle_python, Path(__file__).with_name("peft_merge.py"), folder / "cases.json"]
@@ -79,14 +92,16 @@ def test_breaks_today_08_lora_adapters_merge_as_peft_merges_them(
         if change:
             theirs, mine = rows_of(in_bf16, tensor.name), rows_of(rounded, tensor.name)
             allowed = np.maximum(ulp(theirs), ulp(mine))
-            if tensor.role is Role.EMBED:  # where PEFT rounds the change to bf16 before it adds it
+            if tensor.role in PARAMETERS:  # where PEFT rounds the change to bf16 before it adds it
                 allowed = allowed + ulp(expected - before) / 2
             else:
                 n_weights, n_different = n_weights + theirs.size, n_different + int((theirs != mine).sum())
             # where base and change cancel, f32's rounding of either is more than an ulp of what is left
             allowed = np.maximum(allowed, 2e-6 * np.abs(before).max())
             assert (np.abs(theirs - mine) <= allowed).all(), tensor.name
-    assert n_changed == len(open_adapter(folder / "lora").changes) + len(CASES[case].get("modules_to_save", ()))
+    changes = open_adapter(folder / "lora").changes
+    two_tensors = sum(change.module.endswith("gate_up_proj") for change in changes)
+    assert n_changed == len(changes) + two_tensors + len(CASES[case].get("modules_to_save", ()))
     assert n_different <= 1e-4 * n_weights
 
 

@@ -105,7 +105,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model,
 @pytest.mark.parametrize("importance", [False, True], ids=["plain", "imatrix"])
 @pytest.mark.parametrize("recipe_name", LIKE_LLAMA)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_types_equal_the_quantizers(
+def test_types_equal_the_quantizers_but_for_the_blocks_floor(
     shape: str, recipe_name: str, importance: bool, embedded: dict[str, tuple[Model, Path]], tmp_path: Path
 ) -> None:
     llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
@@ -123,6 +123,14 @@ def test_types_equal_the_quantizers(
     target = tmp_path / "theirs.gguf"
     assert llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
     ours = plan(model, recipe, Importance({entry: ones}) if importance else None)
-    assert {item.tensor.name: item.format.name for item in ours.tensors} == {
-        tensor.name: tensor.format.name for tensor in read_header(target).tensors
-    }
+    mine = {item.tensor.name: item.format for item in ours.tensors}
+    theirs = {tensor.name: tensor.format for tensor in read_header(target).tensors}
+    assert mine.keys() == theirs.keys()
+    different = {name for name in mine if mine[name] is not theirs[name]}
+    assert all(name.startswith(f"blk.{model.sizes['n_layer']}.") for name in different)
+    for name in mine.keys() - different:
+        assert not name.startswith(f"blk.{model.sizes['n_layer']}.") or mine[name].bits_per_weight >= 5.5, name
+    for name in different:  # 64 columns are no multiple of 256: a fallback on both sides
+        assert mine[name].name in ("Q5_K", "Q5_1"), name
+        assert theirs[name].bits_per_weight < mine[name].bits_per_weight, name
+    assert bool(different) == (recipe_name not in ("q5_k_m", "q5_k_s", "q6_k", "q8_0"))

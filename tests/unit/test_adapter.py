@@ -314,7 +314,7 @@ UP = "model.layers.0.mlp.up_proj"
         ({"init_lora_weights": "olora"}, r"init_lora_weights 'olora'"),
         ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens"),
         ({"trainable_token_indices": [5]}, r"trainable_token_indices"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, r"target_parameters"),
+        ({"target_parameters": "mlp.experts.gate_up_proj"}, r"target_parameters .*, expected a list of names"),
         ({"layer_replication": [[0, 4], [2, 5]]}, r"layer_replication"),
         ({"ensure_weight_tying": True}, r"ensure_weight_tying"),
         ({"some_new_method": {"x": 1}}, r"some_new_method .*: not supported"),

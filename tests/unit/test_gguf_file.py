@@ -115,6 +115,26 @@ def test_refuses_another_architecture_and_unknown_tensors(written: Path, tmp_pat
         open_gguf(renamed)
 
 
+def test_refuses_missing_tensors_all_listed_beside_the_unknown(written: Path, tmp_path: Path) -> None:
+    path = tmp_path / "renamed.gguf"
+    data = written.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight")
+    path.write_bytes(data.replace(b"blk.3.attn_q.weight", b"blk.3.attn_z.weight"))
+    with pytest.raises(ArchitectureError) as refused:
+        open_gguf(path)
+    unknown, missing = str(refused.value).split("that are missing:")
+    assert "blk.1.ffn_xx.weight" in unknown
+    assert "blk.3.attn_z.weight" in unknown
+    assert [line.strip() for line in missing.splitlines()[1:3]] == ["blk.1.ffn_up.weight", "blk.3.attn_q.weight"]
+
+
+@pytest.mark.parametrize(("kind", "what"), [("adapter", "a LoRA adapter"), ("imatrix", "an importance matrix")])
+def test_what_is_no_model_is_called_what_it_is(kind: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(encode_header({"general.type": Value("str", kind)}, []))
+    with pytest.raises(ArchitectureError, match=f"{what}, and no model"):
+        open_gguf(path)
+
+
 def test_non_finite_block_is_named(written: Path, tmp_path: Path) -> None:
     path = tmp_path / "nan.gguf"
     data = bytearray(written.read_bytes())

@@ -230,6 +230,23 @@ def test_all_shards_appear_or_none(at: str, tmp_path: Path) -> None:
     assert before.read_bytes() == b"what stood here"
 
 
+@pytest.mark.parametrize("kind", ["mmproj", "adapter", "imatrix"])
+def test_what_llama_cpp_reads_from_one_file_is_not_split(kind: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "clip")
+    writer.add_type(kind)
+    writer.add_tensor("a", np.arange(4096, dtype=np.float32).reshape(64, 64))
+    writer.add_tensor("b", np.arange(4096, dtype=np.float32).reshape(64, 64))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    size = (tmp_path / "one.gguf").stat().st_size
+    with pytest.raises(OutputError, match=r"from one file alone; allow more"):
+        split_file(tmp_path / "one.gguf", tmp_path / "two.gguf", size - 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.gguf"]
+    assert split_file(tmp_path / "one.gguf", tmp_path / "two.gguf", size) == [tmp_path / "two.gguf"]
+
+
 # ---------------------------------------------------------------- against gguf-split
 
 

@@ -200,14 +200,29 @@ def test_two_towers_are_refused(tmp_path: Path) -> None:
         open_vision(make_vision_checkpoint(tmp_path / "a", weights=weights))
 
 
-def test_breaks_today_04_mlx_towers_are_refused(tmp_path: Path) -> None:
-    weights = vision_weights(vision_config())
-    kernel = weights["model.visual.patch_embed.proj.weight"]
-    weights["model.visual.patch_embed.proj.weight"] = kernel.transpose(0, 2, 3, 4, 1)
-    with pytest.raises(ArchitectureError, match="saved by MLX"):
-        open_vision(make_vision_checkpoint(tmp_path / "a", weights=weights))
-    with pytest.raises(ArchitectureError, match="as MLX saves it"):
-        open_vision(make_vision_checkpoint(tmp_path / "b", prefix="vision_tower."))
+@pytest.mark.parametrize("prefix", ["vision_tower.", "model.visual."])
+def test_breaks_today_04_mlx_towers_give_the_same_file(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = vision_weights(vision_config())
+    saved = {name.replace("model.visual.", prefix): values for name, values in original.items()}
+    saved[f"{prefix}patch_embed.proj.weight"] = np.ascontiguousarray(
+        original["model.visual.patch_embed.proj.weight"].transpose(0, 2, 3, 4, 1)
+    )
+    towers = [
+        open_vision(make_vision_checkpoint(tmp_path / folder / "Tiny-1M", weights=weights))
+        for folder, weights in (("a", original), ("b", saved))
+    ]
+    assert towers[0] is not None
+    assert towers[1] is not None
+    assert towers[1].notes == ("vision tower saved by MLX (its kernel's channels are last): put back in their place",)
+    assert towers[0].notes == ()
+    monkeypatch.setattr("pocketquant.pipeline.CHUNK_WEIGHTS", 16 * 21)  # chunks that end within a channel
+    for tower, name in zip(towers, ("a.gguf", "b.gguf"), strict=True):
+        write(plan(tower, open_recipe("f32")), tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    text = [open_model(tmp_path / folder / "Tiny-1M") for folder in ("a", "b")]
+    assert [tensor.name for tensor in text[0].tensors] == [tensor.name for tensor in text[1].tensors]
 
 
 def write_mixed(path: Path, entries: dict[str, tuple[str, list[int], bytes]]) -> None:
