@@ -12,6 +12,7 @@ def make_matrix(
     text: str,
     out: Path,
     *,
+    mtp: Path | None,
     context: int,
     chunks: int | None,
     seed: int,
@@ -29,6 +30,7 @@ def make_matrix(
         sums, calibration = collect_importance(
             gguf,
             text,
+            mtp=mtp,
             context=context,
             chunks=chunks,
             threads=threads,

@@ -2,7 +2,8 @@
 
 Windows are those of llama-imatrix: the text without one final newline, tokenized as a whole, cut into pieces of
 `context` tokens, a rest at the end dropped; where the model wants BOS it leads the text and replaces the first token of
-each window. Like there, only weights of blocks are covered: neither the output matrix nor a tied embedding is.
+each window. Like there, only weights of blocks are covered: neither the output matrix nor a tied embedding is. Unlike
+there, a multi-token-prediction block is covered too: it is run over each window after the trunk.
 
 Source: tools/imatrix/imatrix.cpp of llama.cpp (b10359).
 """
@@ -13,7 +14,8 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError
 from pocketquant.files import replacing
+from pocketquant.quant.drafting import Block, block_beside, find_block, open_block
 from pocketquant.quant.importance import ImportanceSums
 from pocketquant.quant.observing import InputSums, Observer
 from pocketquant.runtime import Runtime, open_runtime, open_sampler
@@ -64,6 +67,7 @@ def collect_importance(
     gguf: str | Path,
     text: str | Path,
     *,
+    mtp: str | Path | None = None,
     context: int = 512,
     chunks: int | None = None,
     threads: int | None = None,
@@ -79,6 +83,7 @@ def collect_importance(
     Args:
         gguf: the model, best in full precision.
         text: path of a UTF-8 text, or `SELF` to sample one from the model.
+        mtp: the file beside the model that holds its multi-token-prediction block; one inside the model is found.
         context: tokens in a window.
         chunks: most windows to take; None for the whole text, or `SELF_CHUNKS` sampled ones.
         threads: threads that compute; None for all that this process may use.
@@ -98,40 +103,78 @@ def collect_importance(
     """
     if context < 16 or (chunks is not None and chunks < 1):
         raise EvalError(f"context {context}, chunks {chunks}: use windows of at least 16 tokens, and at least one")
-    observer = Observer()
+    sums = InputSums()
+    observer = Observer(sums)
+    block = None if mtp is None else block_beside(Path(gguf), Path(mtp))
     if str(text) == SELF:
-        calibration = _sample(gguf, context, chunks or SELF_CHUNKS, threads, gpu_layers, seed)
+        calibration = sample_windows(gguf, context, chunks or SELF_CHUNKS, threads, gpu_layers, seed)
     else:
-        _read_text(text)  # before a model is loaded
-    with open_runtime(gguf, context=context, threads=threads, gpu_layers=gpu_layers, observe=observer.see) as runtime:
+        read_text(text)  # before a model is loaded
+    with ExitStack() as stack:
+        runtime = stack.enter_context(
+            open_runtime(gguf, context=context, threads=threads, gpu_layers=gpu_layers, observe=observer.see)
+        )
+        if block := block or find_block(gguf):
+            run_block = stack.enter_context(_running(block, sums, observer, context, threads))
         if str(text) != SELF:
-            calibration = _cut(text, runtime, context, chunks)
-        run = {"model": _fingerprint(Path(gguf)), "tokens": calibration.sha256, "context": context} if state else {}
-        done = _load(state, run, observer.totals) if state and resume and state.exists() else 0
+            calibration = cut_windows(text, runtime, context, chunks)
+        run = {"model": digest_file(Path(gguf)), "tokens": calibration.sha256, "context": context} if state else {}
+        if state and mtp is not None:
+            run["mtp"] = digest_file(Path(mtp))
+        done = _load(state, run, sums) if state and resume and state.exists() else 0
         saved, total = time.monotonic(), len(calibration.windows)
         if progress is not None:
             progress(done, total)
         for window in calibration.windows[done:]:
-            for _ in runtime.logits(window.tolist()):
-                if observer.failure is not None:
-                    raise observer.failure
+            # one row of logits, which nobody reads, lets a window go through in large batches
+            for _ in runtime.logits(window.tolist(), first=context - 1):
+                pass
+            if observer.failure is not None:
+                raise observer.failure
+            if block is not None:
+                run_block(window)
             done += 1
             if progress is not None:
                 progress(done, total)
             if state is not None and done < total and time.monotonic() - saved >= save_seconds:
-                _save(state, run | {"done": done}, observer.totals)
+                _save(state, run | {"done": done}, sums)
                 saved = time.monotonic()
-    totals = observer.totals
-    if not totals.sums:
+    if not sums.sums:
         raise EvalError(f"{gguf}: llama.cpp multiplied no weight of a block; the matrix would be empty")
     if state is not None:
         state.unlink(missing_ok=True)
-    return ImportanceSums(totals.sums, totals.counts, context, (calibration.name,)), calibration
+    return ImportanceSums(sums.sums, sums.counts, context, (calibration.name,)), calibration
 
 
-def _sample(
+@contextmanager
+def _running(
+    block: Block, sums: InputSums, trunk: Observer, context: int, threads: int | None
+) -> Iterator[Callable[[npt.NDArray[np.int32]], None]]:
+    """Gives what runs a block over a window that the trunk was just run over: every token but the first, each with the
+    trunk's hidden state before it."""
+    observer, trunk.hidden = Observer(sums), []
+    hidden = trunk.hidden
+    with open_block(block, context=context, threads=threads, observe=observer.see) as run:
+
+        def run_over(window: npt.NDArray[np.int32]) -> None:
+            states = np.concatenate(hidden) if hidden else np.empty((0, 0), np.float32)
+            hidden.clear()
+            if states.shape != (len(window), block.n_embd):
+                raise EvalError(
+                    f"{block.path}: llama.cpp shows hidden states {list(states.shape)}, its multi-token-prediction "
+                    f"block wants {[len(window), block.n_embd]}; install the llama-cpp-python that pocketquant asks for"
+                )
+            run(window[1:], states[:-1])
+            if observer.failure is not None:
+                raise observer.failure
+
+        yield run_over
+
+
+def sample_windows(
     gguf: str | Path, context: int, chunks: int, threads: int | None, gpu_layers: int, seed: int
 ) -> Calibration:
+    """A text that the model itself writes, token by token at temperature 1."""
     with open_sampler(gguf, context=context, threads=threads, gpu_layers=gpu_layers) as sampler:
         starts = [sampler.tokenize(start, special=True) for start in _STARTS]
         start = [sampler.bos] if sampler.bos is not None else next((s for s in starts if len(s) == 1), starts[-1])
@@ -139,7 +182,8 @@ def _sample(
     return Calibration(SELF, np.array(windows, dtype=np.int32))
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text without one final newline; EvalError where it cannot be read."""
     try:
         return Path(path).read_bytes().decode("utf-8").removesuffix("\n")
     except OSError as error:
@@ -148,9 +192,10 @@ def _read_text(path: str | Path) -> str:
         raise EvalError(f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8") from error
 
 
-def _cut(path: str | Path, runtime: Runtime, context: int, chunks: int | None) -> Calibration:
+def cut_windows(path: str | Path, runtime: Runtime, context: int, chunks: int | None) -> Calibration:
+    """A text's first `chunks` windows; EvalError where there is not even one."""
     lead = [] if runtime.bos is None else [runtime.bos]
-    tokens = np.array(lead + runtime.tokenize(_read_text(path)), dtype=np.int32)
+    tokens = np.array(lead + runtime.tokenize(read_text(path)), dtype=np.int32)
     n_window = min(len(tokens) // context, chunks or len(tokens))
     if n_window == 0:
         raise EvalError(
@@ -163,7 +208,7 @@ def _cut(path: str | Path, runtime: Runtime, context: int, chunks: int | None) -
     return Calibration(Path(path).name, windows)
 
 
-def _fingerprint(path: Path) -> str:
+def digest_file(path: Path) -> str:
     """Digest of a file's size and of 256 pieces of it: enough to tell one model from another, whatever its size."""
     size, piece = path.stat().st_size, 1 << 16
     digest = hashlib.sha256(str(size).encode())
@@ -191,7 +236,7 @@ def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
             kept = {name: arrays[name] for name in arrays.files if name != "run"}
         done = stated.pop("done")
         if stated != run:
-            differs = ", ".join(key for key in run if stated.get(key) != run[key])
+            differs = ", ".join(key for key in sorted(run | stated) if stated.get(key) != run.get(key))
             raise EvalError(
                 f"{state}: was begun with other settings ({differs}); delete it, or repeat the same command"
             )

@@ -12,7 +12,7 @@ Source: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,8 @@ def read_sums(path: str | Path) -> ImportanceSums:
 def check_importance(importance: Importance, model: Model) -> None:
     """Checks that a matrix was computed on this model: every name is one of its tensors, every size its columns.
 
-    Tensors that the matrix says nothing about are fine; the plan names them.
+    Tensors that the matrix says nothing about are fine; the plan names them. So are entries for the block behind the
+    trunk where the model has none: a multi-token-prediction block, which may lie in a file of its own.
 
     Raises:
         RecipeError: unknown names, or sizes that differ.
@@ -209,7 +210,8 @@ def check_importance(importance: Importance, model: Model) -> None:
     for name, array in importance.weights.items():
         tensor = tensors.get(name)
         if tensor is None:
-            faults.append(f"{name}: no such tensor in the model")
+            if not name.startswith(_mtp_prefix(model)) or model.sizes.get("n_mtp"):
+                faults.append(f"{name}: no such tensor in the model")
             continue
         wanted = (*tensor.shape[:-2], tensor.n_cols) if len(tensor.shape) > 1 else tensor.shape
         if array.shape != wanted:
@@ -219,6 +221,17 @@ def check_importance(importance: Importance, model: Model) -> None:
             f"{importance.file or 'importance matrix'}: {len(faults)} entries do not fit the model; compute the "
             f"matrix on this very model\n{listing(faults)}"
         )
+
+
+def importance_of_block(importance: Importance, model: Model) -> Importance | None:
+    """The entries for the multi-token-prediction block of `model`; None if the matrix has none."""
+    prefix = _mtp_prefix(model)
+    weights = {name: array for name, array in importance.weights.items() if name.startswith(prefix)}
+    return replace(importance, weights=weights) if weights else None
+
+
+def _mtp_prefix(model: Model) -> str:
+    return f"blk.{model.sizes['n_layer']}."
 
 
 def _check_is_gguf(path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -33,6 +33,12 @@ _F32, _I32 = 0, 26
 _BEFORE_HEAD = b"result_norm"
 """llama.cpp's name for the hidden states that go into the output matrix; nothing after them is of interest."""
 
+_BEFORE_DRAFT_HEAD = b"mtp_shared_head_norm"
+"""The same in the graph of a multi-token-prediction block."""
+
+_HIDDEN = b"h_nextn"
+"""The hidden states of all tokens after the last norm, which a multi-token-prediction block starts from."""
+
 
 class _Node(ctypes.Structure):
     _fields_ = (
@@ -51,9 +57,51 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+@dataclass(frozen=True)
+class Product:
+    """A multiplication by a weight, as llama.cpp is about to forget it.
+
+    Attributes:
+        weight: name of the tensor.
+        inner: matrices of the weight, inner and outer dimension; [n_expert, 1] where rows are routed.
+        inputs: f32[a, b, n_token, n_cols], or f32[1, n_token, n_used or 1, n_cols] where rows are routed; a view into
+            a buffer that the next product overwrites.
+        chosen: i32[n_token, n_used], the experts that each row is sent to; None for a plain product.
+    """
+
+    weight: str
+    inner: tuple[int, int]
+    inputs: F32Array
+    chosen: I32Array | None
+
+
+class Fold(Protocol):
+    """What wants to see inputs."""
+
+    def wants(self, weight: str) -> bool:
+        """Whether the products of this weight are of interest."""
+        ...
+
+    def is_past(self, weight: str) -> bool:
+        """Whether nothing from this weight on is of interest: the graph ends there."""
+        ...
+
+    def wants_hidden(self) -> bool:
+        """Whether the inputs of the output matrix are of interest; the graph ends before it otherwise."""
+        ...
+
+    def add(self, product: Product) -> None:
+        """Takes the product's inputs; raises EvalError where they are not finite or make no sense."""
+        ...
+
+    def add_hidden(self, hidden: F32Array) -> None:
+        """Takes the inputs of the output matrix, f32[n_token, n_embd], a view as above."""
+        ...
+
+
 @dataclass
 class InputSums:
-    """Sums over the inputs of each weight.
+    """Sums over the inputs of each weight of a block.
 
     Attributes:
         sums: weight -> f64[n_matrix, n_cols], squared inputs.
@@ -63,19 +111,53 @@ class InputSums:
     sums: dict[str, F64Array] = field(default_factory=dict)
     counts: dict[str, I64Array] = field(default_factory=dict)
 
+    def wants(self, weight: str) -> bool:
+        return weight.startswith("blk.")
+
+    def is_past(self, weight: str) -> bool:
+        return False
+
+    def wants_hidden(self) -> bool:
+        return False
+
+    def add_hidden(self, hidden: F32Array) -> None:
+        raise NotImplementedError("is not asked for")
+
+    def add(self, product: Product) -> None:
+        name, inputs, (n_inner, n_outer) = product.weight, product.inputs, product.inner
+        n_matrix, n_cols = n_inner * n_outer, inputs.shape[3]
+        is_routed = product.chosen is not None
+        sums = self.sums.setdefault(name, np.zeros((n_matrix, n_cols)))
+        counts = self.counts.setdefault(name, np.zeros(n_matrix if is_routed else 1, np.int64))
+        if sums.shape != (n_matrix, n_cols):
+            raise EvalError(f"{name}: {n_cols} inputs at one place of the graph, {sums.shape[1]} at another")
+        if is_routed:
+            _add_routed(inputs[0], product.chosen, sums, counts)
+        else:
+            _add_squares(inputs, n_inner, n_outer, sums)
+            counts += inputs.shape[0] * inputs.shape[1] * inputs.shape[2] // n_matrix
+        if not np.isfinite(sums).all():
+            raise not_finite(name)
+
+
+def not_finite(name: str) -> EvalError:
+    """The error for a weight whose inputs are not finite."""
+    return EvalError(f"{name}: its input is not finite; the model is damaged, or overflows in this precision")
+
 
 class Observer:
-    """Adds up squared inputs of every weight of a block; give `see` to `open_runtime` as `observe`.
+    """Hands the inputs of weights to a fold; give `see` to `open_runtime` as `observe`.
 
     Attributes:
-        totals: what was summed so far.
         failure: what went wrong inside a callback, where nothing can be raised; look after each decoding.
+        hidden: the trunk's hidden states after the last norm, f32[n_token, n_embd] of each batch; None to keep none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fold: Fold) -> None:
         library = require_runtime()
-        self.totals = InputSums()
+        self._fold = fold
         self.failure: BaseException | None = None
+        self.hidden: list[F32Array] | None = None
         self._ggml = _bind(library)
         self._multiply, self._multiply_experts = _check_layout(self._ggml)
         self._bytes = np.empty(0, np.uint8)
@@ -88,13 +170,25 @@ class Observer:
             node = _Node.from_address(address)
             if node.op == self._multiply or node.op == self._multiply_experts:
                 name = weight_name(self._name(node.src[0]))
-                if not name.startswith("blk."):
+                if self._fold.is_past(name):
+                    return ask  # asked: yes, to be called again; then: no, to end the graph
+                if not self._fold.wants(name):
                     return False
                 if not ask:
                     self._add(name, node)
                 return True
-            # the product with the output matrix is the dearest of all and no entry of the matrix: stop before it
-            return ask and self._ggml.ggml_get_name(address) == _BEFORE_HEAD
+            label = self._ggml.ggml_get_name(address)
+            if label == _HIDDEN and self.hidden is not None:
+                if not ask:
+                    self.hidden.append(self._read(address, node, np.dtype("<f4"))[0, 0].copy())
+                return True
+            if label not in (_BEFORE_HEAD, _BEFORE_DRAFT_HEAD):
+                return False
+            # the product with the output matrix is the dearest of all: stop before it unless it is wanted
+            if not ask and self._fold.wants_hidden():
+                self._fold.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
+                return True
+            return ask
         except BaseException as error:  # an interrupt too: ctypes would print it and go on
             self.failure = error
             return False
@@ -107,22 +201,12 @@ class Observer:
         if given.type != _F32 or given.nb[0] != 4:
             raise EvalError(f"{name}: llama.cpp multiplies it by numbers of GGML type {given.type}, expected plain F32")
         inputs = self._read(node.src[1], given, np.dtype("<f4"))
-        is_routed = node.op == self._multiply_experts
-        n_matrix = weight.ne[2] * weight.ne[3]
-        sums = self.totals.sums.setdefault(name, np.zeros((n_matrix, given.ne[0])))
-        counts = self.totals.counts.setdefault(name, np.zeros(n_matrix if is_routed else 1, np.int64))
-        if sums.shape != (n_matrix, given.ne[0]):
-            raise EvalError(f"{name}: {given.ne[0]} inputs at one place of the graph, {sums.shape[1]} at another")
-        if is_routed:
+        n_matrix, chosen = weight.ne[2] * weight.ne[3], None
+        if node.op == self._multiply_experts:
             chosen = self._read(node.src[2], _Node.from_address(node.src[2]), np.dtype("<i4"))[0, 0]
             if chosen.shape[0] != inputs.shape[1] or chosen.min() < 0 or chosen.max() >= n_matrix:
                 raise EvalError(f"{name}: llama.cpp routes to experts that it does not have")
-            _add_routed(inputs[0], chosen, sums, counts)
-        else:
-            _add_squares(inputs, weight.ne[2], weight.ne[3], sums)
-            counts += inputs.shape[0] * inputs.shape[1] * inputs.shape[2] // n_matrix
-        if not np.isfinite(sums).all():
-            raise EvalError(f"{name}: its input is not finite; the model is damaged, or overflows in this precision")
+        self._fold.add(Product(name, (weight.ne[2], weight.ne[3]), inputs, chosen))
 
     def _read(self, address: int, node: _Node, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A tensor's numbers, wherever its buffer is, with its strides; a view until the next call of its size."""

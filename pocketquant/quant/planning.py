@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pocketquant import __version__
 from pocketquant.errors import RecipeError, listing
-from pocketquant.formats import FORMATS, QuantFormat
+from pocketquant.formats import FORMATS, QuantFormat, unwritten_advice
 from pocketquant.gguf_file import encode_header
 from pocketquant.model import Model, Plan, PlannedTensor, Tensor, Value, padded
 from pocketquant.quant.importance import Importance, check_importance
@@ -34,13 +34,14 @@ def plan(
         Every tensor's format, size, offset and reason, and the finished header.
 
     Raises:
-        RecipeError: the importance matrix is of another model, or the source is quantized already and would have to be
-            rounded a second time.
+        RecipeError: the importance matrix is of another model, the recipe asks for formats that are only read, or the
+            source is quantized already and would have to be rounded a second time.
     """
     if importance is not None:
         check_importance(importance, model)
     choices = choose_formats(model, recipe, importance is not None)
     _refuse_second_rounding(choices)
+    _refuse_unwritten(choices)
 
     planned: list[PlannedTensor] = []
     offset = 0
@@ -75,6 +76,20 @@ def _refuse_second_rounding(choices: list[tuple[Tensor, QuantFormat, str]]) -> N
         raise RecipeError(
             f"{len(offenders)} tensor(s) of the source are quantized already; rounding them twice loses quality.\n"
             f"{listing(offenders)}\nStart from the checkpoint or from a GGUF in F32, F16 or BF16."
+        )
+
+
+def _refuse_unwritten(choices: list[tuple[Tensor, QuantFormat, str]]) -> None:
+    # A tensor that is stored so already is copied.
+    offenders = [
+        f"{tensor.name}: would become {format.name} ({reason})"
+        for tensor, format, reason in choices
+        if not format.written and format.name != tensor.dtype
+    ]
+    if offenders:
+        raise RecipeError(
+            f"{len(offenders)} tensor(s) would become formats that can be read but not written; {unwritten_advice()}.\n"
+            f"{listing(offenders)}"
         )
 
 

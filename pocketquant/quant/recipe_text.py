@@ -23,6 +23,18 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "
     "IQ4_NL": 25,
     "IQ4_XS": 30,
     "BF16": 32,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ3_XXS": 23,
+    "IQ1_S": 24,
+    "IQ3_S": 26,
+    "IQ2_S": 28,
+    "IQ1_M": 31,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
+    "MXFP4": 38,
+    "NVFP4": 39,
+    "Q1_0": 40,
 }
 """The number of llama.cpp's llama_ftype (include/llama.h) that says which format most of a file is in."""
 

@@ -120,4 +120,4 @@ def test_another_layout_is_refused(moved: str, monkeypatch: pytest.MonkeyPatch) 
         fields.append((name, kind))
     monkeypatch.setattr(observing, "_Node", type("_Node", (ctypes.Structure,), {"_fields_": fields}))
     with pytest.raises(EvalError, match="keeps its tensors in a way that is not known here"):
-        observing.Observer()
+        observing.Observer(observing.InputSums())
