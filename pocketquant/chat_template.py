@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pocketquant.model import Value
+if TYPE_CHECKING:  # the other process starts in half the time without numpy
+    from pocketquant.model import Value
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_OUTPUT_CHARACTERS = 1 << 20
@@ -169,8 +170,8 @@ def find_template_problems(metadata: Mapping[str, Value]) -> tuple[TemplateProbl
 
 def special_tokens(metadata: Mapping[str, Value]) -> dict[str, str]:
     """`bos_token` and the like -> text, for those that the metadata names."""
-    listed = metadata.get("tokenizer.ggml.tokens", Value("str[]", []))
-    tokens = listed.value if listed.kind == "str[]" else []
+    listed = metadata.get("tokenizer.ggml.tokens")
+    tokens = listed.value if listed is not None and listed.kind == "str[]" else []
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     numbers = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     return {
@@ -209,10 +210,32 @@ def render_cases(template: str, tokens: tuple[tuple[str, str], ...] = ()) -> tup
     Returns:
         One per case, in order; fewer if the template is broken or ran away, and then the last one says so.
     """
+    return _render_apart(template, tokens, CASES)
+
+
+def render_conversations(
+    template: str, tokens: Mapping[str, str], conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[Rendering, ...]:
+    """Renders whole conversations, without a generation prompt, in a process of its own.
+
+    Args:
+        template: jinja2 source.
+        tokens: special tokens that the template may name.
+        conversations: lists of messages, as chat APIs take them.
+
+    Returns:
+        As `render_cases`; each is named "conversation N", from 1.
+    """
+    cases = [Case(f"conversation {i}", tuple(each), {}, True, ()) for i, each in enumerate(conversations, start=1)]
+    return _render_apart(template, tuple(tokens.items()), cases)
+
+
+def _render_apart(template: str, tokens: Sequence[tuple[str, str]], cases: Sequence[Case]) -> tuple[Rendering, ...]:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        return (Rendering(CASES[0].name, BROKEN, message=f"{len(template)} characters; no chat template is so long"),)
+        return (Rendering(cases[0].name, BROKEN, message=f"{len(template)} characters; no chat template is so long"),)
     command = [sys.executable, "-I", "-c", _START, json.dumps(sys.path)]
-    request = json.dumps({"template": template, "tokens": dict(tokens)}).encode()
+    requested = [{"name": case.name, "messages": case.messages, "variables": case.variables} for case in cases]
+    request = json.dumps({"template": template, "tokens": dict(tokens), "cases": requested}).encode()
     try:
         done = subprocess.run(command, input=request, capture_output=True, timeout=MAX_WALL_SECONDS)
         output, status, trouble = done.stdout, done.returncode, done.stderr.decode(errors="replace")
@@ -222,10 +245,10 @@ def render_cases(template: str, tokens: tuple[tuple[str, str], ...] = ()) -> tup
     renderings = [Rendering(**json.loads(line)) for line in lines]
     if status > 0 and not renderings:  # the process could not even start: this is ours, not the template's
         raise RuntimeError(f"the process that renders chat templates failed:\n{trouble[-2000:]}")
-    is_over = len(renderings) == len(CASES) or (renderings and renderings[-1].outcome in (BROKEN, RUNAWAY))
+    is_over = len(renderings) == len(cases) or (renderings and renderings[-1].outcome in (BROKEN, RUNAWAY))
     if not is_over:
         message = f"takes more than {MAX_CPU_SECONDS} seconds or {MAX_MEMORY_BYTES >> 20} MiB of memory"
-        renderings.append(Rendering(CASES[len(renderings)].name, RUNAWAY, message=message))
+        renderings.append(Rendering(cases[len(renderings)].name, RUNAWAY, message=message))
     return tuple(renderings)
 
 
@@ -235,7 +258,8 @@ def render_cases(template: str, tokens: tuple[tuple[str, str], ...] = ()) -> tup
 def _serve() -> None:
     request = json.load(sys.stdin)
     _limit_this_process()
-    for case in CASES:
+    for each in request["cases"]:
+        case = Case(each["name"], tuple(each["messages"]), each["variables"], True, ())
         rendering = _render(request["template"], case, request["tokens"])
         sys.stdout.write(json.dumps(rendering.__dict__) + "\n")
         sys.stdout.flush()

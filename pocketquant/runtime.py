@@ -10,22 +10,23 @@ costs and how large the buffer of outputs becomes; llama-cpp-python 0.3.36 for t
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
-from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats import F32Array
 
 _LOGIT_BYTES = 64 << 20
 _LOG_LINES = 8
@@ -78,6 +79,19 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
+class TextRuntime(Runtime, Protocol):
+    """A runtime that also knows how long its tokens are as text, and that can be had twice."""
+
+    def token_bytes(self, tokens: Sequence[int]) -> list[int]:
+        """Bytes of the text that each token stands for; a special token's are those of its name."""
+        ...
+
+    def twin(self, *, threads: int) -> AbstractContextManager[TextRuntime]:
+        """A second one over the same weights, for use at the same time; it must be closed before the first."""
+        ...
+
+
 class Sampler(Protocol):
     """A model that writes text of its own."""
 
@@ -101,7 +115,7 @@ def open_runtime(
     gpu_layers: int = 0,
     rows: int | None = None,
     observe: Observe | None = None,
-) -> AbstractContextManager[Runtime]:
+) -> AbstractContextManager[TextRuntime]:
     """Loads a GGUF into llama.cpp.
 
     Args:
@@ -113,7 +127,7 @@ def open_runtime(
         observe: sees each node of the graph before and after it is computed. It must not raise.
 
     Returns:
-        A context manager that gives a `Runtime` and frees the model at its end.
+        A context manager that gives a `TextRuntime` and frees the model at its end.
 
     Raises:
         EvalError: llama-cpp-python is absent, or llama.cpp cannot load the file.
@@ -135,7 +149,7 @@ def open_sampler(
 
 
 class _LlamaRuntime:
-    """A model and one context of llama.cpp with memory for one sequence."""
+    """A model and one context of llama.cpp with memory for one sequence, or for several that share `context` tokens."""
 
     def __init__(
         self,
@@ -146,11 +160,14 @@ class _LlamaRuntime:
         gpu_layers: int,
         rows: int | None,
         observe: Observe | None = None,
+        sequences: int = 1,
     ) -> None:
         self._library = library
         self._path = path
         self._model: Any = None
         self._context: Any = None
+        self._owns_model = True
+        self._sequences = sequences
         self._gpu_layers = gpu_layers
         self._observe: Any = None  # kept here because ctypes does not keep it alive
         if observe is not None:
@@ -182,9 +199,11 @@ class _LlamaRuntime:
     def _open_context(self, threads: int) -> None:
         library = self._library
         params = library.llama_context_default_params()
-        params.n_ctx = self.n_ctx
+        # sequences share their common beginning; what they do not share must fit beside it
+        params.n_ctx = self.n_ctx + (self._batch_tokens if self._sequences > 1 else 0)
         params.n_batch = params.n_ubatch = self._batch_tokens
-        params.n_seq_max = 1
+        params.n_seq_max = self._sequences
+        params.kv_unified = self._sequences > 1  # a copied beginning is then kept once
         # bounds the graph's own copy of the logits too; without it room for a whole batch of rows is set aside
         params.n_outputs_max = self.rows
         params.n_threads = params.n_threads_batch = threads
@@ -216,6 +235,16 @@ class _LlamaRuntime:
         if count < 0:
             raise self._failure("llama.cpp cannot tokenize the text with it", "convert the file again")
         return np.frombuffer(buffer, dtype=np.int32, count=count).tolist() if count else []
+
+    def token_bytes(self, tokens: Sequence[int]) -> list[int]:
+        # into no room at all: the answer is minus the length
+        return [-self._library.llama_token_to_piece(self._vocab, token, None, 0, 0, True) for token in tokens]
+
+    def twin(self, *, threads: int) -> _LlamaRuntime:
+        other = copy.copy(self)
+        other._context, other._owns_model = None, False
+        other._open_context(threads)
+        return other
 
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
         if not 0 <= first < len(tokens) <= self.n_ctx:
@@ -269,147 +298,11 @@ class _LlamaRuntime:
             self._library.llama_batch_free(self._batch)
             self._library.llama_free(self._context)
             self._context = None
-        if self._model:
+        if self._model and self._owns_model:
             self._library.llama_model_free(self._model)
-            self._model = None
+        self._model = None
 
     def __enter__(self) -> _LlamaRuntime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def open_vision_runtime(
-    path: str | Path, mmproj: str | Path, *, context: int, threads: int | None = None, gpu_layers: int = 0
-) -> AbstractContextManager[VisionRuntime]:
-    """Loads a text model and the vision tower beside it into llama.cpp.
-
-    Args:
-        path: GGUF of the text model.
-        mmproj: GGUF of the vision tower.
-        context: tokens in the longest prompt, those of its images included.
-        threads: threads that compute; None for all that this process may use.
-        gpu_layers: layers of the text model computed on a GPU, -1 for all; the tower is there too unless 0.
-
-    Returns:
-        A context manager that gives a `VisionRuntime` and frees both at its end.
-
-    Raises:
-        EvalError: llama-cpp-python is absent, llama.cpp cannot load a file, or they are not of one model.
-    """
-    library = require_runtime()
-    for file in (path, mmproj):
-        if not Path(file).is_file():
-            raise EvalError(f"{file}: no such file; give the path of a GGUF")
-    threads = threads or usable_threads()
-    return VisionRuntime(_LlamaRuntime(library, Path(path), context, threads, gpu_layers, None), Path(mmproj), threads)
-
-
-class VisionRuntime:
-    """A text model that can be shown images.
-
-    Images are u8[height, width, 3], red first. llama.cpp resizes them to sides that are multiples of 32 and to between
-    8 and 4096 tokens of 32 x 32 pixels; one that fits already is taken as it is.
-    """
-
-    def __init__(self, text: _LlamaRuntime, mmproj: Path, threads: int) -> None:
-        from llama_cpp import mtmd_cpp
-
-        self._text, self._mtmd, self._library = text, mtmd_cpp, text._library
-        self.n_vocab = text.n_vocab
-        self.n_embd: int = self._library.llama_model_n_embd_inp(text._model)
-        mtmd_cpp.mtmd_helper_log_set(_log_callback, ctypes.c_void_p(0))
-        params = mtmd_cpp.mtmd_context_params_default()
-        params.use_gpu = text._gpu_layers != 0
-        params.n_threads = threads
-        params.print_timings = params.warmup = False
-        # fused attention rounds keys and values to F16; this measures the file, not the shortcut
-        params.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._tower = mtmd_cpp.mtmd_init_from_file(os.fsencode(mmproj), text._model, params)
-        if not self._tower:
-            error = text._failure(
-                f"llama.cpp cannot load the vision tower {mmproj} beside it",
-                "check that both are of the same model and whole",
-            )
-            text.close()
-            raise error
-
-    def embeddings(self, image: U8Array) -> F32Array:
-        """What the tower makes of an image: f32[n_tokens, n_embd], one token for each 32 x 32 pixels, line by line."""
-        with self._prompt([image]) as chunks:
-            kind = self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE  # the others are the marks around it
-            chunk = next(chunk for chunk in chunks if self._mtmd.mtmd_input_chunk_get_type(chunk) == kind)
-            n_tokens = self._mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            if self._mtmd.mtmd_encode_chunk(self._tower, chunk):
-                raise self._text._failure("llama.cpp cannot encode the image", "use a smaller one")
-            pointer = self._mtmd.mtmd_get_output_embd(self._tower)
-            return np.ctypeslib.as_array(pointer, shape=(n_tokens, self.n_embd)).copy()
-
-    def logits(self, prompt: Sequence[str | U8Array]) -> F32Array:
-        """Logits f32[n_vocab] after a prompt of texts and images, memory empty at the start.
-
-        The names of special tokens in the texts count as such; `<|vision_start|>` and `<|vision_end|>` are put around
-        every image.
-        """
-        text, library = self._text, self._library
-        library.llama_memory_clear(library.llama_get_memory(text._context), True)
-        with self._prompt(prompt) as chunks:
-            start, n_tokens = 0, sum(self._mtmd.mtmd_input_chunk_get_n_tokens(chunk) for chunk in chunks)
-            if n_tokens > text.n_ctx:
-                raise ValueError(f"{n_tokens} tokens do not fit a window of {text.n_ctx}")
-            for i, chunk in enumerate(chunks):
-                after = library.llama_pos(start)
-                is_last = i == len(chunks) - 1
-                status = self._mtmd.mtmd_helper_eval_chunk_single(
-                    self._tower, text._context, chunk, start, 0, text._batch_tokens, is_last, ctypes.byref(after)
-                )
-                if status:
-                    raise text._failure(f"llama.cpp cannot decode the prompt (status {status})", "use a shorter one")
-                start = after.value
-            pointer = library.llama_get_logits_ith(text._context, -1)
-            return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
-
-    @contextmanager
-    def _prompt(self, parts: Sequence[str | U8Array]) -> Iterator[list[Any]]:
-        """The prompt as llama.cpp's chunks, each of one kind: tokens of text, or an image cut into patches."""
-        mtmd, kept = self._mtmd, []
-        bitmaps: list[Any] = []
-        chunks = mtmd.mtmd_input_chunks_init()
-        try:
-            for part in parts:
-                if isinstance(part, str):
-                    data = part.encode()
-                    kept.append(mtmd.mtmd_input_text(data, len(data), False, True))
-                    kept[-1] = mtmd.mtmd_input_part(ctypes.pointer(kept[-1]), None)
-                else:
-                    if part.ndim != 3 or part.shape[2] != 3 or part.dtype != np.uint8 or 0 in part.shape:
-                        raise ValueError(f"image of {part.dtype} {list(part.shape)}, expected u8 [height, width, 3]")
-                    pixels = np.ascontiguousarray(part)
-                    pointer = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-                    bitmaps.append(mtmd.mtmd_bitmap_init(part.shape[1], part.shape[0], pointer))  # copies the pixels
-                    kept.append(mtmd.mtmd_input_part(None, bitmaps[-1]))
-            pointers = [ctypes.pointer(part) for part in kept]
-            array = (ctypes.POINTER(mtmd.mtmd_input_part) * len(pointers))(*pointers)
-            status = mtmd.mtmd_tokenize_from_parts(self._tower, chunks, array, len(pointers), True)
-            if status:
-                raise self._text._failure(f"llama.cpp cannot prepare the prompt (status {status})", "check its images")
-            yield [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
-        finally:
-            for bitmap in bitmaps:
-                mtmd.mtmd_bitmap_free(bitmap)
-            mtmd.mtmd_input_chunks_free(chunks)
-
-    def close(self) -> None:
-        """Frees the tower and the text model; a second call does nothing."""
-        if self._tower:
-            self._mtmd.mtmd_free(self._tower)
-            self._tower = None
-        self._text.close()
-
-    def __enter__(self) -> VisionRuntime:
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ metrics     logits -> one record per scored position
 bootstrap   standard errors
 report      records -> numbers with provenance
 compare     the run that joins them
+reference   what to compare with: a GGUF, a checkpoint (torch_reference), or a pack (pack, states, top, floor, replay)
 weights     tensors against tensors, without inference
 """
 

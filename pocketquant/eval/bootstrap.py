@@ -56,11 +56,18 @@ def resample(window: npt.NDArray[np.int64], place: npt.NDArray[np.int64], n_plac
     return Resampling(cluster, counts, "window" if n_block == 1 else "block")
 
 
-def resampled_means(values: F64Array, resampling: Resampling) -> F64Array:
-    """The mean of f64[n] in each resample, f64[RESAMPLES]."""
-    sums = np.bincount(resampling.cluster, weights=values, minlength=resampling.n_cluster)
-    sizes = np.bincount(resampling.cluster, minlength=resampling.n_cluster)
-    means: F64Array = (resampling.counts @ sums) / (resampling.counts @ sizes)
+def resampled_means(
+    values: F64Array, resampling: Resampling, *, chosen: npt.NDArray[np.bool_] | None = None
+) -> F64Array:
+    """The mean of f64[n] in each resample, f64[RESAMPLES].
+
+    `chosen` bool[n] leaves positions out of the mean and in the drawing; a resample without any of them has no number.
+    """
+    kept = np.ones(len(values)) if chosen is None else chosen.astype(np.float64)
+    sums = np.bincount(resampling.cluster, weights=np.where(kept, values, 0), minlength=resampling.n_cluster)
+    sizes = np.bincount(resampling.cluster, weights=kept, minlength=resampling.n_cluster)
+    with np.errstate(invalid="ignore"):
+        means: F64Array = (resampling.counts @ sums) / (resampling.counts @ sizes)
     return means
 
 

@@ -4,8 +4,10 @@ Two rows of logits and the token that really came next become a `POSITION`: dive
 likely token is the same. Everything in a report is a statistic of these records, so a new statistic of known numbers
 needs no change here; a new number per position is one more field and a few lines in `_score_row`.
 
-With r and m the log-probabilities of reference and model, KL(reference || model) = sum exp(r) (r - m). All sums and
-exponentials are f64: with f32 the two normalizers alone leave noise of 1e-7, and near-identical rows go negative.
+With r and m the log-probabilities of reference and model, KL(reference || model) = sum exp(r) (r - m), and the total
+variation is half the sum of |exp(r) - exp(m)|. All sums and exponentials are f64: with f32 the two normalizers alone
+leave noise of 1e-7, and near-identical rows go negative. Only the shares that the total variation is summed from are
+kept as f32 between two loops, which leaves it a noise of 3e-8.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -28,14 +30,38 @@ POSITION = np.dtype(
         ("kld_nats", "f8"),
         ("nll_model_nats", "f8"),
         ("nll_reference_nats", "f8"),
+        ("variation", "f8"),
+        ("top_reference", "f8"),
+        ("n_above_top", "i4"),
+        ("n_bytes", "i4"),
         ("is_same_top", "?"),
         ("is_finite_model", "?"),
         ("is_finite_reference", "?"),
     ]
 )
-"""One scored position. Where one of the two rows is not finite, the other fields are zero and mean nothing."""
+"""One scored position. Where one of the two rows is not finite, the other fields are zero and mean nothing.
+
+`variation` is the total variation, `top_reference` the probability of the reference's most likely token, `n_above_top`
+how many tokens the model holds more likely than that one. `n_bytes`, the length of the text that the right token stands
+for, is not known here: whoever knows the vocabulary fills it in.
+"""
 
 Positions = npt.NDArray[np.void]
+
+
+class Scorer(Protocol):
+    """Folds pairs of rows into records; `score_rows` is one."""
+
+    def __call__(
+        self,
+        model: F32Array,
+        reference: F32Array,
+        tokens: npt.NDArray[np.int32],
+        *,
+        workers: Executor | None = None,
+        n_workers: int = 1,
+    ) -> Positions: ...
+
 
 _EXPONENT = np.uint32(0x7F800000)
 _LOG2_E = 1.4426950408889634
@@ -109,39 +135,68 @@ def _largest(row: F32Array) -> tuple[np.float32, int]:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def _score_row(model: F32Array, reference: F32Array, token: int) -> tuple[float, float, float, bool]:
-    """Divergence and both losses, in nats, of one pair of finite rows, and whether both choose the same token."""
-    model_top, model_place = _largest(model)
-    reference_top, reference_place = _largest(reference)
-    model_max, reference_max = np.float64(model_top), np.float64(reference_top)
+def _sum_row(
+    model: F32Array, reference: F32Array, model_max: float, reference_max: float, shares: F32Array
+) -> tuple[float, float, float]:
+    """Both normalizers and the sum of share x difference; leaves the shares in `shares` f32[2, n_vocab]."""
     model_sum = 0.0
     reference_sum = 0.0
     difference = 0.0
     for i in range(model.size):
         m = np.float64(model[i]) - model_max
         r = np.float64(reference[i]) - reference_max
+        model_share = _exp(m)
         share = _exp(r)
-        model_sum += _exp(m)
+        shares[0, i] = np.float32(model_share)
+        shares[1, i] = np.float32(share)
+        model_sum += model_share
         reference_sum += share
         difference += share * (r - m)
+    return model_sum, reference_sum, difference
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _variation(shares: F32Array, model_sum: float, reference_sum: float) -> float:
+    model_scale, reference_scale = 1 / model_sum, 1 / reference_sum
+    total = 0.0
+    for i in range(shares.shape[1]):
+        total += abs(np.float64(shares[0, i]) * model_scale - np.float64(shares[1, i]) * reference_scale)
+    return total / 2
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_above(row: F32Array, limit: np.float32) -> int:
+    count = 0
+    for i in range(row.size):
+        count += row[i] > limit
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _score_row(model: F32Array, reference: F32Array, token: int, shares: F32Array, out: Any) -> None:
+    """Fills the record of one pair of finite rows."""
+    model_top, model_place = _largest(model)
+    reference_top, reference_place = _largest(reference)
+    model_max, reference_max = np.float64(model_top), np.float64(reference_top)
+    model_sum, reference_sum, difference = _sum_row(model, reference, model_max, reference_max, shares)
     log_model, log_reference = np.log(model_sum), np.log(reference_sum)
-    kld = difference / reference_sum + (log_model - log_reference)
-    nll_model = log_model - (np.float64(model[token]) - model_max)
-    nll_reference = log_reference - (np.float64(reference[token]) - reference_max)
-    return kld, nll_model, nll_reference, model_place == reference_place
+    out.kld_nats = difference / reference_sum + (log_model - log_reference)
+    out.nll_model_nats = log_model - (np.float64(model[token]) - model_max)
+    out.nll_reference_nats = log_reference - (np.float64(reference[token]) - reference_max)
+    out.variation = _variation(shares, model_sum, reference_sum)
+    out.top_reference = 1 / reference_sum
+    out.n_above_top = _count_above(model, model[reference_place])
+    out.is_same_top = model_place == reference_place
 
 
 @numba.njit(nogil=True, cache=True)
 def _score_rows(model: F32Array, reference: F32Array, tokens: npt.NDArray[np.int32], out: Positions) -> None:
+    shares = np.empty((2, model.shape[1]), np.float32)
     for i in range(tokens.size):
         out[i].is_finite_model = _is_finite(model[i])
         out[i].is_finite_reference = _is_finite(reference[i])
         if out[i].is_finite_model and out[i].is_finite_reference:
-            kld, nll_model, nll_reference, is_same = _score_row(model[i], reference[i], tokens[i])
-            out[i].kld_nats = kld
-            out[i].nll_model_nats = nll_model
-            out[i].nll_reference_nats = nll_reference
-            out[i].is_same_top = is_same
+            _score_row(model[i], reference[i], tokens[i], shares, out[i])
 
 
 def score_rows(

@@ -5,9 +5,10 @@ Equal inputs, seed and software give equal bytes: there is no time and no absolu
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,52 +18,12 @@ import numpy as np
 
 from pocketquant.errors import EvalError
 from pocketquant.eval import bootstrap
+from pocketquant.eval.evidence import TensorState, TextSums, sum_clusters
+from pocketquant.eval.measures import Bucket, Metrics, by_confidence, by_position, measure
 from pocketquant.eval.metrics import Positions
 from pocketquant.files import sha256_of
 
 SCHEMA = "pocketquant.report/1"
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL(reference || model) per token, in nats."""
-
-    mean: float
-    se: float | None
-    median: float
-    median_se: float | None
-    p99: float
-    p99_se: float | None
-    max: float
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Share of positions where model and reference hold the same token most likely."""
-
-    mean: float
-    se: float | None
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean loss of both, and model over reference."""
-
-    model: float
-    model_se: float | None
-    reference: float
-    reference_se: float | None
-    ratio: float
-    ratio_se: float | None
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Everything measured. Standard errors are None where there is too little text for one."""
-
-    kld: Divergence
-    top1: Agreement
-    ppl: Perplexity
 
 
 @dataclass(frozen=True)
@@ -79,11 +40,16 @@ class Provenance:
     """What the numbers were measured on, and with.
 
     Attributes:
+        corpus: the text; of several, their names, the sum of their sizes and a digest of their digests.
         vocabulary: digest of the tokens that both files share.
-        text_tokens: tokens of the whole text, scored or not.
-        chunks: the limit on windows that was asked for, None for none.
+        text_tokens: tokens of all texts, scored or not.
+        chunks: the limit on windows of each text that was asked for, None for none.
         seed: of the bootstrap.
         versions: name -> version of the software.
+        like: the program whose rounding was imitated, None for none.
+        chat_templates: digests of "model" and "reference", where conversations were scored.
+        reference_pack: where the reference was a pack: what it holds, its floor, and the file behind it.
+        model_metadata: each metadata key of the model with a short digest of its value.
     """
 
     model: FileIdentity
@@ -97,11 +63,53 @@ class Provenance:
     threads: int
     gpu_layers: int
     versions: Mapping[str, str]
+    like: str | None = None
+    chat_templates: Mapping[str, str | None] | None = None
+    reference_pack: Mapping[str, Any] | None = None
+    model_metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """One text of a run: its domain, its file, how many windows of the positions are its, a digest of their tokens."""
+
+    domain: str
+    file: FileIdentity
+    text_tokens: int
+    windows: int
+    stream: str = ""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The numbers of one text; `metrics` is None where none of its positions is finite."""
+
+    domain: str
+    file: FileIdentity
+    text_tokens: int
+    tokens: int
+    windows: int
+    non_finite: int
+    metrics: Metrics | None
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The model against itself at another batch size: what of the numbers is the order of sums, not the weights.
+
+    Attributes:
+        rows: rows of logits at a time in the second run, which decides how the window is cut into batches.
+    """
+
+    rows: int
+    tokens: int
+    windows: int
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
 class Report:
-    """One comparison of a model with a reference on one text.
+    """One comparison of a model with a reference on one or more texts.
 
     Attributes:
         tokens: scored positions, `non_finite` included.
@@ -111,6 +119,13 @@ class Report:
         non_finite_reference: those where the reference did.
         clusters: what the standard errors' resampling drew.
         cluster_unit: "window", or "block" of a window where windows are few.
+        by_domain: the same for each text.
+        by_confidence: by the probability of the reference's most likely token.
+        by_position: by the place in the window, from 0 on, where that was asked for; those before the middle of the
+            window are in no other number.
+        noise_floor: where that was asked for.
+        tensors: what each tensor of the model is and lost, where that was asked for.
+        sums: of each text, by cluster, for comparisons with other reports.
     """
 
     metrics: Metrics
@@ -122,44 +137,40 @@ class Report:
     clusters: int
     cluster_unit: str
     provenance: Provenance
+    by_domain: tuple[Domain, ...] = ()
+    by_confidence: tuple[Bucket, ...] = ()
+    by_position: tuple[Bucket, ...] | None = None
+    noise_floor: NoiseFloor | None = None
+    tensors: tuple[TensorState, ...] | None = None
+    sums: tuple[TextSums, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`; a number that JSON cannot write is None."""
         return {"schema": SCHEMA, **_plain(asdict(self))}
 
     def to_markdown(self) -> str:
-        """A table of the metrics and a line on where they come from."""
-        kld, top1, ppl, from_ = self.metrics.kld, self.metrics.top1, self.metrics.ppl, self.provenance
-        rows = [
-            ("KL divergence, mean (nats)", kld.mean, kld.se),
-            ("KL divergence, median (nats)", kld.median, kld.median_se),
-            ("KL divergence, 99th percentile (nats)", kld.p99, kld.p99_se),
-            ("KL divergence, largest (nats)", kld.max, None),
-            ("same top token (%)", 100 * top1.mean, None if top1.se is None else 100 * top1.se),
-            ("perplexity, model", ppl.model, ppl.model_se),
-            ("perplexity, reference", ppl.reference, ppl.reference_se),
-            ("perplexity, ratio", ppl.ratio, ppl.ratio_se),
-        ]
-        lines = [f"| {from_.model.name} against {from_.reference.name} | value | standard error |", "|---|---:|---:|"]
-        lines += [f"| {name} | {value:.6g} | {'' if se is None else f'{se:.2g}'} |" for name, value, se in rows]
-        text = "\n".join(lines) + (
-            f"\n\n{self.tokens} tokens scored in {self.windows} windows of {from_.context}, {from_.corpus.name}; "
-            f"errors from {self.clusters} {self.cluster_unit}s, seed {from_.seed}.\n"
-        )
-        if self.non_finite:
-            text += (
-                f"\n**Not finite at {self.non_finite} positions** (model {self.non_finite_model}, "
-                f"reference {self.non_finite_reference}): they are in none of the numbers above.\n"
-            )
-        return text
+        """Tables of the metrics and a line on where they come from."""
+        from pocketquant.eval.markdown import to_markdown
+
+        return to_markdown(self)
 
 
-def summarize(positions: Positions, provenance: Provenance) -> Report:
+def summarize(
+    positions: Positions,
+    provenance: Provenance,
+    *,
+    texts: Sequence[ScoredText] = (),
+    curve: Positions | None = None,
+    noise_floor: NoiseFloor | None = None,
+) -> Report:
     """Turns scored positions into a report.
 
     Args:
         positions: `POSITION`[n_window, n], one row a window.
         provenance: where they come from; its seed drives the bootstrap.
+        texts: whose windows they are, one text after the other; none for no numbers by domain.
+        curve: `POSITION`[n_window, context - 1], for the numbers by position.
+        noise_floor: from `measure_noise`.
 
     Raises:
         EvalError: no position is finite.
@@ -171,11 +182,12 @@ def summarize(positions: Positions, provenance: Provenance) -> Report:
             f"finite logits (broken: model at {_count_broken(positions, 'model')}, "
             f"reference at {_count_broken(positions, 'reference')}); convert the broken file again"
         )
-    window, place = np.nonzero(is_finite)
-    draws = bootstrap.resample(window, place, positions.shape[1], seed=provenance.seed)
+    draws = _resample(positions, provenance.seed)
     finite = positions[is_finite]
+    metrics = measure(finite, draws)
+    cuts = np.cumsum([0, *(text.windows for text in texts)])
     return Report(
-        metrics=_measure(finite, draws),
+        metrics=metrics,
         tokens=positions.size,
         windows=len(positions),
         non_finite=int((~is_finite).sum()),
@@ -184,33 +196,41 @@ def summarize(positions: Positions, provenance: Provenance) -> Report:
         clusters=draws.n_cluster,
         cluster_unit=draws.unit,
         provenance=provenance,
-    )
-
-
-def _measure(finite: Positions, draws: bootstrap.Resampling) -> Metrics:
-    kld, same = finite["kld_nats"], finite["is_same_top"].astype(np.float64)
-    nll_model, nll_reference = finite["nll_model_nats"], finite["nll_reference_nats"]
-    median, p99 = np.quantile(kld, [0.5, 0.99])
-    quantiles = bootstrap.resampled_quantiles(kld, (0.5, 0.99), draws)
-    se = bootstrap.standard_error if draws.n_cluster > 1 else lambda _: None
-    ppl, ppl_se = [], []
-    with np.errstate(over="ignore"):  # a ruined model's perplexity may pass f64
-        for nll in (nll_model, nll_reference, nll_model - nll_reference):
-            ppl.append(float(np.exp(nll.mean())))
-            ppl_se.append(se(np.exp(bootstrap.resampled_means(nll, draws))))
-    return Metrics(
-        kld=Divergence(
-            mean=float(kld.mean()),
-            se=se(bootstrap.resampled_means(kld, draws)),
-            median=float(median),
-            median_se=se(quantiles[:, 0]),
-            p99=float(p99),
-            p99_se=se(quantiles[:, 1]),
-            max=float(kld.max()),
+        by_domain=tuple(
+            _domain(
+                text, positions[start : start + text.windows], provenance.seed, metrics if len(texts) == 1 else None
+            )
+            for text, start in zip(texts, cuts.tolist(), strict=False)
         ),
-        top1=Agreement(float(same.mean()), se(bootstrap.resampled_means(same, draws))),
-        ppl=Perplexity(ppl[0], ppl_se[0], ppl[1], ppl_se[1], ppl[2], ppl_se[2]),
+        by_confidence=by_confidence(finite, draws),
+        by_position=None if curve is None else by_position(curve, seed=provenance.seed),
+        noise_floor=noise_floor,
+        sums=tuple(
+            sum_clusters(positions[start : start + text.windows], text.domain, text.stream)
+            for text, start in zip(texts, cuts.tolist(), strict=False)
+        ),
     )
+
+
+def measure_noise(positions: Positions, rows: int, seed: int) -> NoiseFloor | None:
+    """`POSITION`[n_window, n] of a model against itself, summed up; None if none is finite."""
+    finite = positions[positions["is_finite_model"] & positions["is_finite_reference"]]
+    if not len(finite):
+        return None
+    return NoiseFloor(rows, positions.size, len(positions), measure(finite, _resample(positions, seed)))
+
+
+def _domain(text: ScoredText, positions: Positions, seed: int, known: Metrics | None) -> Domain:
+    is_finite = positions["is_finite_model"] & positions["is_finite_reference"]
+    if known is None and is_finite.any():
+        known = measure(positions[is_finite], _resample(positions, seed))
+    broken = int((~is_finite).sum())
+    return Domain(text.domain, text.file, text.text_tokens, positions.size, len(positions), broken, known)
+
+
+def _resample(positions: Positions, seed: int) -> bootstrap.Resampling:
+    window, place = np.nonzero(positions["is_finite_model"] & positions["is_finite_reference"])
+    return bootstrap.resample(window, place, positions.shape[1], seed=seed)
 
 
 def identify(path: str | Path) -> FileIdentity:
@@ -224,6 +244,18 @@ def identify(path: str | Path) -> FileIdentity:
         return FileIdentity(path.name, path.stat().st_size, sha256_of(path))
     except OSError as error:
         raise EvalError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def identify_all(files: Sequence[FileIdentity]) -> FileIdentity:
+    """Several files as one: the digest is that of their digests, one a line."""
+    if len(files) == 1:
+        return files[0]
+    digests = "".join(f"{file.sha256}\n" for file in files)
+    return FileIdentity(
+        ", ".join(file.name for file in files),
+        sum(file.size for file in files),
+        hashlib.sha256(digests.encode()).hexdigest(),
+    )
 
 
 def list_versions() -> dict[str, str]:
@@ -245,6 +277,8 @@ def _count_broken(positions: Positions, which: str) -> int:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

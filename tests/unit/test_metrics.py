@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ import pytest
 
 from pocketquant.errors import EvalError
 from pocketquant.eval import bootstrap
-from pocketquant.eval.compare import compare, score_windows
+from pocketquant.eval.compare import compare
 from pocketquant.eval.corpus import cut_corpus, read_text
 from pocketquant.eval.metrics import score_rows
 from pocketquant.eval.report import Report
 from pocketquant.eval.weights import CHUNK_WEIGHTS, weight_errors
+from pocketquant.eval.windows import score_windows
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.runtime import batch_bounds, default_rows
@@ -49,13 +50,21 @@ def test_scores_equal_the_definition(n_vocab: int, spread: float) -> None:
     np.testing.assert_allclose(scored["nll_model_nats"], -ours[index, tokens], rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(scored["nll_reference_nats"], -theirs[index, tokens], rtol=1e-11, atol=1e-11)
     assert (scored["is_same_top"] == (model.argmax(axis=1) == reference.argmax(axis=1))).all()
+    # shares are kept as f32 on the way
+    np.testing.assert_allclose(scored["variation"], np.abs(np.exp(ours) - np.exp(theirs)).sum(axis=1) / 2, atol=1e-7)
+    np.testing.assert_allclose(scored["top_reference"], np.exp(theirs.max(axis=1)), rtol=1e-11)
+    best = model[index, reference.argmax(axis=1)]
+    assert (scored["n_above_top"] == (model > best[:, None]).sum(axis=1)).all()
     assert scored["is_finite_model"].all()
     assert scored["is_finite_reference"].all()
 
 
 def test_divergence_of_nearly_equal_rows_is_not_noise() -> None:
     _, reference, tokens = random_rows(64, 30_000, 0.0)
-    assert (score_rows(reference, reference, tokens)["kld_nats"] == 0).all()
+    same = score_rows(reference, reference, tokens)
+    assert (same["kld_nats"] == 0).all()
+    assert (same["variation"] == 0).all()
+    assert (same["n_above_top"] == 0).all()
     shifted = reference + np.float32(2.0)  # the same distribution but for the rounding of f32
     assert np.abs(score_rows(shifted, reference, tokens)["kld_nats"]).max() < 1e-11
     model = np.nextafter(reference, np.float32(np.inf))
@@ -176,6 +185,12 @@ class LetterRuntime:
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         return list(text.encode())
 
+    def token_bytes(self, tokens: Sequence[int]) -> list[int]:
+        return [1 + token % 3 for token in tokens]
+
+    def twin(self, *, threads: int) -> AbstractContextManager[LetterRuntime]:
+        return nullcontext(replace(self))
+
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
         buffer = np.empty((self.rows, self.n_vocab), dtype=np.float32)
         for start, stop in batch_bounds(len(tokens), first, 16, self.rows):
@@ -277,10 +292,55 @@ def test_other_vocabularies_are_refused(table: F32Array, text: Path) -> None:
         compare_tables(text, LetterRuntime(table, bos=1), reference, context=16)
 
 
-def test_groups_that_do_not_match_are_an_error(table: F32Array, text: Path) -> None:
-    corpus = cut_corpus(text, LetterRuntime(table), context=64)
-    with pytest.raises(ValueError, match="different groups"):
-        score_windows(LetterRuntime(table, rows=5), LetterRuntime(table, rows=6), corpus)
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_groups_of_unlike_sizes_give_the_same_numbers(table: F32Array, text: Path, n_threads: int) -> None:
+    model, corpus = table + np.float32(0.1) * table[::-1], cut_corpus(text, LetterRuntime(table), context=64)
+    alike = score_windows(LetterRuntime(model, rows=5), LetterRuntime(table, rows=5), corpus)
+    for ours, theirs in ((3, 7), (16, 2), (1, 16)):
+        found = score_windows(
+            LetterRuntime(model, rows=ours), LetterRuntime(table, rows=theirs), corpus, n_threads=n_threads
+        )
+        assert found.tobytes() == alike.tobytes()
+
+
+@pytest.mark.parametrize("context", [16, 125, 166])
+def test_lanes_give_the_same_numbers_and_count_every_window(table: F32Array, text: Path, context: int) -> None:
+    model, corpus = table + np.float32(0.1) * table[::-1], cut_corpus(text, LetterRuntime(table), context=context)
+    steps: list[tuple[int, int]] = []
+    found = score_windows(
+        LetterRuntime(model),
+        LetterRuntime(table),
+        corpus,
+        n_threads=2,
+        twins=(LetterRuntime(model), LetterRuntime(table)),
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert found.tobytes() == score_windows(LetterRuntime(model), LetterRuntime(table), corpus).tobytes()
+    assert steps == [(i + 1, 500 // context) for i in range(500 // context)]
+
+
+def test_what_stops_one_lane_stops_the_other(table: F32Array, text: Path) -> None:
+    corpus = cut_corpus(text, LetterRuntime(table), context=8)
+    done: list[int] = []
+
+    def stop(count: int, _total: int) -> None:
+        done.append(count)
+        raise KeyboardInterrupt
+
+    runs = LetterRuntime(table), LetterRuntime(table)
+    with pytest.raises(KeyboardInterrupt):
+        score_windows(*runs, corpus, n_threads=2, twins=(LetterRuntime(table), LetterRuntime(table)), progress=stop)
+    assert len(done) <= 2 < len(corpus.windows)
+
+
+def test_rows_for_other_positions_are_an_error(table: F32Array, text: Path) -> None:
+    @dataclass
+    class Late(LetterRuntime):
+        def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
+            return super().logits(tokens, first=first + 1)
+
+    with pytest.raises(ValueError, match="do not give rows for the same positions"):
+        score_windows(LetterRuntime(table), Late(table), cut_corpus(text, LetterRuntime(table), context=64))
 
 
 def test_positions_without_numbers_are_counted_apart(table: F32Array, text: Path) -> None:

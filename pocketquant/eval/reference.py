@@ -1,0 +1,405 @@
+"""References: full precision to judge by, live or kept in a pack.
+
+What stands behind `--reference` is a GGUF, which runs beside the model; a checkpoint folder, which torch runs
+(`torch_reference`); or a pack, made once by `make_reference`. A pack holds the reference's final hidden states, from
+which its output matrix makes the logits again, or only its most likely tokens. It says how far it is from the live
+reference (`Floor`), and answers only for the tokens that it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pocketquant.errors import EvalError
+from pocketquant.eval.conversations import render_chat
+from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
+from pocketquant.eval.floor import FloorMeter
+from pocketquant.eval.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
+from pocketquant.eval.replay import open_pack
+from pocketquant.eval.report import FileIdentity, identify, list_versions
+from pocketquant.eval.states import (
+    Head,
+    StateCatcher,
+    codings_for,
+    decode_states,
+    encode_states,
+    measure_codings,
+    row_bytes,
+)
+from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
+from pocketquant.files import replacing
+from pocketquant.formats import F32Array, U8Array
+from pocketquant.gguf_file import open_gguf
+from pocketquant.model import Model, Role, Tensor
+from pocketquant.runtime import Runtime, open_runtime
+
+MAX_FLOOR = 1e-6
+"""Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""
+
+MAX_SHARE = 0.02
+"""Size of a stored state over that of the logits in llama-perplexity's base file that the coding is chosen for."""
+
+_MEASURED = 1024
+"""Positions that the floor is measured at, about, spread over all windows."""
+
+Progress = Callable[[int, int], None]
+Groups = Iterator[tuple[int, F32Array | None, F32Array]]
+
+
+class ReferenceRun(Protocol):
+    """A reference that runs.
+
+    Attributes:
+        runtime: tokenizes, and says what it is.
+        head: its output matrix.
+        identity: the reference, by content.
+        sizes: dimension words -> numbers that the judged model must share.
+        tells_head: whether the matrix can be found again without a copy in the pack.
+    """
+
+    @property
+    def runtime(self) -> Runtime: ...
+    @property
+    def head(self) -> Head: ...
+    @property
+    def identity(self) -> FileIdentity: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+    @property
+    def tells_head(self) -> bool: ...
+
+    def groups(self, tokens: Sequence[int], first: int, *, states: bool) -> Groups:
+        """(position of the first row, states f32[n, n_embd] if asked for, logits f32[n, n_vocab]) from `first` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """What a pack will cost.
+
+    Attributes:
+        positions: scored positions.
+        pack_bytes: size of the pack without its header, at most.
+        head_bytes: of that, the copy of the output matrix.
+        base_bytes: size of the file that llama-perplexity would write for the same windows.
+    """
+
+    windows: int
+    positions: int
+    pack_bytes: int
+    head_bytes: int
+    base_bytes: int
+
+
+def plan_reference(
+    model: str | Path,
+    texts: Sequence[Text],
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    positions: bool = False,
+    top: int = 0,
+    with_head: bool = False,
+    threads: int | None = None,
+) -> ReferencePlan:
+    """Tokenizes the texts and says what a pack would take; arguments and errors are those of `make_reference`."""
+    with _open_run(model, context, threads, 0, top, texts, chunks) as run:
+        cuts = _cut(run.runtime, texts, model, context, chunks, positions)
+        return _plan(run, cuts, top, with_head)
+
+
+def make_reference(
+    model: str | Path,
+    texts: Sequence[Text],
+    out: str | Path,
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    positions: bool = False,
+    top: int = 0,
+    with_head: bool = False,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    progress: Progress | None = None,
+) -> Pack:
+    """Runs a reference over texts and keeps what later comparisons need.
+
+    Args:
+        model: a GGUF in full precision, or the folder of a checkpoint.
+        texts: the texts, as for `compare`.
+        out: the pack to write.
+        context: tokens in a window.
+        chunks: most windows of each text; None for all.
+        positions: keep the first half of each window, too.
+        top: keep only so many of the most likely tokens per position; 0 for hidden states.
+        with_head: put a copy of the output matrix into the pack. One made from a checkpoint always has it.
+        threads: threads that compute; None for all that this process may use.
+        gpu_layers: layers computed on a GPU, -1 for all.
+        progress: told after each window.
+
+    Raises:
+        EvalError: something cannot be read or run, or what the pack gives back is further from the reference than
+            `MAX_FLOOR`.
+        OutputError: the pack cannot be written; what stood there before stays.
+    """
+    with _open_run(model, context, threads, gpu_layers, top, texts, chunks) as run:
+        cuts = _cut(run.runtime, texts, model, context, chunks, positions)
+        with_head = not top and (with_head or not run.tells_head)
+        keeper = _TopKeeper(run.runtime.n_vocab, top) if top else _StateKeeper(run.head)
+        windows = np.concatenate([corpus.windows for corpus in cuts])
+        first = cuts[0].first_scored
+        stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
+        with replacing(Path(out)) as temporary, PackWriter(temporary) as writer:
+            writer.add("tokens", windows.astype("<i4").view(np.uint8))
+            for done, window in enumerate(windows, start=1):
+                groups = run.groups(window[:-1].tolist(), first, states=not top)
+                for start, states, logits in groups:
+                    after = window[start + 1 : start + 1 + len(logits)]
+                    writer.add("rows", keeper.keep(states, logits, after, is_measured=(done - 1) % stride == 0))
+                if progress is not None:
+                    progress(done, len(windows))
+            if with_head:
+                for piece in run.head.stored_bytes():
+                    writer.add("head", piece)
+            floor = keeper.floor()
+            if floor.kld_mean >= MAX_FLOOR:
+                raise EvalError(
+                    f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
+                    f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
+                )
+            writer.finish(
+                PackHeader(
+                    kind="top" if top else "states",
+                    model=run.identity,
+                    sizes=dict(run.sizes),
+                    vocabulary=run.runtime.vocabulary,
+                    n_vocab=run.runtime.n_vocab,
+                    bos=run.runtime.bos,
+                    context=context,
+                    first_scored=first,
+                    texts=tuple(
+                        TextIdentity(
+                            **asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens
+                        )
+                        for text, cut in zip(texts, cuts, strict=True)
+                    ),
+                    row_bytes=keeper.row_bytes,
+                    coding=keeper.coding,
+                    head=None if top else run.head.identify(),
+                    top=top,
+                    floor=floor,
+                    versions=list_versions() | dict(run.runtime.versions),
+                )
+            )
+    return read_pack(out)
+
+
+def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window: int) -> int:
+    """Size of the file that `llama-perplexity --kl-divergence-base` writes.
+
+    Source: tools/perplexity/perplexity.cpp of llama.cpp, `process_logits` and `perplexity`.
+    """
+    row = 2 * (2 * ((n_vocab + 1) // 2) + 4)
+    return 8 + 3 * 4 + 4 * n_window * context + n_window * scored_per_window * row
+
+
+def fitting_codings(n_embd: int, n_vocab: int) -> tuple[str, ...]:
+    """The codings of a state that keep within `MAX_SHARE`; all where none does, as with small vocabularies."""
+    every = codings_for(n_embd)
+    limit = MAX_SHARE * 2 * n_vocab
+    return tuple(coding for coding in every if row_bytes(coding, n_embd) <= limit) or every
+
+
+def describe_reference(path: str | Path) -> dict[str, Any] | None:
+    """What a report says about a pack: kind, floor and the reference behind it; None if `path` is no pack."""
+    if Path(path).is_dir() or not is_pack(path):
+        return None
+    header = read_pack(path).header
+    return {
+        "kind": header.kind,
+        "top": header.top,
+        "coding": header.coding,
+        "floor": asdict(header.floor),
+        "is_lower_bound": header.kind == "top",
+        "model": asdict(header.model),
+        "versions": dict(header.versions),
+    }
+
+
+def identify_reference(path: str | Path) -> FileIdentity:
+    """Name, size and digest of a file, or of a checkpoint's folder."""
+    if Path(path).is_dir():
+        from pocketquant.eval.torch_reference import identify_checkpoint
+
+        return identify_checkpoint(Path(path))
+    return identify(path)
+
+
+def open_reference(
+    path: str | Path,
+    *,
+    context: int,
+    threads: int | None,
+    gpu_layers: int,
+    head: Path | None = None,
+) -> AbstractContextManager[Runtime]:
+    """Opens a GGUF, a checkpoint's folder or a pack as a `Runtime`.
+
+    Args:
+        head: for a pack without its output matrix: the GGUF that it was made from; None to look beside the pack.
+
+    Raises:
+        EvalError: it cannot be opened, or was not made for this context.
+    """
+    if Path(path).is_dir():
+        from pocketquant.eval.torch_reference import open_torch_runtime
+
+        return open_torch_runtime(Path(path), context=context, threads=threads)
+    if is_pack(path):
+        return open_pack(path, context=context, head=head)
+    return open_runtime(path, context=context, threads=threads, gpu_layers=gpu_layers)
+
+
+# ---------------------------------------------------------------- making
+
+
+@dataclass(frozen=True)
+class _GgufRun:
+    """A GGUF in llama.cpp, its final hidden states caught while it computes."""
+
+    runtime: Runtime
+    head: Head
+    identity: FileIdentity
+    sizes: Mapping[str, int]
+    catcher: StateCatcher | None
+    tells_head: bool = True
+
+    def groups(self, tokens: Sequence[int], first: int, *, states: bool) -> Groups:
+        for start, logits in self.runtime.logits(tokens, first=first):
+            caught = self.catcher.take(len(logits), self.head.n_embd) if states and self.catcher else None
+            yield start, caught, logits
+
+
+class _StateKeeper:
+    """Stores hidden states, in the coding that gives the first group's logits back best."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._meter = FloorMeter()
+        self.coding = ""
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.coding, self._head.n_embd)
+
+    def keep(self, states: F32Array | None, logits: F32Array, after: Any, *, is_measured: bool) -> U8Array:
+        assert states is not None
+        if not self.coding:
+            means = measure_codings(self._head, states, logits)
+            self.coding = min(fitting_codings(self._head.n_embd, self._head.n_vocab), key=lambda name: means[name])
+        coded = encode_states(self.coding, states)
+        if is_measured:
+            given = self._head.logits(decode_states(self.coding, coded, self._head.n_embd))
+            self._meter.add(logits, lambda _: given)
+        return coded
+
+    def floor(self) -> Floor:
+        return self._meter.floor()
+
+
+class _TopKeeper:
+    """Stores the most likely tokens, and finds out what share of a divergence they show."""
+
+    def __init__(self, n_vocab: int, top: int) -> None:
+        check_top(top, n_vocab)
+        self._n_vocab, self._top = n_vocab, top
+        self._meter = FloorMeter()
+        self.coding, self.row_bytes = "", row_dtype(n_vocab, top).itemsize
+
+    def keep(self, states: F32Array | None, logits: F32Array, after: Any, *, is_measured: bool) -> U8Array:
+        coded = encode_top(logits, after, self._top)
+        if is_measured:
+            self._meter.add(logits, decode_top(coded, after, self._n_vocab, self._top).completed)
+        return coded
+
+    def floor(self) -> Floor:
+        return self._meter.floor()
+
+
+@contextmanager
+def _open_run(
+    model: str | Path,
+    context: int,
+    threads: int | None,
+    gpu_layers: int,
+    top: int,
+    texts: Sequence[Text],
+    chunks: int | None,
+) -> Iterator[ReferenceRun]:
+    check_size(context, chunks)
+    if not texts:
+        raise EvalError("no text to run; give at least one")
+    for text in texts:  # before a model is loaded
+        read_text(text.path)
+    if Path(model).is_dir():
+        from pocketquant.eval.torch_reference import open_torch_run
+
+        with open_torch_run(Path(model), context=context, threads=threads) as run:
+            yield run
+        return
+    if is_pack(model):
+        raise EvalError(f"{model}: is a reference pack already; give the GGUF or the checkpoint")
+    catcher = None if top else StateCatcher()
+    observe = catcher.see if catcher is not None else None
+    with open_runtime(model, context=context, threads=threads, gpu_layers=gpu_layers, observe=observe) as runtime:
+        opened = open_gguf(model)
+        sizes = {name: opened.sizes[name] for name in ("n_layer", "n_embd") if name in opened.sizes}
+        yield _GgufRun(runtime, Head(head_tensor(opened)), identify(model), sizes, catcher)
+
+
+def head_tensor(model: Model) -> Tensor:
+    """The output matrix: its own, or the embedding where the two are tied."""
+    wanted = Role.EMBED if model.is_tied else Role.HEAD
+    return next(tensor for tensor in model.tensors if tensor.role is wanted)
+
+
+def _cut(
+    runtime: Runtime, texts: Sequence[Text], model: str | Path, context: int, chunks: int | None, positions: bool
+) -> list[Corpus]:
+    cuts = []
+    for text in texts:
+        if text.is_chat and Path(model).is_dir():
+            raise EvalError(f"{text.path}: conversations need the chat template of a GGUF; convert {model} first")
+        chat = render_chat(text.path, Path(model)) if text.is_chat else None
+        first = 0 if positions else None
+        cuts.append(cut_corpus(text.path, runtime, context=context, chunks=chunks, first=first, chat=chat))
+    return cuts
+
+
+def _plan(run: ReferenceRun, cuts: Sequence[Corpus], top: int, with_head: bool) -> ReferencePlan:
+    n_vocab = run.runtime.n_vocab
+    windows = sum(len(corpus.windows) for corpus in cuts)
+    per_window, context = cuts[0].scored_per_window, cuts[0].context
+    head_bytes = 0
+    if top:
+        check_top(top, n_vocab)
+        per_row = row_dtype(n_vocab, top).itemsize
+    else:
+        n_embd = run.head.n_embd
+        per_row = max(row_bytes(coding, n_embd) for coding in fitting_codings(n_embd, n_vocab))
+        if with_head or not run.tells_head:
+            head_bytes = run.head.stored_size
+    positions = windows * per_window
+    return ReferencePlan(
+        windows=windows,
+        positions=positions,
+        pack_bytes=4 * windows * context + positions * per_row + head_bytes,
+        head_bytes=head_bytes,
+        base_bytes=base_file_bytes(n_vocab, windows, context, per_window),
+    )
