@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pocketquant.cli.planning import Request, open_source, run
+from pocketquant.cli.calibrate import calibrate
+from pocketquant.cli.gate import gate
+from pocketquant.cli.planning import Request, encoding_on, open_source, read_rounding, run
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
 from pocketquant.cli.sizing import Sizing, read_sizing, recipe_app
 
@@ -19,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipe_app, name="recipe")
+app.command()(calibrate)
+app.command()(gate)
 
 Source = Annotated[
     str,
@@ -30,6 +34,9 @@ Source = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="The GGUF to write.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; default: every processor.")
+]
+Scheduler = Annotated[
+    str | None, typer.Option("--scheduler", metavar="dask://HOST:PORT", help="Encode on the workers of a Dask cluster.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with the exact file size and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -60,6 +67,17 @@ Mmproj = Annotated[
 ]
 KeepSource = Annotated[
     Path | None, typer.Option("--keep-source", metavar="DIR", help="Download a hub's repository there, whole.")
+]
+Stats = Annotated[
+    Path | None, typer.Option("--stats", metavar="FILE", help="Statistics to round by, from `calibrate`.")
+]
+RoundingSteps = Annotated[
+    str | None,
+    typer.Option(
+        "--rounding",
+        metavar="none|search|feedback|descent|two-sided",
+        help="How far to go with them; each does what those before it do; default: two-sided.",
+    ),
 ]
 Context = Annotated[int, typer.Option("--context", min=8, metavar="N", help="Tokens in a window.")]
 SplitMaxSize = Annotated[
@@ -98,6 +116,7 @@ def convert(
     keep_source: KeepSource = None,
     split_max_size: SplitMaxSize = None,
     threads: Threads = None,
+    scheduler: Scheduler = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -117,6 +136,7 @@ def convert(
             keep_source=keep_source,
             split_max_size=split_max_size,
             threads=threads,
+            scheduler=scheduler,
             dry_run=dry_run,
             json=json,
             quiet=quiet,
@@ -150,9 +170,17 @@ def quantize(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what each role takes, loses, and would lose in the next type.")
     ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="phone|any", help="Types to choose from: those fast on phones, or all.")
+    ] = "phone",
+    keep_types: Annotated[
+        bool, typer.Option("--keep-types", help="A pocket recipe's own types, though --stats could choose better ones.")
+    ] = False,
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
     ] = None,
+    stats: Stats = None,
+    rounding: RoundingSteps = None,
     chat_template: ChatTemplate = None,
     adapter: AdapterDir = None,
     mtp: Mtp = "sidecar",
@@ -160,6 +188,7 @@ def quantize(
     keep_source: KeepSource = None,
     split_max_size: SplitMaxSize = None,
     threads: Threads = None,
+    scheduler: Scheduler = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -169,8 +198,20 @@ def quantize(
         Request(
             source,
             out,
-            read_sizing(recipe, target_size, target_bpw, sensitivity, explain),
+            read_sizing(
+                recipe,
+                target_size,
+                target_bpw,
+                sensitivity,
+                explain,
+                stats=stats,
+                rounding=rounding,
+                device=device,
+                keep_types=keep_types,
+            ),
             imatrix=imatrix,
+            stats=stats,
+            rounding=rounding,
             chat_template=chat_template,
             adapter=adapter,
             mtp=mtp,
@@ -178,6 +219,7 @@ def quantize(
             keep_source=keep_source,
             split_max_size=split_max_size,
             threads=threads,
+            scheduler=scheduler,
             dry_run=dry_run,
             json=json,
             quiet=quiet,
@@ -191,6 +233,10 @@ def adapter(
     base: Annotated[str, typer.Option("--base", metavar="SRC", help="The model it belongs to: checkpoint or GGUF.")],
     out: Out = None,
     type: Annotated[str, typer.Option("--type", metavar="f32|f16|bf16", help="Number format of the matrices.")] = "f32",
+    split_max_size: Annotated[
+        str | None,
+        typer.Option("--split-max-size", metavar="SIZE", help="Refuse a larger file: adapters are not read in shards."),
+    ] = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -202,7 +248,7 @@ def adapter(
         raise typer.BadParameter("f32, f16 or bf16", param_hint="--type")
     if out is None and not dry_run:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
-    convert_adapter(folder, base, None if dry_run else out, type.lower(), json=json, quiet=quiet)
+    convert_adapter(folder, base, None if dry_run else out, type.lower(), split_max_size, json=json, quiet=quiet)
 
 
 @app.command()
@@ -246,36 +292,116 @@ def inspect(source: Source, json: Json = False) -> None:
 def eval(
     gguf: Annotated[Path, typer.Argument(metavar="GGUF", help="The file to judge.")],
     reference: Annotated[
-        Path, typer.Option("--reference", metavar="GGUF", help="Full precision, of the same checkpoint.")
+        Path,
+        typer.Option(
+            "--reference",
+            metavar="GGUF|PACK|DIR",
+            help="Full precision: a GGUF of the same checkpoint, a reference pack, or the checkpoint itself.",
+        ),
     ],
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text, best none used for calibration.")],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            "--text",
+            metavar="FILE|NAME=FILE|domains",
+            help="UTF-8 text or conversations in .jsonl, none used for calibration; once for each domain.",
+        ),
+    ],
     context: Context = 512,
-    chunks: Chunks = None,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows to score of each text; default: all.")
+    ] = None,
+    positions: Annotated[
+        bool, typer.Option("--positions", help="Also by position in the window, scored from its beginning.")
+    ] = False,
+    noise_floor: Annotated[
+        bool, typer.Option("--noise-floor", help="Also the file against itself at another batch size.")
+    ] = False,
+    like: Annotated[
+        str | None,
+        typer.Option("--like", metavar="llama-perplexity", help="Round as that program does; default: not at all."),
+    ] = None,
+    head: Annotated[
+        Path | None,
+        typer.Option("--head", metavar="GGUF", help="What a reference pack was made from; default: beside the pack."),
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Also what each tensor is and lost, for gate --explain.")
+    ] = False,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap behind the standard errors.")] = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity, KL divergence and agreement of a GGUF against full precision."""
-    from pocketquant.eval import compare
+    """Measure how far a GGUF is from full precision: divergence, agreement, perplexity, by domain and position."""
+    from pocketquant.cli.evaluate import evaluate
 
-    with step_progress(gguf.name, quiet=quiet) as advance:
-        report = compare(
-            gguf,
-            reference,
-            text,
-            context=context,
-            chunks=chunks,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            seed=seed,
-            progress=advance,
-        )
-    if json:
-        print_json(report.to_json())
-    else:
-        print(report.to_markdown(), end="")
+    evaluate(
+        gguf,
+        reference,
+        text,
+        context=context,
+        chunks=chunks,
+        positions=positions,
+        noise_floor=noise_floor,
+        like=like,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        seed=seed,
+        json=json,
+        quiet=quiet,
+        head=head,
+        weights=weights,
+    )
+
+
+@app.command()
+def reference(
+    model: Annotated[Path, typer.Argument(metavar="GGUF|DIR", help="Full precision: a GGUF or a checkpoint's folder.")],
+    text: Annotated[
+        list[str], typer.Option("--text", metavar="FILE|NAME=FILE|domains", help="As for eval; once for each text.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The pack to write: NAME.pqref.")],
+    context: Context = 512,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows to keep of each text; default: all.")
+    ] = None,
+    positions: Annotated[
+        bool, typer.Option("--positions", help="Keep windows from their beginning, for eval --positions.")
+    ] = False,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, metavar="N", help="Keep the N most likely tokens only: 64 for CI.")
+    ] = 0,
+    with_head: Annotated[
+        bool, typer.Option("--with-head", help="Put the output matrix into the pack, so that it needs no other file.")
+    ] = False,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the pack will take and stop.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep what a full-precision model says about texts, to compare with later."""
+    from pocketquant.cli.reference import make_pack
+
+    if top_k and with_head:
+        raise typer.BadParameter("a pack of top tokens needs no output matrix", param_hint="--with-head")
+    make_pack(
+        model,
+        text,
+        out,
+        context=context,
+        chunks=chunks,
+        positions=positions,
+        top_k=top_k,
+        with_head=with_head,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        dry_run=dry_run,
+        json=json,
+        quiet=quiet,
+    )
 
 
 @app.command()
@@ -323,6 +449,10 @@ def imatrix(
     text: Annotated[
         str | None, typer.Option("--text", metavar="FILE|self", help="UTF-8 text; self: the model writes it.")
     ] = None,
+    mtp: Annotated[
+        Path | None,
+        typer.Option("--mtp", metavar="FILE", help="The mtp- file beside the model; one inside is found."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add matrices of one model up instead of running it.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was saved.")] = False,
     context: Context = 512,
@@ -339,8 +469,8 @@ def imatrix(
     from pocketquant.cli.importance import make_matrix, merge_matrices
 
     if merge:
-        if text is not None or resume:
-            raise typer.BadParameter("runs no model, so it takes no --text and no --resume", param_hint="--merge")
+        if text is not None or resume or mtp is not None:
+            raise typer.BadParameter("runs no model, so it takes no --text, --mtp or --resume", param_hint="--merge")
         merge_matrices(files, out, json=json, quiet=quiet)
         return
     if len(files) != 1:
@@ -351,6 +481,7 @@ def imatrix(
         files[0],
         text,
         out,
+        mtp=mtp,
         context=context,
         chunks=chunks,
         seed=seed,
@@ -377,6 +508,8 @@ def make(
         str | None,
         typer.Option("--imatrix", metavar="FILE|none", help="Importance matrix; default: one is made and kept."),
     ] = None,
+    stats: Stats = None,
+    rounding: RoundingSteps = None,
     calibrate: Annotated[
         str | None,
         typer.Option("--calibrate", metavar="FILE|self", help="Text to make it from; self: the model writes it."),
@@ -397,6 +530,7 @@ def make(
     chunks: Chunks = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    scheduler: Scheduler = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -422,6 +556,7 @@ def make(
         parts=open_source(source, chat_template, keep_source, adapter, mtp, mmproj),
         mmproj=mmproj,
         split_bytes=parse_size(split_max_size) if split_max_size else None,
+        rounded=read_rounding(stats, rounding),
     )
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)
@@ -445,7 +580,8 @@ def make(
         bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
         steps=lambda label: step_progress(label, quiet=quiet),
     )
-    result = make_release(release, out, threads=threads, gpu_layers=gpu_layers, bars=bars)
+    with encoding_on(scheduler) as encode:
+        result = make_release(release, out, threads=threads, gpu_layers=gpu_layers, bars=bars, run=encode)
     if json:
         print_json(result)
     else:

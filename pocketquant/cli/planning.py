@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_expla
 
 if TYPE_CHECKING:
     from pocketquant.convert.sources import Parts
+    from pocketquant.model import Plan
+    from pocketquant.pipeline import Run
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Request:
     out: Path | None
     sizing: Sizing
     imatrix: Path | None = None
+    stats: Path | None = None
+    rounding: str | None = None
     chat_template: Path | None = None
     adapter: Path | None = None
     mtp: str = "sidecar"
@@ -31,6 +37,7 @@ class Request:
     keep_source: Path | None = None
     split_max_size: str | None = None
     threads: int | None = None
+    scheduler: str | None = None
     dry_run: bool = False
     json: bool = False
     quiet: bool = False
@@ -44,11 +51,16 @@ def run(request: Request) -> None:
     from pocketquant.splits import parse_size
 
     quiet, sizing = request.quiet, request.sizing
+    if request.scheduler and request.threads:
+        raise typer.BadParameter("a worker's threads are set where it is started", param_hint="--threads")
+    if request.scheduler and request.stats:
+        raise typer.BadParameter("statistics are not sent to workers: round on this machine", param_hint="--scheduler")
     if request.out is None and not request.dry_run:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
     if quiet:  # the hub's client draws bars of its own
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     importance = read_importance(request.imatrix) if request.imatrix else None
+    rounded = read_rounding(request.stats, request.rounding)
     parts = open_source(
         request.source, request.chat_template, request.keep_source, request.adapter, request.mtp, request.mmproj
     )
@@ -60,9 +72,10 @@ def run(request: Request) -> None:
         parts,
         out,
         recipe,
-        lambda model: plan_sized(model, sizing, importance, quiet=quiet),
+        lambda model: rounded(plan_sized(model, sizing, importance, quiet=quiet)),
         request.mmproj or default_mmproj_recipe(recipe.name),
         parse_size(request.split_max_size) if request.split_max_size else None,
+        importance,
     )
     planned = outputs[0].plan
     entries = [
@@ -90,8 +103,11 @@ def run(request: Request) -> None:
         for part, path in files:
             say(f"{path}: {size(part.file_bytes)} from {request.source}", quiet=quiet)
         total = sum(item.nbytes for part, _ in files for item in part.tensors)
-        with byte_progress(out.name, total, quiet=quiet) as advance:
-            write_together(files, threads=request.threads, on_bytes=advance)
+        with (
+            encoding_on(request.scheduler) as encode,
+            byte_progress(out.name, total, quiet=quiet) as advance,
+        ):
+            write_together(files, threads=request.threads, on_bytes=advance, run=encode)
         summary = {"out": str(request.out), **summary}
     if request.json:
         print_json(summary)
@@ -104,6 +120,35 @@ def run(request: Request) -> None:
             print(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
     if explanation:
         print_explanation(explanation)
+
+
+def read_rounding(stats: Path | None, steps: str | None) -> Callable[[Plan], Plan]:
+    """What `--stats` and `--rounding` make of a plan."""
+    if stats is None:
+        if steps not in (None, "none"):
+            raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
+        return lambda planned: planned
+    from pocketquant.quant.rounding.encoding import STEPS, with_rounding
+    from pocketquant.quant.statistics import open_statistics
+
+    if steps == "none":
+        return lambda planned: planned
+    if steps is not None and steps not in STEPS:
+        raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")
+    statistics, options = open_statistics(stats), STEPS[steps or "two-sided"]
+    return lambda planned: with_rounding(planned, statistics, options)
+
+
+@contextmanager
+def encoding_on(scheduler: str | None) -> Iterator[Run | None]:
+    """Who encodes: the cluster of that address, or None for this machine."""
+    if scheduler is None:
+        yield None
+        return
+    from pocketquant.cluster import open_cluster
+
+    with open_cluster(scheduler) as encode:
+        yield encode
 
 
 def open_source(

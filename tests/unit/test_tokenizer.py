@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_maker import make_checkpoint, text_config, tokenizer_json
+from tokenizers import Tokenizer
 
-from pocketquant.convert.tokenizer import read_tokenizer
+from pocketquant.convert.tokenizer import _is_numbered_as_listed, read_tokenizer
 from pocketquant.errors import TokenizerError
 
 Change = Callable[[dict[str, Any]], None]
@@ -130,3 +132,29 @@ def test_embedding_smaller_than_the_tokenizer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "c", weights={})
     with pytest.raises(TokenizerError, match="beyond the embedding's 260 rows"):
         read_tokenizer(folder, 260, text_config())
+
+
+def test_where_the_library_is_not_asked_it_would_say_the_same() -> None:
+    rng, n_known = random.Random(0), 0
+    for _ in range(400):
+        content = tokenizer_json(added=["<a>", "<b>"])
+        added, vocab = content["added_tokens"], content["model"]["vocab"]
+        for _ in range(rng.randint(0, 2)):
+            change, token = rng.randrange(6), rng.choice(list(vocab))
+            if change == 0:
+                rng.choice(added)["id"] = rng.randint(250, 270)
+            elif change == 1:
+                rng.shuffle(added)
+            elif change == 2:
+                added.pop(rng.randrange(len(added)))
+            elif change == 3:
+                added.insert(rng.randrange(len(added)), {**added[0], "content": token, "id": vocab[token]})
+            elif change == 4:
+                added.append(dict(rng.choice(added)))
+            else:
+                vocab[rng.choice(added)["content"]] = rng.randint(257, 264)
+        if len(set(vocab.values())) == len(vocab) and _is_numbered_as_listed(content):
+            n_known += 1
+            listed = vocab | {item["content"]: item["id"] for item in added}
+            assert Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True) == listed
+    assert n_known > 100

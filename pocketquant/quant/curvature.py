@@ -1,0 +1,371 @@
+"""Gradients for statistics: G = E[g g^T] of every linear layer's output, with torch. The extra `curvature`.
+
+The gradients are those of the log-likelihood of labels that are drawn from the model itself, so that their second
+moments are the Fisher information, and half of it times a squared error is a KL divergence (Kunstner, Hennig and
+Balles, "Limitations of the empirical Fisher approximation", 2019, on why the labels must not be the text's own).
+
+The model is worked through layer by layer: forwards with all windows through one layer, whose outputs go to disk, and
+backwards in the same way, each layer computed once more from its stored input. So one layer's weights and matrices are
+in memory at a time, whatever the size of the model, and work that was interrupted goes on with the layer it was in.
+
+The layers' mathematics are transformers' own (`models/qwen3_5`, 5.23); the weights come out of the opened model, put
+back into the order and form of a checkpoint, so that every source that can be quantized can be differentiated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketquant.architectures import architecture_named
+from pocketquant.architectures.hybrid import minus_exp, plus_one
+from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, TensorRule
+from pocketquant.errors import ArchitectureError, EvalError
+from pocketquant.files import usable_threads
+from pocketquant.formats import F32Array
+from pocketquant.model import Model, Role, Tensor
+from pocketquant.quant.curvature_states import States
+from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, OUTPUT, Text, fingerprint
+from pocketquant.quant.statistics_writing import About, Layout, lay_out, triangles
+
+Progress = Callable[[int, int], None]
+"""Called with steps done and steps in all; a step is one layer, one way."""
+
+_LOGIT_ROWS = 64
+_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class _Setting:
+    torch: Any
+    modeling: Any
+    config: Any
+    model: Model
+    device: str
+    rules: tuple[TensorRule, ...]
+
+
+def collect_curvature(
+    model: Model,
+    windows: npt.NDArray[np.int32],
+    texts: Sequence[Text],
+    out: Path,
+    *,
+    batch: int = 4,
+    device: str = "cpu",
+    threads: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the second moments of the gradients at every linear layer's output and at the embedding's.
+
+    Args:
+        model: the opened checkpoint or its GGUF in F32 or BF16.
+        windows: i32[n_window, context], tokens.
+        texts: what they come from.
+        out: the statistics file, without inputs; `merge_statistics` joins it to those that have them. Hidden states lie
+            beside it meanwhile, in the folder `.NAME.states`: 4 n_layer n_embd bytes for each token.
+        batch: windows at a time.
+        device: torch's name of what computes: "cpu", "cuda".
+        threads: threads that compute; None for all that this process may use.
+        seed: of the labels.
+        resume: go on where an interrupted run stopped; the result is the same.
+        progress: told after each layer.
+
+    Raises:
+        EvalError: torch or transformers is absent, or the unfinished work is of another run.
+        ArchitectureError: a mixture of experts, or a model whose positions are scaled.
+    """
+    setting = _set_up(model, device, threads)
+    linears = [_linears(setting, layer) for layer in range(model.sizes["n_layer"])]
+    arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, side in [
+        *((tensor.name + OUTPUT, tensor.n_rows) for layer in linears for _, tensor in layer),
+        (EMBED_OUTPUT, model.sizes["n_embd"]),
+    ]:
+        arrays[name + COUNT] = ("I64", (1,))
+        arrays[name] = triangles(1, side)
+    layout = lay_out(About(0, fingerprint(model), tuple(texts), {}), arrays)
+    tokens = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
+    run = {"header": hashlib.sha256(layout.header).hexdigest(), "tokens": tokens, "seed": seed, "batch": batch}
+    states = States(out.with_name(f".{out.name}.states"), (*windows.shape, model.sizes["n_embd"]))
+    states.begin(layout, run, resume)
+    n_layer, steps = model.sizes["n_layer"], iter(range(1, 2 * model.sizes["n_layer"] + 2))
+
+    def step() -> None:
+        done = next(steps)
+        if progress is not None:
+            progress(done, 2 * n_layer + 1)
+
+    batches = [slice(start, start + batch) for start in range(0, len(windows), batch)]
+    going_back = states.gradients()
+    if going_back is None:
+        _embed(setting, windows, batches, states)
+    for layer in range(n_layer):
+        if going_back is None and not states.has("hidden", layer + 1):
+            _forward(setting, layer, batches, states)
+        step()
+    if going_back is None:
+        _differentiate_head(setting, batches, states, seed)
+    step()
+    for layer in reversed(range(n_layer)):
+        if going_back is None or layer < going_back:
+            _backward(setting, layer, linears[layer], batches, states, layout)
+        step()
+    with states.reading("gradient", 0) as gradient:
+        moment = np.zeros((gradient.shape[2],) * 2, np.float32)
+        for part in batches:
+            rows = gradient[part].reshape(-1, gradient.shape[2])
+            moment += rows.T @ rows
+    layout.put(states.unfinished, _pieces(EMBED_OUTPUT, moment, windows.size))
+    states.finish(out)
+
+
+def require_torch() -> tuple[Any, Any]:
+    """torch and transformers' Qwen3.5; EvalError where one of them is not installed."""
+    try:
+        import torch
+        import transformers.models.qwen3_5.modeling_qwen3_5 as modeling
+    except ImportError as error:
+        raise EvalError(
+            f"gradients need torch and transformers, which cannot be imported here ({error}); "
+            "pip install 'pocketquant[curvature]', or calibrate without gradients"
+        ) from error
+    return torch, modeling
+
+
+def _set_up(model: Model, device: str, threads: int | None) -> _Setting:
+    if model.architecture != "qwen35":
+        raise ArchitectureError(
+            f"{model.architecture}: gradients are known of the dense model only; calibrate without gradients"
+        )
+    torch, modeling = require_torch()
+    torch.set_num_threads(threads or usable_threads())
+    keys = {key.split(".", 1)[1]: value.value for key, value in model.metadata.items() if key.startswith("qwen35.")}
+    if "rope.scaling.type" in keys:
+        raise ArchitectureError(f"positions scaled by {keys['rope.scaling.type']}: calibrate without gradients")
+    sizes = model.sizes
+    roles = {(tensor.layer, tensor.role) for tensor in model.tensors}
+    n_layer, sections = sizes["n_layer"], list(keys.get("rope.dimension_sections", (11, 11, 10, 0)))[:3]
+    config = modeling.Qwen3_5TextConfig(
+        vocab_size=sizes["n_vocab"],
+        hidden_size=sizes["n_embd"],
+        intermediate_size=sizes["n_ff"],
+        num_hidden_layers=n_layer,
+        num_attention_heads=sizes["n_head"],
+        num_key_value_heads=sizes["n_kv"],
+        head_dim=sizes["head_dim"],
+        linear_num_key_heads=sizes["n_k"],
+        linear_num_value_heads=sizes["n_v"],
+        linear_key_head_dim=sizes["head_k_dim"],
+        linear_value_head_dim=sizes["head_v_dim"],
+        linear_conv_kernel_dim=sizes["n_conv"],
+        layer_types=[
+            "linear_attention" if (layer, Role.DELTA_QKV) in roles else "full_attention" for layer in range(n_layer)
+        ],
+        rms_norm_eps=float(keys["attention.layer_norm_rms_epsilon"]),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(keys["rope.freq_base"]),
+            "partial_rotary_factor": keys["rope.dimension_count"] / sizes["head_dim"],
+            "mrope_interleaved": True,
+            "mrope_section": sections,
+        },
+    )
+    config._attn_implementation = "sdpa"
+    rules = tuple(
+        rule for rule in architecture_named(model.architecture).tensors if rule.where in (BLOCK, DELTA, ATTENTION)
+    )
+    return _Setting(torch, modeling, config, model, device, rules)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _of_layer(setting: _Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
+    """Rules and tensors of a layer."""
+    tensors = {tensor.name: tensor for tensor in setting.model.tensors if tensor.layer == layer}
+    pairs = [(rule, tensors.get(f"blk.{layer}.{rule.target}")) for rule in setting.rules]
+    return [(rule, tensor) for rule, tensor in pairs if tensor is not None]
+
+
+def _linears(setting: _Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
+    return [(rule, tensor) for rule, tensor in _of_layer(setting, layer) if not tensor.keep_f32]
+
+
+def _read(tensor: Tensor) -> F32Array:
+    """A whole tensor, f32[n_rows, n_cols], in GGUF's order."""
+    starts = range(0, tensor.n_rows, _ROWS)
+    return np.concatenate([tensor.rows(start, min(start + _ROWS, tensor.n_rows)) for start in starts])
+
+
+def _source_weights(rule: TensorRule, tensor: Tensor, setting: _Setting) -> F32Array:
+    """The tensor as the checkpoint has it: `each` undone, rows and columns where they came from."""
+    values = _read(tensor)
+    if rule.each is plus_one:
+        values = values - np.float32(1)
+    elif rule.each is minus_exp:
+        values = np.log(-values.astype(np.float64)).astype(np.float32)
+    elif rule.each is not None:
+        raise ArchitectureError(f"{tensor.name}: its transform {rule.each.__name__} is not known backwards")
+    rows = None if rule.rows is None else rule.rows(setting.model.sizes)
+    cols = None if rule.cols is None else rule.cols(setting.model.sizes)
+    if len(tensor.shape) == 1:
+        rows, cols = None, rows
+    source = np.empty_like(values)
+    source[np.ix_(*(np.arange(n) if o is None else o for o, n in zip((rows, cols), values.shape, strict=True)))] = (
+        values
+    )
+    return source
+
+
+def _build_layer(setting: _Setting, layer: int) -> Any:
+    """transformers' decoder layer with its weights, in f32."""
+    torch = setting.torch
+    with torch.device("meta"):
+        module = setting.modeling.Qwen3_5DecoderLayer(setting.config, layer)
+    shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    weights = {
+        rule.source: torch.from_numpy(_source_weights(rule, tensor, setting)).reshape(shapes[rule.source])
+        for rule, tensor in _of_layer(setting, layer)
+    }
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.to(setting.device).requires_grad_(False).eval()
+
+
+def _positions(setting: _Setting, context: int) -> Any:
+    """Cosines and sines of a window's positions."""
+    torch = setting.torch
+    rotary = setting.modeling.Qwen3_5TextRotaryEmbedding(setting.config).to(setting.device)
+    numbers = torch.arange(context, device=setting.device).view(1, 1, -1).expand(3, 1, -1)
+    return rotary(torch.zeros(1, context, 1, device=setting.device), numbers)
+
+
+# ---------------------------------------------------------------- forwards and backwards
+
+
+def _embed(setting: _Setting, windows: npt.NDArray[np.int32], batches: Sequence[slice], states: States) -> None:
+    if states.has("hidden", 0):
+        return
+    embedding = next(tensor for tensor in setting.model.tensors if tensor.role is Role.EMBED)
+    used, places = np.unique(windows, return_inverse=True)
+    rows = np.concatenate([embedding.rows(int(token), int(token) + 1) for token in used])
+    places = places.reshape(windows.shape)
+    states.write("hidden", 0, ((part, rows[places[part]]) for part in batches))
+
+
+def _forward(setting: _Setting, layer: int, batches: Sequence[slice], states: States) -> None:
+    torch, module = setting.torch, _build_layer(setting, layer)
+    with states.reading("hidden", layer) as hidden:
+        positions = _positions(setting, hidden.shape[1])
+
+        def outputs() -> Iterator[tuple[slice, F32Array]]:
+            with torch.no_grad():
+                for part in batches:
+                    given = torch.from_numpy(np.array(hidden[part])).to(setting.device)
+                    yield part, module(given, position_embeddings=positions).cpu().numpy()
+
+        states.write("hidden", layer + 1, outputs())
+
+
+def _differentiate_head(setting: _Setting, batches: Sequence[slice], states: States, seed: int) -> None:
+    """Gradients of the drawn labels' log-likelihood at the last layer's output."""
+    torch, n_layer = setting.torch, setting.model.sizes["n_layer"]
+    tensors = {tensor.role: tensor for tensor in setting.model.tensors if tensor.layer is None}
+    matrix = torch.from_numpy(_read(tensors.get(Role.HEAD, tensors[Role.EMBED]))).to(setting.device)
+    norm = setting.modeling.Qwen3_5RMSNorm(setting.model.sizes["n_embd"], eps=setting.config.rms_norm_eps)
+    norm.weight.data = torch.from_numpy(_read(tensors[Role.NORM])[0] - np.float32(1))
+    norm = norm.to(setting.device).requires_grad_(False)
+    with states.reading("hidden", n_layer) as hidden:
+
+        def gradients() -> Iterator[tuple[slice, F32Array]]:
+            for part in batches:
+                # the labels of a window depend on its number and the seed alone
+                draws = [np.random.default_rng((seed, i)).random(hidden.shape[1]) for i in _numbers(part, hidden)]
+                given = torch.from_numpy(np.array(hidden[part])).to(setting.device).requires_grad_()
+                normed = norm(given)
+                rows = normed.detach().reshape(-1, normed.shape[-1])
+                at_rows = torch.empty_like(rows)
+                uniform = torch.from_numpy(np.concatenate(draws)).to(setting.device)
+                for start in range(0, len(rows), _LOGIT_ROWS):
+                    chosen = slice(start, start + _LOGIT_ROWS)
+                    at_rows[chosen] = _label_gradients(torch, rows[chosen] @ matrix.T, uniform[chosen]) @ matrix
+                normed.backward(at_rows.reshape(normed.shape))
+                yield part, given.grad.cpu().numpy()
+
+        states.write("gradient", n_layer, gradients())
+
+
+def _label_gradients(torch: Any, logits: Any, uniform: Any) -> Any:
+    """Gradients of the drawn labels' log-likelihood at the logits: one at the label, less the probabilities."""
+    probabilities = torch.softmax(logits.double(), dim=-1)
+    sums = probabilities.cumsum(-1)
+    labels = torch.searchsorted(sums, (uniform[:, None] * sums[:, -1:]), right=True).clamp(max=logits.shape[1] - 1)
+    gradients = -probabilities
+    gradients.scatter_add_(1, labels, torch.ones_like(gradients[:, :1]))
+    return gradients.to(logits.dtype)
+
+
+def _numbers(part: slice, windows: npt.NDArray[Any]) -> range:
+    return range(*part.indices(len(windows)))
+
+
+def _backward(
+    setting: _Setting,
+    layer: int,
+    linears: Sequence[tuple[TensorRule, Tensor]],
+    batches: Sequence[slice],
+    states: States,
+    layout: Layout,
+) -> None:
+    torch, module = setting.torch, _build_layer(setting, layer)
+    moments: dict[str, Any] = {}
+
+    def add(name: str, gradient: Any) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
+        if name not in moments:
+            moments[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        moments[name].addmm_(rows.T, rows)
+
+    def watch(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:  # what a hook returns would replace the output
+            output.register_hook(lambda gradient: add(name, gradient))
+
+        return hook
+
+    for rule, _ in linears:
+        module.get_submodule(rule.source.removesuffix(".weight")).register_forward_hook(watch(rule.source))
+    with states.reading("hidden", layer) as hidden, states.reading("gradient", layer + 1) as above:
+        positions = _positions(setting, hidden.shape[1])
+        n_tokens = hidden.shape[0] * hidden.shape[1]
+
+        def gradients() -> Iterator[tuple[slice, F32Array]]:
+            for part in batches:
+                given = torch.from_numpy(np.array(hidden[part])).to(setting.device).requires_grad_()
+                output = module(given, position_embeddings=positions)
+                output.backward(torch.from_numpy(np.array(above[part])).to(setting.device))
+                yield part, given.grad.cpu().numpy()
+            for rule, tensor in linears:
+                moment = moments.pop(rule.source).cpu().numpy()
+                if rule.rows is not None:
+                    order = rule.rows(setting.model.sizes)
+                    moment = moment[np.ix_(order, order)]
+                layout.put(states.unfinished, _pieces(tensor.name + OUTPUT, moment, n_tokens))
+
+        states.write("gradient", layer, gradients())
+    states.drop("hidden", layer + 1)
+    states.drop("gradient", layer + 1)
+
+
+def _pieces(name: str, moment: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:
+    if not np.isfinite(moment).all():
+        raise EvalError(f"{name}: its gradients are not finite; the model is damaged")
+    yield name + COUNT, None, np.array([n_tokens])
+    yield name, 0, moment / np.float32(n_tokens)
