@@ -28,7 +28,7 @@ docs: setup
 	$(BIN)/python tools/make_reference.py
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 # The oracles of the peer tests, kept out of .venv: llama.cpp's converter, transformers and torch (CPU).
 peers: setup .venv-peers/ready

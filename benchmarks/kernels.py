@@ -14,10 +14,13 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import Row
 
 from pocketquant.formats import FORMATS, F32Array, U8Array
 
@@ -79,6 +82,17 @@ def measure(name: str, library: ctypes.CDLL, rows: F32Array, importance: F32Arra
             seconds.append(time.thread_time() - start)
     theirs, ours = statistics.median(seconds[0::2]), statistics.median(seconds[1::2])
     return theirs / ours, rows.size / ours / 1e6, errors[1] / errors[0]
+
+
+def measure_formats(names: Sequence[str]) -> Iterator[Row]:
+    """A row for each format: geometric means over the data sets, with importance and, of the speed, without."""
+    library = load_ggml()
+    for name in names:
+        weighted = [measure(name, library, rows, importance) for _, rows, importance in data_sets()]
+        plain = [measure(name, library, rows, None)[0] for _, rows, _ in data_sets()]
+        fast, rate, error = (statistics.geometric_mean(numbers) for numbers in zip(*weighted, strict=True))
+        ours = f"{rate:.0f} M weights/s, {error:.3f} of its squared error; {statistics.geometric_mean(plain):.1f}x "
+        yield Row(f"{name}, one core", "ggml, same rows", cpu=fast, ours=f"{ours}without importance")
 
 
 def main(names: list[str]) -> None:

@@ -17,7 +17,7 @@ The words for dimensions, used in tables, docstrings and errors:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.formats import F32Array, QuantFormat
+from pocketquant.formats import F32Array, QuantFormat, U8Array
 
 
 class Role(str, Enum):
@@ -164,6 +164,21 @@ class PlannedTensor:
     reason: str
 
 
+class RowEncoder(Protocol):
+    """Rounds rows of a tensor in another way than the format's own encoder.
+
+    Attributes:
+        whole: whether a matrix must come as one piece, because its rows are rounded together.
+    """
+
+    @property
+    def whole(self) -> bool: ...
+
+    def encode(self, tensor: Tensor, start: int, stop: int, quant_format: QuantFormat) -> U8Array:
+        """Rows [start, stop) as u8[n, row_bytes]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """An output file, decided.
@@ -171,12 +186,14 @@ class Plan:
     Attributes:
         header: the finished bytes before the data section, padding included.
         importance: tensor name -> f32[n_cols] (or f32[n_expert, n_cols]) used in rounding.
+        rounding: tensor name -> who encodes it, where not the format's own encoder does.
     """
 
     metadata: Mapping[str, Value]
     tensors: tuple[PlannedTensor, ...]
     header: bytes
     importance: Mapping[str, F32Array]
+    rounding: Mapping[str, RowEncoder] = field(default_factory=dict)
 
     @property
     def file_bytes(self) -> int:
@@ -199,4 +216,15 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["ALIGNMENT", "Model", "Plan", "PlannedTensor", "Role", "RowSource", "Tensor", "Value", "padded"]
+__all__ = [
+    "ALIGNMENT",
+    "Model",
+    "Plan",
+    "PlannedTensor",
+    "Role",
+    "RowEncoder",
+    "RowSource",
+    "Tensor",
+    "Value",
+    "padded",
+]

@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from pocketquant.errors import OutputError, RecipeError
-from pocketquant.files import replacing, usable_threads
+from pocketquant.files import flushed_meanwhile, replacing, usable_threads
 from pocketquant.formats import F32Array, QuantFormat, U8Array
-from pocketquant.gguf_file import read_header
 from pocketquant.model import Plan, PlannedTensor, Tensor
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights in a chunk: 4 MiB as f32, small enough to stay in cache between read, encode and write."""
 
 OnBytes = Callable[[int], None]
+Run = Callable[[Plan, Path, OnBytes], None]
+"""Fills a file of the plan's size, header written, with the plan's tensors."""
 
 
 def encode_rows(
@@ -63,7 +64,14 @@ def encode_rows(
         raise RecipeError(f"{tensor.name}: {error}") from error
 
 
-def write(plan: Plan, target: Path | str, *, threads: int | None = None, on_bytes: OnBytes | None = None) -> None:
+def write(
+    plan: Plan,
+    target: Path | str,
+    *,
+    threads: int | None = None,
+    on_bytes: OnBytes | None = None,
+    run: Run | None = None,
+) -> None:
     """Writes a planned file; `target` is replaced only by the finished, checked one.
 
     Args:
@@ -71,16 +79,21 @@ def write(plan: Plan, target: Path | str, *, threads: int | None = None, on_byte
         target: path of the output.
         threads: workers; None for one per processor this process may use.
         on_bytes: called from any worker with the number of output bytes just written.
+        run: who encodes, instead of threads here: `pocketquant.cluster.open_cluster` gives one.
 
     Raises:
         OutputError: no space, no permission, no such folder.
         SourceError: the source cannot be read or holds a non-finite weight.
     """
-    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes)
+    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes, run=run)
 
 
 def write_together(
-    files: Sequence[tuple[Plan, Path]], *, threads: int | None = None, on_bytes: OnBytes | None = None
+    files: Sequence[tuple[Plan, Path]],
+    *,
+    threads: int | None = None,
+    on_bytes: OnBytes | None = None,
+    run: Run | None = None,
 ) -> None:
     """Writes several planned files into one folder; no target is replaced before all of them are finished and checked.
 
@@ -90,6 +103,7 @@ def write_together(
         files: plans and the paths of the outputs.
         threads: as `write`.
         on_bytes: as `write`.
+        run: as `write`.
 
     Raises:
         OutputError, SourceError: as `write`.
@@ -101,7 +115,12 @@ def write_together(
             with open(temporary, "r+b", buffering=0) as file:
                 file.truncate(plan.file_bytes)
                 file.write(plan.header)
-            _run(plan, temporary, threads or usable_threads(), on_bytes or (lambda nbytes: None))
+            advance = on_bytes or (lambda nbytes: None)
+            with flushed_meanwhile(temporary):
+                if run is not None:
+                    run(plan, temporary, advance)
+                else:
+                    _run(plan, temporary, threads or usable_threads(), advance)
             _check_written(plan, temporary)
 
 
@@ -118,9 +137,9 @@ def _check_space(file_bytes: int, target: Path) -> None:
 
 
 def _check_written(plan: Plan, path: Path) -> None:
-    written = {tensor.name: (tensor.shape, tensor.format, tensor.nbytes) for tensor in read_header(path).tensors}
-    planned = {item.tensor.name: (item.tensor.shape, item.format, item.nbytes) for item in plan.tensors}
-    if path.stat().st_size != plan.file_bytes or written != planned:
+    with open(path, "rb") as file:
+        header = file.read(len(plan.header))
+    if path.stat().st_size != plan.file_bytes or header != plan.header:
         raise OutputError(f"{path}: the written file is not the planned one; nothing was replaced")
 
 
@@ -134,6 +153,9 @@ class _Unit:
 def _units(plan: Plan) -> Iterator[_Unit]:
     for planned in plan.tensors:
         step = max(1, CHUNK_WEIGHTS // planned.tensor.n_cols)
+        encoder = plan.rounding.get(planned.tensor.name)
+        if encoder is not None and encoder.whole:
+            step = planned.tensor.shape[-2]
         for start in range(0, planned.tensor.n_rows, step):
             yield _Unit(planned, start, min(start + step, planned.tensor.n_rows))
 
@@ -171,7 +193,11 @@ def _run(plan: Plan, path: Path, n_threads: int, on_bytes: OnBytes) -> None:
 
 def _write_unit(plan: Plan, unit: _Unit, file: RawIOBase) -> int:
     planned, tensor = unit.planned, unit.planned.tensor
-    data = encode_rows(tensor, unit.start, unit.stop, planned.format, plan.importance.get(tensor.name))
+    encoder = plan.rounding.get(tensor.name)
+    if encoder is not None:
+        data = encoder.encode(tensor, unit.start, unit.stop, planned.format)
+    else:
+        data = encode_rows(tensor, unit.start, unit.stop, planned.format, plan.importance.get(tensor.name))
     file.seek(len(plan.header) + planned.offset + unit.start * planned.format.row_bytes(tensor.n_cols))
     view, done = memoryview(data.reshape(-1).data), 0
     while done < len(view):

@@ -11,6 +11,7 @@ from checkpoint_maker import make_checkpoint, text_config, weights_for
 
 from pocketquant import open_model, open_recipe, pipeline, plan, write
 from pocketquant.errors import OutputError, RecipeError, SourceError
+from pocketquant.files import flushed_meanwhile
 from pocketquant.gguf_file import open_gguf
 
 
@@ -76,3 +77,8 @@ def test_f16_refuses_a_weight_beyond_its_range(tmp_path: Path) -> None:
     planned = plan(open_model(make_checkpoint(tmp_path / "c", weights=weights)), open_recipe("f16"))
     with pytest.raises(RecipeError, match=r"blk\.2\.ffn_gate\.weight: weight of magnitude .* beyond the range of F16"):
         write(planned, tmp_path / "out.gguf")
+
+
+def test_an_error_of_the_flushing_thread_reaches_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), flushed_meanwhile(tmp_path / "missing"):
+        pass
