@@ -27,12 +27,12 @@ from pocketquant.eval.report import Report, identify
 from pocketquant.gguf_file import file_name, open_gguf
 from pocketquant.model import Model, Plan
 from pocketquant.outputs import default_mmproj_recipe, plan_outputs
-from pocketquant.pipeline import write
+from pocketquant.pipeline import Run, write
 from pocketquant.quant import Importance, Recipe, open_recipe, plan, read_importance
 from pocketquant.quant.collect import SELF, Calibration, collect_importance
 from pocketquant.quant.importance import importance_of, write_sums
 from pocketquant.runtime import require_runtime
-from pocketquant.splits import split_file
+from pocketquant.splits import check_whole, split_file, split_plan
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")
 SCHEMA = "pocketquant.make/1"
@@ -40,6 +40,7 @@ CALIBRATION_CHUNKS = 128
 """Windows of calibration text, unless told otherwise: more change little, and every one costs time."""
 
 ByteBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Rounder = Callable[[Plan], Plan]
 StepBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
@@ -99,6 +100,7 @@ class Release:
     importance: Importance | None = None
     calibrating: Calibrating | None = None
     split_bytes: int | None = None
+    rounded: Rounder | None = None
 
     @property
     def kept_bytes(self) -> int:
@@ -107,7 +109,11 @@ class Release:
     @property
     def disk_bytes(self) -> int:
         """Free disk the run needs."""
-        shards = 0 if self.split_bytes is None else max(variant.plan.file_bytes for variant in self.variants)
+        shards = (
+            0
+            if self.split_bytes is None
+            else max(variant.plan.file_bytes for variant in (*self.variants, *self.sidecars))
+        )
         return self.kept_bytes + self.reference.plan.file_bytes + shards
 
     @property
@@ -139,6 +145,7 @@ def plan_release(
     parts: Parts | None = None,
     mmproj: str | None = None,
     split_bytes: int | None = None,
+    rounded: Rounder | None = None,
 ) -> Release:
     """Opens the source and plans every file; reads no weights, writes nothing.
 
@@ -157,9 +164,11 @@ def plan_release(
             several times, so open a repository on a hub with `keep_source`.
         mmproj: recipe of the vision tower; None for the first recipe's companion.
         split_bytes: largest file to keep; None for no limit. Files are measured whole and split afterwards.
+        rounded: what makes of a quantized file's plan one that is rounded in another way, by statistics say.
 
     Raises:
         EvalError: the same text to calibrate and to measure on.
+        OutputError: a tensor, or a file that runtimes do not read in shards, is larger than `split_bytes`.
     """
     require_runtime()
     text = text or text_path("evaluation")
@@ -173,15 +182,19 @@ def plan_release(
         name = file_name(model.metadata, "imatrix").replace("-IMATRIX.gguf", "-imatrix.gguf")  # no type of numbers
         calibrating = Calibrating(calibrate, calibrate_chunks, name)
         planned_for = _stand_in(model, calibrating)
-    variants = tuple(_variant(model, open_recipe(recipe), planned_for) for recipe in recipes)
+    variants = tuple(_variant(model, open_recipe(recipe), planned_for, rounded) for recipe in recipes)
     if calibrating and not any(variant.plan.importance for variant in variants):
         calibrating = None  # nothing is rounded in blocks
+    if calibrating and planned_for:
+        check_whole("importance matrix", Path(calibrating.name), _least_bytes(planned_for), split_bytes)
+    for variant in variants:
+        split_plan(variant.plan, Path(variant.name), split_bytes)  # refuses what cannot be split
     reference = _variant(model, open_recipe(reference_type), None)
     return Release(
         str(source),
         model,
         variants,
-        _sidecars(parts, variants[0], mmproj),
+        _sidecars(parts, variants[0], mmproj, split_bytes),
         reference,
         text,
         context,
@@ -189,17 +202,17 @@ def plan_release(
         importance,
         calibrating,
         split_bytes,
+        rounded,
     )
 
 
-def _sidecars(parts: Parts, first: Variant, mmproj: str | None) -> tuple[Variant, ...]:
+def _sidecars(parts: Parts, first: Variant, mmproj: str | None, split_bytes: int | None) -> tuple[Variant, ...]:
     """What lies beside the model, after the first variant: `mmproj-NAME` and `mtp-NAME`."""
     tower_recipe = mmproj or default_mmproj_recipe(first.recipe)
-    outputs = plan_outputs(parts, Path(first.name), first.opened, lambda model: first.plan, tower_recipe, None)
+    outputs = plan_outputs(parts, Path(first.name), first.opened, lambda model: first.plan, tower_recipe, split_bytes)
     return tuple(
-        Variant(str(output.plan.metadata["pocketquant.recipe"].value), path.name, output.plan, first.opened)
+        Variant(str(output.plan.metadata["pocketquant.recipe"].value), output.path.name, output.plan, first.opened)
         for output in outputs[1:]
-        for _, path in output.files
     )
 
 
@@ -219,8 +232,16 @@ def _stand_in(model: Model, calibrating: Calibrating) -> Importance:
     return Importance(weights, calibrating.name, (SELF if text == SELF else Path(text).name,), 1)
 
 
-def _variant(model: Model, recipe: Recipe, importance: Importance | None) -> Variant:
-    return Variant(recipe.name, file_name(model.metadata, recipe.name), plan(model, recipe, importance), recipe)
+def _least_bytes(importance: Importance) -> int:
+    """What the numbers of a matrix take in its file: for each expert as many as it has columns, and a count."""
+    return sum(4 * (weights.size + weights.size // weights.shape[-1]) for weights in importance.weights.values())
+
+
+def _variant(model: Model, recipe: Recipe, importance: Importance | None, rounded: Rounder | None = None) -> Variant:
+    planned = plan(model, recipe, importance)
+    return Variant(
+        recipe.name, file_name(model.metadata, recipe.name), rounded(planned) if rounded else planned, recipe
+    )
 
 
 def make_release(
@@ -230,6 +251,7 @@ def make_release(
     threads: int | None = None,
     gpu_layers: int = 0,
     bars: Bars | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Makes, measures and puts in place everything a release names.
 
@@ -239,6 +261,7 @@ def make_release(
         threads: for encoding and evaluation.
         gpu_layers: for the evaluation.
         bars: progress bars.
+        run: who encodes, as in `pipeline.write`.
 
     Returns:
         The content of report.json.
@@ -250,14 +273,14 @@ def make_release(
     out, bars = Path(out), bars or Bars()
     with _staging(out, release.disk_bytes) as staging:
         reference = staging / release.reference.name
-        _write(release.reference, reference, "reference", threads, bars)
+        _write(release.reference, reference, "reference", threads, bars, run)
         calibration = None
         if release.calibrating:
             release, calibration = _calibrate(release, reference, staging, threads, gpu_layers, bars)
         measured = []
         for variant in release.variants:
             path = staging / variant.name
-            _write(variant, path, variant.name, threads, bars)
+            _write(variant, path, variant.name, threads, bars, run)
             with bars.steps(f"evaluate {variant.recipe}") as advance:
                 report = compare(
                     path,
@@ -275,7 +298,7 @@ def make_release(
         (staging / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (staging / "report.md").write_text(to_markdown(result), encoding="utf-8")
         for sidecar in release.sidecars:
-            _write(sidecar, staging / sidecar.name, sidecar.name, threads, bars)
+            _write(sidecar, staging / sidecar.name, sidecar.name, threads, bars, run)
         made = [release.calibrating.name] if release.calibrating else []
         files = [*release.variants, *release.sidecars]
         kept = [name for variant in files for name in _split(staging / variant.name, release.split_bytes)]
@@ -315,7 +338,9 @@ def _calibrate(
         )
     write_sums(sums, staging / calibrating.name)
     importance = importance_of(sums, calibrating.name)
-    variants = tuple(_variant(release.model, variant.opened, importance) for variant in release.variants)
+    variants = tuple(
+        _variant(release.model, variant.opened, importance, release.rounded) for variant in release.variants
+    )
     return replace(release, variants=variants, importance=importance), calibration
 
 
@@ -347,9 +372,9 @@ class _staging:
             self.out.rmdir()
 
 
-def _write(variant: Variant, path: Path, label: str, threads: int | None, bars: Bars) -> None:
+def _write(variant: Variant, path: Path, label: str, threads: int | None, bars: Bars, run: Run | None) -> None:
     with bars.bytes(label, sum(item.nbytes for item in variant.plan.tensors)) as advance:
-        write(variant.plan, path, threads=threads, on_bytes=advance)
+        write(variant.plan, path, threads=threads, on_bytes=advance, run=run)
 
 
 def _describe(release: Release, measured: Sequence[Measured], calibration: Calibration | None) -> dict[str, Any]:
