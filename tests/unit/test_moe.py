@@ -315,10 +315,10 @@ def test_from_a_gguf_equals_from_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_35b_a3b_is_opened_and_planned_in_seconds(layout: str, tmp_path: Path) -> None:
     folder = make_sparse_checkpoint(tmp_path / "Qwen3.5-35B-A3B", CONFIG_35B, experts_one_by_one=layout == "one by one")
-    started = time.perf_counter()
+    started = time.process_time()  # another process on the machine must not decide
     model = open_model(folder)
     planned = plan(model, open_recipe("q4_k_m"))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     print(f"{layout}: {seconds:.2f} s")
     assert seconds < 5
     assert {tensor.name: (tensor.role, tensor.layer, tensor.shape) for tensor in model.tensors} == {
