@@ -1,0 +1,275 @@
+"""Rounding by curvature: exact bytes, never worse than the format's own encoder, near the best where that is known."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketquant import open_model, open_recipe, plan, write
+from pocketquant.errors import RecipeError
+from pocketquant.formats import FORMATS, F32Array
+from pocketquant.gguf_file import open_gguf
+from pocketquant.quant.rounding import DEFAULT, Rounding, losses, prepare, round_matrix, round_rows, two_sided_loss
+from pocketquant.quant.rounding.encoding import STEPS, with_rounding
+from pocketquant.quant.rounding.layouts import Scales, layout_of
+from pocketquant.quant.rounding.product import subtract_product
+from pocketquant.quant.rounding.state import grid_of, line_of, new_state, set_scales
+from pocketquant.quant.statistics import COUNT, INPUT, OUTPUT, Text, fingerprint, open_statistics
+from pocketquant.quant.statistics_writing import About, triangles, write_statistics
+
+BLOCK_FORMATS = [
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
+]  # fmt: skip
+
+
+def moment_of(k: int, seed: int, n_sample: int | None = None) -> F32Array:
+    """A second moment of correlated inputs of very different sizes."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((k // 4, k)) * rng.lognormal(0.0, 1.0, k)
+    inputs = rng.standard_normal((n_sample or 2 * k, k // 4)) @ mixing / np.sqrt(k)
+    inputs += 0.2 * rng.standard_normal(inputs.shape) * rng.lognormal(0.0, 1.0, k)
+    return (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def weights_of(n: int, k: int, seed: int) -> F32Array:
+    return (np.random.default_rng(seed).standard_t(5, (n, k)) * 0.02).astype(np.float32)
+
+
+def exact_losses(data: np.ndarray, name: str, weights: F32Array, hessian: F32Array) -> np.ndarray:
+    errors = FORMATS[name].decode(data, weights.shape[1]).astype(np.float64) - weights
+    return ((errors @ hessian.astype(np.float64)) * errors).sum(axis=1)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_packed_codes_and_scales_decode_to_the_values_they_stand_for(name: str) -> None:
+    layout, rng = layout_of(FORMATS[name]), np.random.default_rng(3)
+    assert layout is not None
+    n, k = 3, 512
+    codes = rng.integers(0, len(layout.levels), (n, k)).astype(np.uint8)
+    parts, blocks = (n, k // layout.part_len), (n, k // layout.block_len)
+    high = 1 if layout.unit_of_offset and not layout.has_parts else layout.offset_high
+    offset = rng.integers(min(high, 1) if not layout.has_parts else 0, high + 1, parts).astype(np.int16)
+    scale = rng.integers(layout.scale_low, layout.scale_high + 1, parts).astype(np.int16)
+    units = rng.normal(0, 1e-3, (2, *blocks)).astype(np.float16).view(np.uint16)
+    units[1] *= bool(layout.unit_of_offset)
+    scales = Scales(scale, offset, units[0], units[1])
+    data = layout.pack(codes, scales)
+    for written, read in zip(scales, layout.scales(data), strict=True):
+        assert np.array_equal(written, read)
+    state = new_state(np.ones((n, k), np.float32), layout)
+    set_scales(state, layout, 0, scales)
+    lines = [[line_of(grid_of(layout), state, row, part) for part in range(parts[1])] for row in range(n)]
+    line = np.repeat(np.array(lines, np.float32) / state.shrink[:, None, None], layout.part_len, axis=1)
+    expected = line[..., 0] * layout.levels[codes] + line[..., 1]
+    assert np.array_equal(FORMATS[name].decode(data, k), expected)
+
+
+def test_product_sums_each_element_in_one_order() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((2, 600, 300), dtype=np.float32)
+    b = np.ascontiguousarray(b[:300])
+    wide = np.hstack([b, b])[:, :304]
+    out = np.zeros((600, 304), np.float32)
+    subtract_product(a, wide, out)
+    np.testing.assert_allclose(out, -(a.astype(np.float64) @ wide), atol=1e-3)
+    for start, stop in ((0, 1), (5, 12), (7, 600)):
+        part = np.zeros((stop - start, 304), np.float32)
+        subtract_product(a[start:stop], wide, part)
+        assert np.array_equal(part, out[start:stop])
+
+
+def test_losses_are_the_quadratic_form() -> None:
+    prepared, outputs = prepare(moment_of(320, 1)), prepare(moment_of(64, 2))
+    errors = np.random.default_rng(2).standard_normal((64, 320)).astype(np.float32)
+    exact = ((errors.astype(np.float64) @ prepared.hessian) * errors).sum(axis=1)
+    np.testing.assert_allclose(losses(errors, prepared), exact, rtol=1e-4)
+    both = float(((outputs.hessian @ errors.astype(np.float64) @ prepared.hessian) * errors).sum())
+    assert two_sided_loss(errors, prepared, outputs) == pytest.approx(both, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_each_step_loses_less_than_the_one_before(name: str) -> None:
+    weights, prepared = weights_of(24, 512, 4), prepare(moment_of(512, 5))
+    totals = [
+        exact_losses(round_rows(weights, FORMATS[name], prepared, steps), name, weights, prepared.hessian)
+        for steps in (STEPS["search"], STEPS["feedback"], Rounding(sweeps=1), Rounding(sweeps=4))
+    ]
+    assert (totals[-1] <= totals[0] * (1 + 1e-5)).all()
+    assert (totals[3] <= totals[2] * (1 + 1e-5)).all()
+    assert (totals[2] <= totals[1] * (1 + 1e-5)).all()
+    assert totals[1].sum() < 0.6 * totals[0].sum()
+    assert totals[2].sum() < 0.97 * totals[1].sum()
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_without_correlation_it_is_no_worse_than_the_plain_kernel(name: str) -> None:
+    weights, prepared = weights_of(16, 256, 6), prepare(np.eye(256, dtype=np.float32))
+    plain = FORMATS[name].encode(weights)
+    ours = exact_losses(round_rows(weights, FORMATS[name], prepared), name, weights, prepared.hessian)
+    theirs = exact_losses(plain, name, weights, prepared.hessian)
+    assert (ours <= theirs * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_bytes_do_not_depend_on_how_rows_are_cut(name: str) -> None:
+    weights, prepared = weights_of(23, 512, 7), prepare(moment_of(512, 8))
+    whole = round_rows(weights, FORMATS[name], prepared)
+    pieces = [round_rows(weights[a:b], FORMATS[name], prepared) for a, b in ((0, 1), (1, 6), (6, 23))]
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+
+def test_codes_are_near_the_best_of_all() -> None:
+    """Inputs correlated in pairs: under the scales found, every pair's best codes can be looked for one by one."""
+    rng = np.random.default_rng(9)
+    hessian = np.eye(32, dtype=np.float32)
+    for i in range(0, 32, 2):
+        hessian[i, i + 1] = hessian[i + 1, i] = rng.uniform(-0.95, 0.95)
+    prepared, weights = prepare(hessian, damping=0.0), weights_of(8, 32, 10)
+    data = round_rows(weights, FORMATS["Q4_0"], prepared)
+    found = exact_losses(data, "Q4_0", weights, hessian)
+    d = data[:, :2].copy().view(np.float16).astype(np.float64)
+    levels = np.arange(-8, 8)
+    pairs = np.array(list(itertools.product(levels, levels)))
+    for row in range(len(weights)):
+        best = 0.0
+        for i in range(0, 32, 2):
+            errors = pairs * d[row] - weights[row, i : i + 2]
+            best += ((errors @ hessian[i : i + 2, i : i + 2]) * errors).sum(axis=1).min()
+        assert best * (1 - 1e-6) <= found[row] <= best * 1.1
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_1", "IQ4_XS"])
+def test_both_sides(name: str) -> None:
+    weights = weights_of(96, 256, 11)
+    inputs, outputs = prepare(moment_of(256, 12)), prepare(moment_of(96, 13))
+
+    def loss(data: np.ndarray) -> float:
+        errors = FORMATS[name].decode(data, 256).astype(np.float64) - weights
+        return float(((outputs.hessian @ errors @ inputs.hessian) * errors).sum())
+
+    one = loss(round_rows(weights, FORMATS[name], inputs))
+    fed_back = loss(round_matrix(weights, FORMATS[name], inputs, outputs, Rounding(sweeps=0)))
+    both = loss(round_matrix(weights, FORMATS[name], inputs, outputs))
+    descended = loss(round_matrix(weights, FORMATS[name], inputs, outputs, Rounding(feedback=False)))
+    assert both < fed_back < 0.9 * one
+    assert descended < one
+    flat = prepare(np.eye(96, dtype=np.float32))
+    alone = round_rows(weights, FORMATS[name], inputs)
+    errors = [
+        FORMATS[name].decode(data, 256) - weights
+        for data in (round_matrix(weights, FORMATS[name], inputs, flat), alone)
+    ]
+    assert losses(errors[0], inputs).sum() == pytest.approx(losses(errors[1], inputs).sum(), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["dead", "zero", "rank-one", "few"])
+def test_moments_that_cannot_be_inverted(kind: str) -> None:
+    moment = moment_of(256, 14)
+    if kind == "dead":
+        moment[::3] = moment[:, ::3] = 0.0
+    elif kind == "zero":
+        moment[:] = 0.0
+    elif kind == "rank-one":
+        moment = np.outer(moment[3], moment[3])
+    else:
+        moment = moment_of(256, 14, n_sample=5)
+    weights, prepared = weights_of(5, 256, 15), prepare(moment)
+    for name in ("Q4_K", "Q6_K", "Q5_1"):
+        data = round_rows(weights, FORMATS[name], prepared)
+        plain = FORMATS[name].encode(weights, np.ascontiguousarray(prepared.hessian.diagonal()))
+        ours, theirs = (exact_losses(each, name, weights, prepared.hessian) for each in (data, plain))
+        assert (ours <= theirs * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e4, 1e30])
+def test_weights_of_any_size(name: str, size: float) -> None:
+    weights, prepared = weights_of(6, 256, 16), prepare(moment_of(256, 17))
+    weights[1] = 0.0
+    weights[2, 32:] = 0.0
+    weights[3] = 0.01
+    weights[4, 7] = 1.0
+    weights *= np.float32(size)
+    data = round_rows(weights, FORMATS[name], prepared)
+    values = FORMATS[name].decode(data, 256)
+    assert np.isfinite(values).all()
+    assert not values[1].any()
+    plain = FORMATS[name].encode(weights, np.ascontiguousarray(prepared.hessian.diagonal()))
+    ours, theirs = (exact_losses(each, name, weights, prepared.hessian) for each in (data, plain))
+    assert (ours <= theirs * (1 + 1e-4)).all()
+
+
+def test_no_moment_at_all() -> None:
+    for wrong in (np.zeros((3, 4)), np.full((4, 4), np.nan), -np.eye(4), np.array([[1.0, 9.0], [9.0, 1.0]])):
+        with pytest.raises(ValueError, match="no second moment"):
+            prepare(wrong.astype(np.float32))
+
+
+@pytest.fixture
+def statistics(tmp_path: Path, demo_gguf: Callable[[str], Path]) -> Path:
+    """Statistics of two layers of the embedded model: one with its outputs, one that shares its inputs."""
+    arrays, pieces = {}, []
+    tensors = {tensor.name: tensor for tensor in open_gguf(demo_gguf("f32")).tensors}
+    up, gate = (tensors[f"blk.0.ffn_{kind}.weight"] for kind in ("up", "gate"))
+    for name, side in ((up.name + INPUT, up.n_cols), (up.name + OUTPUT, up.n_rows)):
+        arrays[name], arrays[name + COUNT] = triangles(1, side), ("I64", (1,))
+        pieces += [(name, 0, moment_of(side, side)), (name + COUNT, None, np.array([99]))]
+    path = tmp_path / "made.stats"
+    about = About(99, fingerprint(open_model(demo_gguf("f32"))), (Text("a.txt", 99, "0" * 64),), {gate.name: up.name})
+    write_statistics(path, about, arrays, pieces)
+    return path
+
+
+def test_a_plan_is_rounded_by_statistics(statistics: Path, demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    opened, source = open_statistics(statistics), demo_gguf("f32")
+    bare = plan(open_model(source), open_recipe("q4_k_m"))
+    rounded = with_rounding(bare, opened)
+    assert {name: encoder.whole for name, encoder in rounded.rounding.items()} == {
+        "blk.0.ffn_up.weight": True,
+        "blk.0.ffn_gate.weight": False,
+    }
+    assert rounded.metadata["pocketquant.rounding"].value == "two-sided; 99 tokens of a.txt"
+    paths = [tmp_path / f"{n}.gguf" for n in ("one", "three", "bare")]
+    write(rounded, paths[0], threads=1)
+    write(with_rounding(bare, opened), paths[1], threads=3)
+    write(bare, paths[2])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    original, ours, plain = ({t.name: t for t in open_gguf(path).tensors} for path in (source, paths[0], paths[2]))
+    prepared = prepare(opened.input("blk.0.ffn_gate.weight"))  # type: ignore[arg-type]
+    for name, tensor in original.items():
+        rows = [each[name].rows(0, tensor.n_rows) for each in (original, ours, plain)]
+        if name == "blk.0.ffn_gate.weight":
+            assert losses(rows[1] - rows[0], prepared).sum() < 0.8 * losses(rows[2] - rows[0], prepared).sum()
+        elif name != "blk.0.ffn_up.weight":
+            assert np.array_equal(rows[1], rows[2])
+
+
+def test_statistics_of_another_shape_are_refused(statistics: Path, demo_gguf: Callable[[str], Path]) -> None:
+    opened = open_statistics(statistics)
+    opened.shared["blk.0.ffn_down.weight"] = "blk.0.ffn_up.weight"  # type: ignore[index]
+    with pytest.raises(RecipeError, match="another model"):
+        with_rounding(plan(open_model(demo_gguf("f32")), open_recipe("q4_k_m")), opened)
+
+
+def test_statistics_of_another_model_are_refused(statistics: Path, demo_gguf: Callable[[str], Path]) -> None:
+    other = replace(open_statistics(statistics), model_sha256="1" * 64)
+    with pytest.raises(RecipeError, match="another model"):
+        with_rounding(plan(open_model(demo_gguf("f32")), open_recipe("q4_k_m")), other)
+
+
+def test_encoders_travel_to_other_processes(statistics: Path, demo_gguf: Callable[[str], Path]) -> None:
+    rounded = with_rounding(plan(open_model(demo_gguf("f32")), open_recipe("q4_k_m")), open_statistics(statistics))
+    encoder = rounded.rounding["blk.0.ffn_gate.weight"]
+    item = next(item for item in rounded.tensors if item.tensor.name == "blk.0.ffn_gate.weight")
+    here = encoder.encode(item.tensor, 3, 9, item.format)
+    assert np.array_equal(pickle.loads(pickle.dumps(encoder)).encode(item.tensor, 3, 9, item.format), here)
+
+
+def test_default_takes_every_step() -> None:
+    assert STEPS["two-sided"] == DEFAULT
