@@ -7,6 +7,7 @@ report      records -> numbers with provenance
 compare     the run that joins them
 reference   what to compare with: a GGUF, a checkpoint (torch_reference), or a pack (pack, states, top, floor, replay)
 weights     tensors against tensors, without inference
+gate        a report against limits and the last accepted one (limits, intervals, evidence, readback, moved, verdict)
 """
 
 from pocketquant.eval.compare import compare
