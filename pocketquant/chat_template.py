@@ -214,19 +214,27 @@ def render_cases(template: str, tokens: tuple[tuple[str, str], ...] = ()) -> tup
 
 
 def render_conversations(
-    template: str, tokens: Mapping[str, str], conversations: Sequence[Sequence[Mapping[str, Any]]]
+    template: str,
+    tokens: Mapping[str, str],
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[Rendering, ...]:
-    """Renders whole conversations, without a generation prompt, in a process of its own.
+    """Renders whole conversations in a process of its own; without a generation prompt, unless `variables` say so.
 
     Args:
         template: jinja2 source.
         tokens: special tokens that the template may name.
         conversations: lists of messages, as chat APIs take them.
+        variables: what a runtime passes besides: tools, switches.
 
     Returns:
         As `render_cases`; each is named "conversation N", from 1.
     """
-    cases = [Case(f"conversation {i}", tuple(each), {}, True, ()) for i, each in enumerate(conversations, start=1)]
+    cases = [
+        Case(f"conversation {i}", tuple(each), variables or {}, True, ())
+        for i, each in enumerate(conversations, start=1)
+    ]
     return _render_apart(template, tuple(tokens.items()), cases)
 
 

@@ -1,0 +1,234 @@
+"""Runs a GGUF from one beginning in several directions: the answers to a question, or text of its own.
+
+A beginning is decoded once and its state copied. In llama.cpp a copied sequence of a hybrid shares the keys and values
+of attention, and DeltaNet's state is copied when one of the two goes on. So the answers to a question cost their own
+tokens only, and so does a question behind the same examples as the one before it.
+
+Source: `llama_memory_seq_cp` of include/llama.h, src/llama-memory-hybrid.cpp and src/llama-memory-recurrent.cpp of
+llama.cpp (b10359 and after).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from pocketquant.errors import EvalError
+from pocketquant.files import usable_threads
+from pocketquant.formats import F32Array
+from pocketquant.runtime import _LlamaRuntime, require_runtime
+
+CHUNK = 64
+"""A kept beginning ends where DeltaNet's chunks do, so that keeping it does not change the order of sums."""
+
+_ANCHOR, _TRUNK, _BRANCH, _SEQUENCES = 0, 1, 2, 3
+"""Sequences: what is kept for the next prompt, the prompt, and one continuation of it.
+
+Several continuations side by side would be faster and not the same: how a kernel rounds activations depends on how many
+tokens it gets, and in a quantized file one code more or less moves a token by up to 0.1 nats.
+"""
+
+_Item = tuple[int, int, int, bool]  # token, position, sequence, are its logits wanted
+
+IsOver = Callable[[Sequence[int]], bool]
+
+
+class BranchRuntime(Protocol):
+    """A model that answers: scores several continuations of a prompt, or writes one.
+
+    Attributes:
+        n_vocab: columns of the logits.
+        n_ctx: most tokens a prompt and one continuation may have.
+        bos: the token that stands first, None if the file asks for none.
+        first: the token that stands for "nothing before": `bos`, or else the one that ends a text.
+        vocabulary: digest of all tokens and their kinds.
+        versions: names and versions of the software that computes the logits.
+    """
+
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def vocabulary(self) -> str: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """As `Runtime.tokenize`."""
+        ...
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens stand for, names of special tokens included."""
+        ...
+
+    def branches(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]], *, keep: int = 0
+    ) -> Iterator[tuple[int | None, int, F32Array]]:
+        """Logits at every token of every continuation of a prompt.
+
+        Args:
+            prompt: at least one token.
+            continuations: each of at least one token, and with the prompt at most `n_ctx`.
+            keep: tokens of the prompt with which the next one begins too; rounded down to a multiple of 64.
+
+        Yields:
+            First (None, 0, f32[1, n_vocab]), which predicts the first token of each continuation. Then (continuation,
+            i, f32[b, n_vocab]) that predict its tokens i to i + b - 1. The array is a view that the next step
+            overwrites.
+        """
+        ...
+
+    def write(self, prompt: Sequence[int], count: int, is_over: IsOver, *, keep: int = 0) -> list[int]:
+        """The most likely token again and again: at most `count`, until the model ends its turn or `is_over(written)`.
+
+        The token that ends a turn is the last one returned.
+        """
+        ...
+
+    def is_end(self, token: int) -> bool:
+        """Does a model end its turn with it?"""
+        ...
+
+
+def open_branches(
+    path: str | Path, *, context: int, threads: int | None = None, gpu_layers: int = 0
+) -> AbstractContextManager[BranchRuntime]:
+    """Loads a GGUF; arguments and errors are those of `open_runtime`."""
+    library = require_runtime()
+    if not Path(path).is_file():
+        raise EvalError(f"{path}: no such file; give the path of a GGUF")
+    text = _LlamaRuntime(
+        library, Path(path), context, threads or usable_threads(), gpu_layers, None, sequences=_SEQUENCES
+    )
+    return _Branches(text)
+
+
+class _Branches:
+    def __init__(self, text: _LlamaRuntime) -> None:
+        self._text, self._library = text, text._library
+        self._memory: Any = self._library.llama_get_memory(text._context)
+        self._anchor: list[int] = []
+        self.n_vocab, self.n_ctx, self.bos, self.vocabulary = text.n_vocab, text.n_ctx, text.bos, text.vocabulary
+        vocab = text._vocab
+        ends = (self._library.llama_vocab_eos(vocab), self._library.llama_vocab_bos(vocab))
+        known = [token for token in (text.bos, *ends) if token is not None and token >= 0]
+        if not known:
+            text.close()
+            raise EvalError(f"{text._path}: names no token that begins or ends a text; convert it again")
+        self.first: int = known[0]
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return self._text.versions
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        return self._text.tokenize(text, special=special)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self._text.text(tokens)
+
+    def is_end(self, token: int) -> bool:
+        return bool(self._library.llama_vocab_is_eog(self._text._vocab, token))
+
+    def branches(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]], *, keep: int = 0
+    ) -> Iterator[tuple[int | None, int, F32Array]]:
+        longest = max(map(len, continuations), default=0)
+        if not all(continuations) or not longest or not 0 < len(prompt) <= self.n_ctx - longest:
+            raise ValueError(f"{len(prompt)} tokens and {longest} more do not fit a window of {self.n_ctx}")
+        yield None, 0, self._begin(prompt, keep)
+        for i, tokens in enumerate(continuations):
+            for at, rows in self._branch(len(prompt), tokens):
+                yield i, at, rows
+
+    def write(self, prompt: Sequence[int], count: int, is_over: IsOver, *, keep: int = 0) -> list[int]:
+        if not 0 < len(prompt) <= len(prompt) + count <= self.n_ctx:
+            raise ValueError(f"{len(prompt)} tokens and {count} more do not fit a window of {self.n_ctx}")
+        written: list[int] = []
+        row = self._begin(prompt, keep)
+        while len(written) < count:
+            if not np.isfinite(row).all():
+                raise self._text._failure("its logits are not finite", "convert the checkpoint again")
+            written.append(int(row.argmax()))
+            if self.is_end(written[-1]) or is_over(written) or len(written) == count:
+                break
+            row = self._decode([(written[-1], len(prompt) + len(written) - 1, _TRUNK, True)])
+        return written
+
+    def _begin(self, prompt: Sequence[int], keep: int) -> F32Array:
+        """Has the prompt in its sequence, and in the anchor as much of it as the next prompt needs."""
+        prompt, memory, library = list(prompt), self._memory, self._library
+        keep = min(keep, len(prompt) - 1) // CHUNK * CHUNK
+        if len(self._anchor) >= len(prompt) or self._anchor != prompt[: len(self._anchor)]:
+            library.llama_memory_seq_rm(memory, _ANCHOR, -1, -1)
+            self._anchor = []
+        for sequence in (_TRUNK, _BRANCH):
+            library.llama_memory_seq_rm(memory, sequence, -1, -1)
+        if keep > len(self._anchor):
+            self._extend(prompt, len(self._anchor), keep, _ANCHOR, last=False)
+            self._anchor = prompt[:keep]
+        if self._anchor:
+            library.llama_memory_seq_cp(memory, _ANCHOR, _TRUNK, -1, -1)
+        return self._extend(prompt, len(self._anchor), len(prompt), _TRUNK, last=True)
+
+    def _extend(self, tokens: Sequence[int], start: int, stop: int, sequence: int, *, last: bool) -> F32Array:
+        """Decodes tokens [start, stop), in pieces that end at multiples of 64; gives the last one's logits."""
+        row = np.zeros((0, self.n_vocab), np.float32)
+        piece = max(self._text._batch_tokens // CHUNK * CHUNK, 1)
+        for begin in range(start, stop, piece):
+            end = min(begin + piece, stop)
+            row = self._decode([(tokens[i], i, sequence, last and i == stop - 1) for i in range(begin, end)])
+        return row
+
+    def _branch(self, start: int, tokens: Sequence[int]) -> Iterator[tuple[int, F32Array]]:
+        """One continuation, as many rows at a time as there is room for."""
+        last = len(tokens) - 1  # is predicted only
+        if not last:
+            return
+        self._library.llama_memory_seq_cp(self._memory, _TRUNK, _BRANCH, -1, -1)
+        for begin in range(0, last, self._text.rows):
+            stop = min(begin + self._text.rows, last)
+            rows = self._decode([(tokens[i], start + i, _BRANCH, True) for i in range(begin, stop)])
+            yield begin + 1, rows  # the logits after token i predict token i + 1
+        self._library.llama_memory_seq_rm(self._memory, _BRANCH, -1, -1)
+
+    def _decode(self, items: Sequence[_Item]) -> F32Array:
+        """One batch; the rows of logits that it asks for, as a view."""
+        text, batch, count = self._text, self._text._batch, len(items)
+        batch.n_tokens = count
+        tokens, positions, sequences, wanted = zip(*items, strict=True)
+        np.ctypeslib.as_array(batch.token, shape=(count,))[:] = tokens
+        np.ctypeslib.as_array(batch.pos, shape=(count,))[:] = positions
+        np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = wanted
+        for i, sequence in enumerate(sequences):
+            batch.seq_id[i][0] = sequence
+        status = self._library.llama_decode(text._context, batch)
+        if status:
+            raise text._failure(f"llama.cpp cannot decode {count} tokens (status {status})", "use a smaller context")
+        n_rows = sum(wanted)
+        if not n_rows:
+            return np.zeros((0, self.n_vocab), np.float32)
+        pointer = self._library.llama_get_logits(text._context)
+        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.n_vocab))
+
+    def close(self) -> None:
+        """Frees the context and the model; a second call does nothing."""
+        self._text.close()
+
+    def __enter__(self) -> _Branches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
