@@ -123,8 +123,8 @@ def test_make_twice(tmp_path: Path) -> None:
     arguments = ["make", checkpoint_dir(), "--out", out, "--context", 128, "--chunks", 8]
     run(*arguments)
     names = {path.name for path in out.iterdir()}
-    assert {"report.json", "report.md", "SHA256SUMS"} < names
-    assert len(names) == 6
+    assert {"report.json", "report.md", "report.html", "SHA256SUMS"} < names
+    assert len(names) == 7
     first = {name: digest(out / name) for name in names}
     for line in (out / "SHA256SUMS").read_text().splitlines():
         expected, name = line.split("  ")

@@ -1,0 +1,63 @@
+"""`report`: measurements as a page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketquant.cli.screen import say
+
+_NOT_REPEATED = {
+    "--out": 1,
+    "-o": 1,
+    "--threads": 1,
+    "--scheduler": 1,
+    "--quiet": 0,
+    "-q": 0,
+    "--json": 0,
+    "--debug": 0,
+}
+"""Options that change no byte of a result, with how many words follow each."""
+
+
+def report(
+    reports: Annotated[
+        list[Path],
+        typer.Argument(metavar="REPORT.json", help="What `eval --json`, `make`, `sweep` and `tasks --json` wrote."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML page to write.")],
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write Markdown for a model card, too.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")] = False,
+) -> None:
+    """Show measurements on a page: size against loss, by domain and position, every tensor, how to run it again."""
+    from pocketquant.eval.html import read_sheet, to_card, to_html
+    from pocketquant.files import replacing
+
+    sheet = read_sheet(reports)
+    pages = [(out, to_html(sheet)), *([(markdown, to_card(sheet))] if markdown else [])]
+    for path, page in pages:
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        say(f"written: {path}, {len(page.encode()):,} bytes", quiet=quiet)
+
+
+def command_words(arguments: Sequence[str] | None = None) -> list[str]:
+    """The command line that is running, for a report: without folders, and without what changes no result."""
+    kept, skip = ["pocketquant"], 0
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, is_joined, value = word.partition("=")
+        if skip:
+            skip -= 1
+        elif name in _NOT_REPEATED:
+            skip = 0 if is_joined else _NOT_REPEATED[name]
+        elif is_joined and Path(value).exists():
+            kept.append(f"{name}={Path(value).name}")
+        else:
+            kept.append(Path(word).name if Path(word).exists() else word)
+    return [*kept, "--out", "out"]

@@ -1,0 +1,54 @@
+"""Takes values out of JSON that anybody may have written: each is checked as it is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pocketquant.errors import EvalError
+
+MAX_ROWS = 256
+MAX_CHARACTERS = 300
+
+
+def mapping(found: Any) -> Mapping[str, Any]:
+    """An object; an empty one for anything else."""
+    return found if isinstance(found, Mapping) else {}
+
+
+def listed(found: Any, most: int, where: str, what: str) -> list[Mapping[str, Any]]:
+    """The objects of a list; nothing for anything else.
+
+    Raises:
+        EvalError: more than `most`.
+    """
+    items = found if isinstance(found, list) else []
+    if len(items) > most:
+        raise EvalError(f"{where}: {len(items)} {what} are more than the {most} that a page shows")
+    return [item for item in items if isinstance(item, Mapping)]
+
+
+def items(found: Any) -> Iterable[Any]:
+    """The first of a list; nothing for anything else."""
+    return found[:MAX_ROWS] if isinstance(found, list) else ()
+
+
+def number(found: Any) -> float | None:
+    """A finite number; None for anything else."""
+    is_number = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e300
+    return float(found) if is_number and math.isfinite(found) else None
+
+
+def whole(found: Any) -> int | None:
+    """An integer that is not negative; None for anything else."""
+    is_whole = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 1 << 63
+    return found if is_whole else None
+
+
+def words(found: Any) -> str:
+    """A line of text of bounded length; "" for anything that is none."""
+    if not isinstance(found, str):
+        return ""
+    line = "".join(letter if letter.isprintable() else " " for letter in found[: MAX_CHARACTERS + 1]).strip()
+    return line if len(line) <= MAX_CHARACTERS else line[: MAX_CHARACTERS - 1] + "…"

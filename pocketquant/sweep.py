@@ -1,0 +1,287 @@
+"""Several recipes or sizes of one source, measured against one reference: which of them are worth their bytes.
+
+The reference runs once: what it says is kept as a reference pack, and its file is gone before the first variant is
+made, so no two large models are in memory together. Every finished measurement is kept in `OUT/.sweep`, under a digest
+of everything that it depends on; a sweep that was interrupted, or is run again with more recipes, measures only what is
+missing. Files are deleted as soon as another one is no larger and loses less.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocketquant import __version__
+from pocketquant.errors import OutputError, SourceError
+from pocketquant.eval.html.sheet import find_front
+from pocketquant.eval.reference import make_reference
+from pocketquant.eval.report import identify, list_versions
+from pocketquant.files import read_json, replacing
+from pocketquant.measure import (
+    Means,
+    calibrate,
+    describe_importance,
+    describe_source,
+    measure_variant,
+    write_reports,
+    write_variant,
+)
+from pocketquant.quant import read_importance
+from pocketquant.quant.collect import SELF, digest_file
+from pocketquant.release import Release, Variant, plan_again
+from pocketquant.runtime import require_runtime
+
+SCHEMA = "pocketquant.sweep/1"
+KEEP = ("front", "all", "none")
+"""Which files stay: those that no other one beats, all, none."""
+
+_FOLDER = ".sweep"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What will be measured, decided.
+
+    Attributes:
+        keys: for each variant of the release, the digest of all that its measurement depends on.
+        reference_key: the same for the reference pack.
+        importance_key: the same for the importance matrix; "" where none is made.
+        pack: a reference pack that was given.
+        keep: one of `KEEP`.
+    """
+
+    release: Release
+    keys: tuple[str, ...]
+    reference_key: str
+    importance_key: str
+    pack: Path | None
+    keep: str
+
+    def missing(self, out: Path) -> list[Variant]:
+        """The variants that have not been measured yet."""
+        pairs = zip(self.release.variants, self.keys, strict=True)
+        return [variant for variant, key in pairs if _read(out / _FOLDER, key) is None]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Free disk the whole sweep needs at most, without the reference pack's hidden states."""
+        sizes = [variant.plan.file_bytes for variant in self.release.variants]
+        return self.release.reference_bytes + (max(sizes) if self.keep == "none" else sum(sizes))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory for the largest model that runs, without caches."""
+        sizes = [variant.plan.file_bytes for variant in self.release.variants]
+        needs_reference = self.pack is None or self.release.calibrating is not None
+        return max([*sizes, *([self.release.reference.plan.file_bytes] if needs_reference else [])])
+
+
+def plan_sweep(release: Release, *, pack: Path | None = None, keep: str = "front") -> Sweep:
+    """Works out what each measurement depends on; reads parts of the source, writes nothing.
+
+    Args:
+        release: from `plan_release`; what lies beside the models is not made.
+        pack: a reference pack of the same source, texts and settings; None makes one.
+        keep: one of `KEEP`.
+
+    Raises:
+        OutputError: `keep` is none of them.
+        EvalError: a text cannot be read.
+    """
+    if keep not in KEEP:
+        raise OutputError(f"{keep}: files to keep are one of {', '.join(KEEP)}")
+    source = _digest_source(release)
+    texts = [[each.domain, identify(each.path).sha256] for each in release.texts]
+    software = list_versions() | {"pocketquant": __version__, "llama_cpp": str(require_runtime().__version__)}
+    reference = {
+        "source": source,
+        "header": hashlib.sha256(release.reference.plan.header).hexdigest(),
+        "texts": texts,
+        "settings": [release.context, release.chunks, release.positions],
+        "software": software,
+    }
+    importance: dict[str, Any] = {}
+    made = release.calibrating
+    if made is not None:
+        text = SELF if made.text == SELF else identify(made.text).sha256
+        importance = {"reference": reference["header"], "source": source, "text": text, "chunks": made.chunks}
+        importance |= {"context": release.context, "software": software}
+    elif release.importance is not None:
+        digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in _weights(release)}
+        importance = {"given": digests}
+    judged_by = {"pack": identify(pack).sha256} if pack else {"reference": reference}
+    keys = [
+        _digest({"plan": hashlib.sha256(variant.plan.header).hexdigest(), "importance": importance, **judged_by})
+        for variant in release.variants
+    ]
+    return Sweep(release, tuple(keys), _digest(reference), _digest(importance) if made else "", pack, keep)
+
+
+def run_sweep(
+    sweep: Sweep, out: Path | str, *, means: Means | None = None, command: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measures what is missing, and writes the report over all.
+
+    Args:
+        sweep: from `plan_sweep`.
+        out: folder for the kept files and report.json, .md, .html; made if missing.
+        means: threads, progress, who encodes.
+        command: what does the same again, for the report.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        OutputError: the folder cannot be written or the disk is too small; what is finished stays.
+        EvalError: a file cannot be evaluated; what is finished stays.
+    """
+    out, means, release = Path(out), means or Means(), sweep.release
+    folder = out / _FOLDER
+    missing = sweep.missing(out)
+    _prepare(folder, sweep.disk_bytes if missing else 0)
+    matrix = folder / f"{sweep.importance_key}-imatrix.gguf"
+    pack = sweep.pack or folder / f"{sweep.reference_key}.pqref"
+    needs_matrix = bool(sweep.importance_key)
+    if missing and not (pack.exists() and (matrix.exists() or not needs_matrix)):
+        _make_reference(sweep, folder, pack, matrix, means)
+    if needs_matrix and matrix.exists() and release.calibrating:
+        named = replace(read_importance(matrix), file=release.calibrating.name)
+        release = plan_again(release, named)
+    measured: dict[str, Mapping[str, Any]] = {}
+    for key, variant in zip(sweep.keys, release.variants, strict=True):
+        found = _read(folder, key)
+        if found is None:
+            path = folder / variant.name
+            write_variant(variant, path, means)
+            found = measure_variant(release, variant, path, pack, means)
+            with replacing(folder / f"{key}.json") as temporary:
+                temporary.write_text(json.dumps({"key": key, "variant": found}, ensure_ascii=False), encoding="utf-8")
+        measured[key] = found
+        _drop_files(sweep, folder, measured)
+    kept = _names_to_keep(sweep, list(measured.values()))
+    for key, variant in zip(sweep.keys, release.variants, strict=True):
+        if variant.name in kept:
+            _put_in_place(variant, folder, out, measured[key], means)
+    result = {
+        "schema": SCHEMA,
+        "source": describe_source(release),
+        "reference": release.reference.recipe,
+        "importance": describe_importance(release, None),
+        "command": list(command),
+        "sidecars": [],
+        "variants": [dict(entry) | {"is_kept": _is_there(out, entry)} for entry in measured.values()],
+    }
+    write_reports(result, out)
+    if release.calibrating and matrix.exists():
+        shutil.copyfile(matrix, out / release.calibrating.name)
+    if sweep.pack is None:
+        pack.unlink(missing_ok=True)
+    return result
+
+
+def _make_reference(sweep: Sweep, folder: Path, pack: Path, matrix: Path, means: Means) -> None:
+    """Writes the reference, keeps what it says about the texts and which inputs matter, deletes it."""
+    release = sweep.release
+    reference = folder / release.reference.name
+    write_variant(release.reference, reference, means, "reference")
+    try:
+        if sweep.importance_key and not matrix.exists() and release.calibrating:
+            calibrate(release, reference, folder, means)
+            os.replace(folder / release.calibrating.name, matrix)
+        if not pack.exists():
+            with means.bars.steps("reference") as advance:
+                make_reference(
+                    reference,
+                    release.texts,
+                    pack,
+                    context=release.context,
+                    chunks=release.chunks,
+                    positions=release.positions,
+                    with_head=True,
+                    threads=means.threads,
+                    gpu_layers=means.gpu_layers,
+                    progress=advance,
+                )
+    finally:
+        reference.unlink(missing_ok=True)
+
+
+def _drop_files(sweep: Sweep, folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Deletes the finished files that will not stay."""
+    kept = _names_to_keep(sweep, list(measured.values()))
+    for entry in measured.values():
+        if entry["file"] not in kept:
+            (folder / entry["file"]).unlink(missing_ok=True)
+
+
+def _names_to_keep(sweep: Sweep, entries: Sequence[Mapping[str, Any]]) -> set[str]:
+    if sweep.keep == "none":
+        return set()
+    points = [(entry["file_bytes"], entry["evaluation"]["metrics"]["kld"]["mean"]) for entry in entries]
+    front = find_front(points) if sweep.keep == "front" else set(range(len(entries)))
+    return {entries[i]["file"] for i in front}
+
+
+def _put_in_place(variant: Variant, folder: Path, out: Path, entry: Mapping[str, Any], means: Means) -> None:
+    """The measured file, where the user finds it; made again if it is not there any more."""
+    path = out / variant.name
+    if (folder / variant.name).exists():
+        os.replace(folder / variant.name, path)
+    elif not _is_there(out, entry):
+        write_variant(variant, path, means)
+    if not _is_there(out, entry):
+        raise OutputError(f"{path}: is not the file that was measured; delete {folder} and run the sweep again")
+
+
+def _is_there(out: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether the file that was measured lies where the user finds it; an earlier sweep may have put it there."""
+    path, digest = out / entry["file"], entry["evaluation"]["provenance"]["model"]["sha256"]
+    return path.exists() and bool(identify(path).sha256 == digest)
+
+
+def _prepare(folder: Path, needed_bytes: int) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+    if free < needed_bytes:
+        raise OutputError(
+            f"{folder.parent}: the sweep takes up to {needed_bytes:,} bytes of disk and {free:,} are left; free some "
+            "space, write elsewhere, or keep no files"
+        )
+
+
+def _read(folder: Path, key: str) -> Mapping[str, Any] | None:
+    """A kept measurement; None where there is none that can be read."""
+    path = folder / f"{key}.json"
+    try:
+        found = read_json(path) if path.exists() else None
+    except SourceError:
+        return None
+    if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("variant"), dict):
+        return None
+    return dict(found["variant"])
+
+
+def _digest_source(release: Release) -> list[list[str]]:
+    """What tells one source from another: pieces of each local file, or a repository's name and revision."""
+    source = Path(release.source)
+    if not source.exists():
+        return [["repository", release.source]]
+    files = [source] if source.is_file() else sorted([*source.glob("*.json"), *source.glob("*.safetensors")])
+    return [[path.name, digest_file(path)] for path in files]
+
+
+def _weights(release: Release) -> Sequence[tuple[str, Any]]:
+    return sorted(release.importance.weights.items()) if release.importance else []
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
