@@ -1,10 +1,10 @@
 """Plan -> file with the workers of a Dask cluster: they read and encode rows, this machine writes what they return.
 
-A task is a batch of `pipeline.encode_rows` calls, so the bytes are those of a local run. To a worker go a tensor's
-name, place, order of heads, format and importance, pickled once for a tensor: never weights, never a token. Every
-local path among them goes with the file's size and a digest of samples, and a worker that finds another file there
-refuses. Results are written where they belong as they come, one in memory at a time, and no more batches are under way
-than keep every worker busy.
+A task is a batch of the calls that a local run makes, so the bytes are those of a local run. To a worker go a tensor's
+name, place, order of heads, format, importance and who rounds it, pickled once for a tensor: never weights, never a
+token. Every local path among them, of statistics too, goes with the file's size and a digest of samples, and a worker
+that finds another file there refuses. Results are written where they belong as they come, one in memory at a time, and
+no more batches are under way than keep every worker busy.
 
 What the tasks of a tensor share is itself the result of a task, not data scattered to a worker: Dask computes it again
 where it was lost, while scattered data would be gone with its worker. Source: distributed 2026.8,
@@ -164,12 +164,17 @@ class _Piece:
 
 
 def _batches(plan: Plan) -> Iterator[list[_Piece]]:
-    """All rows in file order, at most `BATCH_WEIGHTS` at once; small tensors share a batch."""
+    """All rows in file order, at most `BATCH_WEIGHTS` at once, but for a matrix that is rounded whole; small tensors
+    share a batch.
+    """
     batch: list[_Piece] = []
     n_weights = 0
     for planned in plan.tensors:
         n_cols, n_rows = planned.tensor.n_cols, planned.tensor.n_rows
         step = max(1, BATCH_WEIGHTS // n_cols)
+        encoder = plan.rounding.get(planned.tensor.name)
+        if encoder is not None and encoder.whole:
+            step = planned.tensor.shape[-2]
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             if batch and n_weights + (stop - start) * n_cols > BATCH_WEIGHTS:
@@ -211,11 +216,6 @@ class _Submitter:
 
 
 def _run(client: Any, address: str, direct: bool, plan: Plan, path: Path, on_bytes: pipeline.OnBytes) -> None:
-    if plan.rounding:
-        raise ClusterError(
-            f"{address}: workers round with a format's own encoder, and {len(plan.rounding)} tensors of this plan are "
-            f"rounded in another way:\n{listing(plan.rounding)}\nWrite it on one machine, without a cluster."
-        )
     submitter, batches = _Submitter(client, plan, uuid4().hex), _batches(plan)
     pending: dict[str, tuple[Any, list[_Piece]]] = {}
     done: SimpleQueue[str] = SimpleQueue()
@@ -306,10 +306,18 @@ class _Packer(pickle.Pickler):
 
 
 def pack(planned: PlannedTensor, plan: Plan) -> bytes:
-    """A tensor as it goes to workers: where its rows lie, how they are permuted, its format's name, its importance."""
-    buffer = io.BytesIO()
-    tensor = planned.tensor
-    _Packer(buffer, protocol=5).dump((tensor, planned.format.name, plan.importance.get(tensor.name)))
+    """A tensor as it goes to workers: where its rows lie, how they are permuted, its format's name, its importance, and
+    who rounds it (statistics by their path).
+
+    Raises:
+        ClusterError: it is rounded in a way that cannot be sent.
+    """
+    buffer, tensor = io.BytesIO(), planned.tensor
+    encoder = plan.rounding.get(tensor.name)
+    try:
+        _Packer(buffer, protocol=5).dump((tensor, planned.format.name, plan.importance.get(tensor.name), encoder))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ClusterError(f"{tensor.name}: cannot be sent to workers: {error}; write it without a cluster") from error
     return buffer.getvalue()
 
 
@@ -348,12 +356,18 @@ def _encode_batch(package: str, packed: list[bytes], rows: list[tuple[int, int]]
 
 
 def _encode_piece(packed: bytes, start: int, stop: int) -> U8Array:
-    tensor, name, importance = _unpack(packed)
+    tensor, name, importance, encoder = _unpack(packed)
+    if encoder is not None and encoder.whole:
+        return encoder.encode(tensor, start, stop, FORMATS[name])  # type: ignore[no-any-return]
     step = max(1, pipeline.CHUNK_WEIGHTS // tensor.n_cols)
     data = np.empty((stop - start, FORMATS[name].row_bytes(tensor.n_cols)), np.uint8)
     for first in range(start, stop, step):
         last = min(first + step, stop)
-        data[first - start : last - start] = pipeline.encode_rows(tensor, first, last, FORMATS[name], importance)
+        if encoder is not None:
+            rows = encoder.encode(tensor, first, last, FORMATS[name])
+        else:
+            rows = pipeline.encode_rows(tensor, first, last, FORMATS[name], importance)
+        data[first - start : last - start] = rows
     return data
 
 

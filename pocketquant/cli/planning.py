@@ -53,8 +53,6 @@ def run(request: Request) -> None:
     quiet, sizing = request.quiet, request.sizing
     if request.scheduler and request.threads:
         raise typer.BadParameter("a worker's threads are set where it is started", param_hint="--threads")
-    if request.scheduler and request.stats:
-        raise typer.BadParameter("statistics are not sent to workers: round on this machine", param_hint="--scheduler")
     if request.out is None and not request.dry_run:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
     if quiet:  # the hub's client draws bars of its own

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from checkpoint_maker import make_checkpoint, make_sparse_checkpoint, moe_config, text_config, weights_for
 from hub_server import TOKEN, serving
+from statistics_maker import make_statistics
 
 import pocketquant
 from pocketquant import cluster, open_model, open_recipe, plan, read_importance, write
@@ -26,6 +27,8 @@ from pocketquant.errors import ClusterError, SourceError
 from pocketquant.formats import QuantFormat, U8Array
 from pocketquant.model import Tensor
 from pocketquant.quant.importance import ImportanceSums, write_sums
+from pocketquant.quant.rounding.encoding import with_rounding
+from pocketquant.quant.statistics import open_statistics
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install 'pocketquant[cluster]'")
 
@@ -206,9 +209,41 @@ def test_a_source_that_workers_do_not_see_or_see_another_of(
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_plan_that_rounds_in_another_way_is_refused(machines: Machines, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_moe", [False, True])
+def test_rounding_by_statistics_gives_the_same_bytes(machines: Machines, is_moe: bool, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "c", **({"num_experts": moe_config()["num_experts"]} if is_moe else {}))
+    make_statistics(
+        open_model(source),
+        tmp_path / "made.stats",
+        outputs=["blk.1.ffn_down_exps.weight" if is_moe else "blk.1.ffn_up.weight", "embed/output"],
+        unseen=[("blk.0.ffn_up_exps.weight", 3)],
+        n_group=3,
+    )
+    local = ("quantize", "c", "--recipe", "q4_k_m", "--keep-types", "--stats", "made.stats", "--quiet")
+    plain = run(*local, "--rounding", "none", "--out", "plain.gguf", cwd=tmp_path)
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert run(*local, "--out", "local.gguf", cwd=tmp_path).returncode == 0
+    result = run(*local, "--out", "cluster.gguf", "--scheduler", machines.address, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (tmp_path / "cluster.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
+    assert (tmp_path / "cluster.gguf").read_bytes()[-1000:] != (tmp_path / "plain.gguf").read_bytes()[-1000:]
+
+
+def test_whole_matrices_are_one_piece_in_small_batches(
+    machines: Machines, small_batches: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = open_model(checkpoint)
+    path = make_statistics(model, tmp_path / "made.stats", outputs=["blk.2.ffn_up.weight"], n_group=2)
+    planned = with_rounding(plan(model, open_recipe("q4_0")), open_statistics(path))
+    write(planned, tmp_path / "local.gguf")
+    with cluster.open_cluster(machines.address) as encode:
+        write(planned, tmp_path / "cluster.gguf", run=encode)
+    assert (tmp_path / "cluster.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
+
+
+def test_a_way_of_rounding_that_cannot_be_sent_is_said(machines: Machines, checkpoint: Path, tmp_path: Path) -> None:
     @dataclass(frozen=True)
-    class Zeros:
+    class Zeros:  # of no module, so that no worker could find it
         whole: bool = False
 
         def encode(self, tensor: Tensor, start: int, stop: int, quant_format: QuantFormat) -> U8Array:

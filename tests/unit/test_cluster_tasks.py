@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from adapter_maker import make_adapter
 from checkpoint_maker import make_checkpoint, make_sparse_checkpoint, moe_config
+from statistics_maker import make_statistics
 
 from pocketquant import cluster, open_model, open_recipe, pipeline, plan, write
 from pocketquant.convert.sources import open_parts
 from pocketquant.errors import SourceError
 from pocketquant.model import Plan
+from pocketquant.quant.rounding.encoding import with_rounding
+from pocketquant.quant.statistics import open_statistics
 
 
 def encode_elsewhere(planned: Plan, name: str, rows: slice) -> bytes:
@@ -46,6 +49,39 @@ def test_what_is_packed_encodes_to_the_same_bytes(kind: str, checkpoint: Path, t
     for item in planned.tensors:
         rows = slice(item.tensor.n_rows // 3, item.tensor.n_rows)
         assert encode_elsewhere(planned, item.tensor.name, rows) == encode_here(planned, item.tensor.name, rows)
+
+
+def test_rounded_tensors_are_packed_small_with_the_place_of_the_statistics(checkpoint: Path, tmp_path: Path) -> None:
+    model = open_model(checkpoint)
+    file = make_statistics(model, tmp_path / "s", outputs=["blk.0.ffn_up.weight", "embed/output"], n_group=3)
+    planned = with_rounding(plan(model, open_recipe("q4_k_m")), open_statistics(file))
+    assert {"token_embd.weight", "blk.0.ffn_up.weight"} < planned.rounding.keys()
+    for item in planned.tensors:
+        name = item.tensor.name
+        encoder = planned.rounding.get(name)
+        if encoder is not None and name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"):
+            rows = slice(0 if encoder.whole else item.tensor.n_rows // 3, item.tensor.n_rows)
+            expected = encoder.encode(item.tensor, rows.start, rows.stop, item.format)
+            assert encode_elsewhere(planned, name, rows) == expected.tobytes()
+    # a moment of 256 inputs has 131 KB; the vocabulary's groups have 4 bytes a row
+    assert max(len(cluster.pack(item, planned)) for item in planned.tensors) < 20_000
+    packed = cluster.pack(planned.tensors[-1], planned)
+    cluster._unpack.cache_clear()
+    make_statistics(model, file, outputs=["blk.0.ffn_up.weight", "embed/output"], n_group=3, salt="other")
+    with pytest.raises(SourceError, match=f"{file}: another file than the one planned from"):
+        cluster._unpack(packed)
+
+
+def test_a_matrix_that_is_rounded_whole_is_one_piece(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "BATCH_WEIGHTS", 30_000)
+    model = open_model(checkpoint)
+    file = make_statistics(model, tmp_path / "s", outputs=["blk.0.ffn_up.weight"])
+    planned = with_rounding(plan(model, open_recipe("q4_k_m")), open_statistics(file))
+    pieces = [(p.planned.tensor.name, p.start, p.stop) for batch in cluster._batches(planned) for p in batch]
+    assert [piece for piece in pieces if piece[0] == "blk.0.ffn_up.weight"] == [("blk.0.ffn_up.weight", 0, 512)]
+    assert len([piece for piece in pieces if piece[0] == "blk.0.ffn_gate.weight"]) > 1
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])

@@ -7,10 +7,9 @@ statistics say nothing about keeps the format's own encoder.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,12 @@ from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.gguf_file import encode_header
 from pocketquant.model import Model, Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
 from pocketquant.pipeline import encode_rows
+from pocketquant.quant.rounding.kept import ROOM, alone, bytes_of, keep
 from pocketquant.quant.rounding.layouts import layout_of
 from pocketquant.quant.rounding.matrix import round_matrix
-from pocketquant.quant.rounding.prepared import Prepared, prepare
+from pocketquant.quant.rounding.prepared import F64Array, Prepared, prepare
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
-from pocketquant.quant.statistics import HeadStatistics, Statistics, check_statistics
+from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, HEAD, INPUT, OUTPUT, Statistics, check_statistics
 
 STEPS = {
     "search": Rounding(feedback=False, sweeps=0, two_sided=False),
@@ -34,26 +34,12 @@ STEPS = {
 }
 """Names of `--rounding`: each takes the steps of those before it."""
 
-
-@dataclass(frozen=True)
-class _Ready:
-    """Prepared moments, kept as long as they are the last ones asked for."""
-
-    size: int = 2
-    kept: OrderedDict[Hashable, Prepared] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __reduce__(self) -> tuple[type[_Ready], tuple[int]]:
-        return _Ready, (self.size,)  # another process makes its own
-
-    def get(self, key: Hashable, make: Callable[[], Prepared]) -> Prepared:
-        with self.lock:  # others wait: two would take the memory of two, and linear algebra has threads of its own
-            if key not in self.kept:
-                while len(self.kept) >= self.size:
-                    self.kept.popitem(last=False)
-                self.kept[key] = make()
-            self.kept.move_to_end(key)
-            return self.kept[key]
+MOMENTS = HEAD[3]
+HEAD_ROOM = 2 << 30
+"""Bytes of the prepared moments of the vocabulary's groups; where all would take more, neighbours are joined."""
+_Side = Callable[[str, int | None], F32Array | None]
+_NAMED = 8
+"""Experts that a reason names."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +48,13 @@ class LayerEncoder:
 
     Attributes:
         whole: whether a matrix is rounded as one piece.
-        importance: for experts that no token came by.
+        importance: for experts that no token came by; None if there are none, or no importance matrix.
     """
 
     statistics: Statistics
     options: Rounding
     whole: bool
     importance: F32Array | None
-    ready: _Ready
 
     def encode(self, tensor: Tensor, start: int, stop: int, quant_format: QuantFormat) -> U8Array:
         if len(tensor.shape) == 2:
@@ -84,16 +69,19 @@ class LayerEncoder:
 
     def _encode(self, tensor: Tensor, expert: int | None, start: int, stop: int, quant_format: QuantFormat) -> U8Array:
         statistics, name = self.statistics, tensor.name
-        if expert is not None and statistics.input(name, expert) is None:
+        if expert is not None and not statistics.share(name, expert) > 0:
             return encode_rows(tensor, start, stop, quant_format, self.importance)
-        key = (statistics.shared.get(name, name), expert)
-        inputs = self.ready.get(key, lambda: _prepare(statistics.input(name, expert), name, self.options))
+        key = (_file_of(statistics), self.options.damping, statistics.shared.get(name, name), expert)
+        inputs = keep(key, tensor.n_cols, lambda: self._prepare(statistics.input, name, expert))
         outputs = statistics.output(name, expert) if self.whole else None
         if outputs is None or not outputs.any():
             return round_rows(tensor.rows(start, stop), quant_format, inputs, self.options)
-        return round_matrix(
-            tensor.rows(start, stop), quant_format, inputs, _prepare(outputs, name, self.options), self.options
-        )
+        del outputs
+        across = alone(lambda: self._prepare(statistics.output, name, expert))
+        return round_matrix(tensor.rows(start, stop), quant_format, inputs, across, self.options)
+
+    def _prepare(self, side: _Side, name: str, expert: int | None) -> Prepared:
+        return _prepare(_read(side, name, expert), name, self.options)
 
 
 @dataclass(frozen=True)
@@ -101,17 +89,15 @@ class VocabularyEncoder:
     """Rounds the embedding, the output head, or both in one: rows of a group share a moment.
 
     Attributes:
-        groups: i32[n_vocab], the moment of each row.
-        weights: f32[n_moment, 2], how much of the head's moment and of the embedding's is in each.
-        moments: i32[n_moment], the head's moment of each.
+        groups: i32[n_vocab], the group of each row.
+        weights: f64[n_group, n_moment + 1], how much of each of the head's moments is in a group's, and of the
+            embedding's.
     """
 
-    head: HeadStatistics
+    statistics: Statistics
     options: Rounding
     groups: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float64]
-    moments: npt.NDArray[np.int32]
-    ready: _Ready
     whole: bool = False
 
     def encode(self, tensor: Tensor, start: int, stop: int, quant_format: QuantFormat) -> U8Array:
@@ -120,24 +106,26 @@ class VocabularyEncoder:
         groups = self.groups[start:stop]
         for group in np.unique(groups):
             chosen = np.flatnonzero(groups == group)
-            data[chosen] = round_rows(rows[chosen], quant_format, self._ready(int(group), tensor.name), self.options)
+            data[chosen] = round_rows(rows[chosen], quant_format, self._ready(int(group), tensor), self.options)
         return data
 
-    def _ready(self, group: int, name: str) -> Prepared:
-        return self.ready.get(group, lambda: self._prepare(group, name))
+    def _ready(self, group: int, tensor: Tensor) -> Prepared:
+        key = (_file_of(self.statistics), self.options.damping, tensor.name, group)
+        room = max(ROOM, len(self.weights) * bytes_of(tensor.n_cols))  # every chunk of rows needs all groups
+        return keep(key, tensor.n_cols, lambda: self._prepare(group, tensor), room)
 
-    def _prepare(self, group: int, name: str) -> Prepared:
-        of_head, of_embedding = self.weights[group]
-        moment = np.zeros(1)
-        if of_head > 0:
-            moment = moment + of_head * self.head.moment(int(self.moments[group]))
-        if of_embedding > 0 and self.head.embed_output is not None:
-            moment = moment + of_embedding * self.head.embed_output
-        return _prepare(moment.astype(np.float32), name, self.options)
+    def _prepare(self, group: int, tensor: Tensor) -> Prepared:
+        moment = np.zeros((tensor.n_cols, tensor.n_cols))
+        *of_head, of_embedding = self.weights[group]
+        for i in np.flatnonzero(of_head):
+            moment += of_head[i] * self.statistics.matrix(MOMENTS, int(i)).astype(np.float64)
+        if of_embedding > 0:
+            moment += of_embedding * self.statistics.matrix(EMBED_OUTPUT).astype(np.float64)
+        return _prepare(moment, tensor.name, self.options)
 
 
 def with_rounding(plan: Plan, statistics: Statistics, options: Rounding = DEFAULT) -> Plan:
-    """The same plan, its tensors rounded by statistics; what that changes in the file's header is what `plan` says.
+    """The same plan, its tensors rounded by statistics, with the importance only of tensors and experts that need it.
 
     Give `rounding_metadata` to `plan` as `metadata_extra`, so that the size is decided with it; else it is added here.
 
@@ -146,17 +134,22 @@ def with_rounding(plan: Plan, statistics: Statistics, options: Rounding = DEFAUL
     """
     check_statistics(statistics, Model("", {}, tuple(item.tensor for item in plan.tensors), {}))
     encoders: dict[str, RowEncoder] = {}
-    planned, ready = [], _Ready()
+    planned, importance = [], dict(plan.importance)
     for item in plan.tensors:
-        encoder = _encoder_of(item, plan, statistics, options, ready)
+        encoder, name = _encoder_of(item, plan, statistics, options), item.tensor.name
         if encoder is not None:
-            encoders[item.tensor.name] = encoder
+            encoders[name] = encoder
+            unseen = _unseen_experts(item.tensor, statistics)
+            if not unseen:
+                importance.pop(name, None)
             sides = "inputs and outputs" if encoder.whole else "inputs"
-            item = replace(item, reason=f"{item.reason}; rounded by its {sides}")
+            item = replace(item, reason=f"{item.reason}; rounded by its {sides}{_describe_unseen(unseen)}")
         planned.append(item)
     metadata = {**plan.metadata, **rounding_metadata(statistics, options)} if encoders else plan.metadata
     header = plan.header if metadata == plan.metadata else encode_header(metadata, planned)
-    return replace(plan, metadata=metadata, tensors=tuple(planned), header=header, rounding=encoders)
+    return replace(
+        plan, metadata=metadata, tensors=tuple(planned), header=header, importance=importance, rounding=encoders
+    )
 
 
 def rounding_metadata(statistics: Statistics, options: Rounding) -> dict[str, Value]:
@@ -167,7 +160,7 @@ def rounding_metadata(statistics: Statistics, options: Rounding) -> dict[str, Va
 
 
 def _encoder_of(
-    item: PlannedTensor, plan: Plan, statistics: Statistics, options: Rounding, ready: _Ready
+    item: PlannedTensor, plan: Plan, statistics: Statistics, options: Rounding
 ) -> LayerEncoder | VocabularyEncoder | None:
     tensor = item.tensor
     if item.format.block_len == 1 or layout_of(item.format) is None or tensor.dtype == item.format.name:
@@ -175,20 +168,36 @@ def _encoder_of(
     if tensor.role in (Role.EMBED, Role.HEAD):
         is_tied = not any(other.tensor.role is Role.HEAD for other in plan.tensors)
         return _vocabulary_encoder(tensor, is_tied, statistics, options)
-    name = statistics.shared.get(tensor.name, tensor.name) + "/input"
+    name = statistics.shared.get(tensor.name, tensor.name) + INPUT
     if name not in statistics.entries:
         return None
     _check_side(tensor, name, tensor.n_cols, statistics)
-    output = tensor.name + "/output"
+    output = tensor.name + OUTPUT
     whole = options.two_sided and output in statistics.entries
     if whole:
         _check_side(tensor, output, tensor.shape[-2], statistics)
-    return LayerEncoder(statistics, options, whole, plan.importance.get(tensor.name), ready)
+    needs_importance = bool(_unseen_experts(tensor, statistics))
+    return LayerEncoder(statistics, options, whole, plan.importance.get(tensor.name) if needs_importance else None)
 
 
-def _check_side(tensor: Tensor, name: str, side: int, statistics: Statistics) -> None:
-    n_matrix, length = statistics.entries[name].shape
-    if length != side * (side + 1) // 2 or n_matrix != int(np.prod(tensor.shape[:-2])):
+def _unseen_experts(tensor: Tensor, statistics: Statistics) -> list[int]:
+    """Experts that no token came by."""
+    if len(tensor.shape) < 3:
+        return []
+    counts = statistics.array(statistics.shared.get(tensor.name, tensor.name) + INPUT + COUNT)
+    return [int(expert) for expert in np.flatnonzero(counts <= 0)]
+
+
+def _describe_unseen(experts: list[int]) -> str:
+    if not experts:
+        return ""
+    named = ", ".join(map(str, experts[:_NAMED])) + (", ..." if len(experts) > _NAMED else "")
+    return f", but no token came by {len(experts)} of its experts, which get the plain kernel: {named}"
+
+
+def _check_side(tensor: Tensor, name: str, side: int, statistics: Statistics, n_matrix: int | None = None) -> None:
+    expected = prod(tensor.shape[:-2]) if n_matrix is None else n_matrix
+    if statistics.entries[name].shape != (expected, side * (side + 1) // 2):
         raise RecipeError(
             f"{statistics.path}: {name} is not of the size of {tensor.name} {list(tensor.shape)}; the statistics are "
             "of another model"
@@ -201,26 +210,48 @@ def _vocabulary_encoder(
     head = statistics.head()
     if head is None or len(head.row_group) != tensor.n_rows:
         return None
-    n_group, counts = head.n_group, np.maximum(np.bincount(head.row_group, minlength=head.n_group), 1)
-    if tensor.role is Role.HEAD or (is_tied and head.embed_output is None):
-        of_head, of_embedding = np.ones(n_group), np.zeros(n_group)
-    elif head.embed_output is None:
-        return None
-    else:
-        of_head = np.bincount(head.row_group, weights=head.row_scale, minlength=n_group) / counts
-        of_embedding = np.bincount(head.row_group, weights=head.frequency, minlength=n_group) / counts
-        if not is_tied:
-            one = np.zeros(tensor.n_rows, np.int32)
-            return VocabularyEncoder(head, options, one, np.array([[0.0, 1.0]]), one[:1], _Ready(1))
-    weights = np.stack([of_head, of_embedding], axis=1)
-    return VocabularyEncoder(
-        head, options, head.row_group, weights, np.arange(n_group, dtype=np.int32), _Ready(n_group)
-    )
+    n_moment, by_head = head.n_group, tensor.role is Role.HEAD or is_tied
+    if by_head:
+        _check_side(tensor, MOMENTS, tensor.n_cols, statistics, n_moment)
+    if head.embed_output is not None:
+        _check_side(tensor, EMBED_OUTPUT, tensor.n_cols, statistics)
+    if not by_head:
+        if head.embed_output is None:
+            return None
+        return VocabularyEncoder(
+            statistics, options, np.zeros(tensor.n_rows, np.int32), np.eye(1, n_moment + 1, n_moment)
+        )
+    # neighbours in number are neighbours in frequency
+    n_group = min(n_moment, max(1, HEAD_ROOM // bytes_of(tensor.n_cols)))
+    joined = np.arange(n_moment) * n_group // n_moment
+    counts = np.bincount(head.row_group, minlength=n_moment)
+    groups = joined[head.row_group].astype(np.int32)
+    sizes = np.maximum(np.bincount(groups, minlength=n_group), 1)
+    weights = np.zeros((n_group, n_moment + 1))
+    weights[joined, np.arange(n_moment)] = counts / sizes[joined]
+    if is_tied and head.embed_output is not None:
+        weights[:, -1] = np.bincount(groups, weights=head.frequency, minlength=n_group) / sizes
+    return VocabularyEncoder(statistics, options, groups, weights)
 
 
-def _prepare(moment: F32Array | None, name: str, options: Rounding) -> Prepared:
+def _file_of(statistics: Statistics) -> Hashable:
+    """What tells a statistics file from another at the same path."""
+    try:
+        stat = statistics.path.stat()
+    except OSError as error:
+        raise RecipeError(f"{statistics.path}: cannot be read: {error.strerror}") from error
+    return str(statistics.path), stat.st_size, stat.st_mtime_ns, statistics.model_sha256
+
+
+def _read(side: _Side, name: str, expert: int | None) -> F64Array:
+    """A moment in f64, which alone stays in memory."""
+    moment = side(name, expert)
     if moment is None:
         raise RecipeError(f"{name}: the statistics name its moment but hold none; make them again")
+    return moment.astype(np.float64)
+
+
+def _prepare(moment: F64Array, name: str, options: Rounding) -> Prepared:
     try:
         return prepare(moment, options.damping)
     except ValueError as error:

@@ -8,6 +8,8 @@ after row: row a's share of the objective is G_aa times the one-sided one with (
 
 from __future__ import annotations
 
+from math import fsum
+
 import numpy as np
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
@@ -16,7 +18,7 @@ from pocketquant.quant.rounding.feedback import feed_back_row
 from pocketquant.quant.rounding.kernel import jit
 from pocketquant.quant.rounding.layouts import Layout, layout_of
 from pocketquant.quant.rounding.prepared import WINDOW, Prepared
-from pocketquant.quant.rounding.product import subtract_product
+from pocketquant.quant.rounding.product import add_squares, subtract_product
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, decoded_errors, keep_plain
 from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack, set_scales
 
@@ -60,7 +62,7 @@ def round_matrix(
 
 def two_sided_loss(errors: F32Array, inputs: Prepared, outputs: Prepared) -> float:
     """tr(G D H D^T) of errors f32[m, k]."""
-    total = 0.0
+    sums = np.zeros(len(errors))
     for start in range(0, errors.shape[1], WINDOW):
         columns = slice(start, start + WINDOW)
         right = -errors[:, columns]
@@ -68,9 +70,8 @@ def two_sided_loss(errors: F32Array, inputs: Prepared, outputs: Prepared) -> flo
         both = right.copy()
         np.negative(both, out=both)
         subtract_product(np.ascontiguousarray(outputs.factor.T), right, both)
-        squares = (both.astype(np.float64) ** 2) @ inputs.spread[columns].astype(np.float64)
-        total += float(squares @ outputs.spread.astype(np.float64))
-    return total
+        add_squares(both, inputs.spread[columns], sums)
+    return fsum(sums * outputs.spread)
 
 
 def _choose_in_order(

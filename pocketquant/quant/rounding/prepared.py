@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import fsum
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketquant.formats import F32Array
-from pocketquant.quant.rounding.product import subtract_product
+from pocketquant.quant.rounding.product import add_squares, subtract_product
+from pocketquant.quant.rounding.root import restore, take_apart, take_root
 
 F64Array = npt.NDArray[np.float64]
 DAMPING = 0.01
@@ -35,45 +37,47 @@ class Prepared:
     spread: F32Array
 
 
-def prepare(moment: F32Array, damping: float = DAMPING) -> Prepared:
-    """Damps and factors a moment f32[k, k], in f64; inputs that are always zero get the damping alone.
+def prepare(moment: F32Array | F64Array, damping: float = DAMPING) -> Prepared:
+    """Damps and factors a moment [k, k], in f64; inputs that are always zero get the damping alone.
+
+    Args:
+        moment: symmetric. One in f64 is taken for the work itself and holds nothing of use afterwards.
+        damping: see `DAMPING`.
 
     Raises:
-        ValueError: not a symmetric positive semi-definite matrix.
+        ValueError: not a positive semi-definite matrix.
     """
-    matrix = np.array(moment, np.float64)
+    matrix: F64Array = moment.astype(np.float64, copy=False)
     k = len(matrix)
     if matrix.shape != (k, k) or k == 0 or not np.isfinite(matrix).all() or matrix.diagonal().min() < 0.0:
         raise ValueError(f"no second moment: shape {list(matrix.shape)}, or numbers that none can hold")
     peak = float(matrix.diagonal().max())
     if peak > 0.0:
         matrix /= peak
-        matrix.flat[:: k + 1] += damping * matrix.diagonal().mean()
+        matrix.flat[:: k + 1] += damping * _mean_diagonal(matrix)
         matrix /= matrix.diagonal().max()
     else:
         matrix[:] = np.eye(k)
-    root = _upper_root(matrix)
-    hessian = matrix.astype(np.float32)
-    del matrix
-    diagonal = root.diagonal().copy()
-    factor = np.ascontiguousarray(root, np.float32)
-    del root
-    factor /= diagonal.astype(np.float32)
-    factor.flat[:: k + 1] = 0.0
-    return Prepared(hessian, factor, (diagonal**2).astype(np.float32))
+    diagonal = _take_root(matrix)
+    hessian, factor = np.empty((2, k, k), np.float32)
+    take_apart(matrix, diagonal, hessian, factor)
+    return Prepared(hessian, factor, (matrix.diagonal() ** 2).astype(np.float32))
 
 
-def _upper_root(matrix: F64Array) -> F64Array:
-    """R, upper triangular, with R R^T = matrix; where rounding left it short of positive, the diagonal is raised."""
-    mean = matrix.diagonal().mean()
+def _take_root(matrix: F64Array) -> F64Array:
+    """`take_root`, the diagonal raised where rounding left the matrix short of positive; gives the diagonal."""
+    mean, diagonal = _mean_diagonal(matrix), matrix.diagonal().copy()
     for repair in _REPAIRS:
-        matrix.flat[:: len(matrix) + 1] += repair * mean
-        try:
-            root: F64Array = np.linalg.cholesky(matrix[::-1, ::-1]).astype(np.float64, copy=False)
-            return root[::-1, ::-1]
-        except np.linalg.LinAlgError:
-            continue
+        if repair:
+            diagonal += repair * mean
+            restore(matrix, diagonal)
+        if take_root(matrix):
+            return diagonal
     raise ValueError("no second moment: the matrix is far from positive semi-definite")
+
+
+def _mean_diagonal(matrix: F64Array) -> float:
+    return fsum(matrix.diagonal()) / len(matrix)
 
 
 def losses(errors: F32Array, prepared: Prepared) -> F64Array:
@@ -84,5 +88,5 @@ def losses(errors: F32Array, prepared: Prepared) -> F64Array:
         product = errors[:, columns].copy()  # d R of these columns, over R's diagonal
         np.negative(product, out=product)
         subtract_product(errors[:, : start + WINDOW], prepared.factor[: start + WINDOW, columns], product)
-        total += (product.astype(np.float64) ** 2) @ prepared.spread[columns].astype(np.float64)
+        add_squares(product, prepared.spread[columns], total)
     return total

@@ -6,6 +6,9 @@ and a code that lies between two levels would then depend on them too.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from pocketquant.formats import F32Array
 from pocketquant.formats.lanes import load, store
 from pocketquant.quant.rounding.kernel import jit
@@ -55,3 +58,11 @@ def subtract_product(a: F32Array, b: F32Array, out: F32Array) -> None:
                 for i in range(first, last):
                     x -= load(b[i], c) * a[r, i]
                 store(out[r], c, x)
+
+
+@jit
+def add_squares(a: F32Array, weights: F32Array, out: npt.NDArray[np.float64]) -> None:
+    """out f64[n] += the squares of a f32[n, q], weighed by weights f32[q], one after the other."""
+    for r in range(a.shape[0]):
+        for c in range(a.shape[1]):
+            out[r] += np.float64(a[r, c]) * np.float64(a[r, c]) * np.float64(weights[c])
