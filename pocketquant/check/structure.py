@@ -104,9 +104,7 @@ def _check_mtp(contents: Contents, n_trunk: int, n_mtp: int) -> Iterator[Finding
         if _layer_of(name) in present and FORMATS[entry.format].bits_per_weight < _MTP_LEAST_BITS
     ]
     for name in coarse:
-        message = (
-            f"{contents.entries[name].format} in the multi-token-prediction block, which llama-imatrix leaves out"
-        )
+        message = f"{contents.entries[name].format} in the multi-token-prediction block, which llama-imatrix leaves out"
         yield Finding(WARNING, "mtp-coarse", name, message, "keep the MTP block at Q5_K or better")
 
 

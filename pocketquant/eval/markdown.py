@@ -87,8 +87,8 @@ def _pack_note(pack: Mapping[str, Any]) -> str:
     if pack["is_lower_bound"]:
         return (
             f"The reference is a pack of {name}'s {pack['top']} most likely tokens per position: KL divergence and "
-            f"total variation are lower bounds, which showed {100 * floor['captured']:.0f} % of a small divergence when the "
-            f"pack was made."
+            f"total variation are lower bounds, which showed {100 * floor['captured']:.0f} % of a small divergence "
+            f"when the pack was made."
         )
     return f"The reference is a pack of {name}, {floor['kld_mean']:.1g} nats from that file itself."
 

@@ -153,8 +153,8 @@ def test_sidecars_are_split_or_refused(whole: Path, tmp_path: Path) -> None:
 def test_make_splits_the_block_as_well(whole: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 200)
-    options = ["--text", text, "--context", 64, "--chunks", 2, "--imatrix", "none", "--recipe", "q8_0"]
-    run("make", whole, "--out", tmp_path / "out", *options, "--mmproj", "pocket_mmproj", "--split-max-size", "900k", "--quiet")
+    options = ["--text", text, "--context", 64, "--chunks", 2, "--imatrix", "none", "--recipe", "q8_0", "--quiet"]
+    run("make", whole, "--out", tmp_path / "out", *options, "--mmproj", "pocket_mmproj", "--split-max-size", "900k")
     shards = sorted((tmp_path / "out").glob("mtp-*-of-*.gguf"))
     assert len(shards) > 1
     assert all(path.stat().st_size <= 900_000 for path in (tmp_path / "out").glob("*.gguf"))
