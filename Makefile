@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= auto
 
-.PHONY: setup demo test check docs bench peers build clean
+.PHONY: setup demo test check docs bench bench-quality peers build clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
@@ -26,6 +26,10 @@ check: setup
 
 docs: setup
 	$(BIN)/python tools/make_reference.py
+
+# Loss per byte against llama.cpp's quantizer; QUALITY="--source ... --calibration ... --evaluation NAME=FILE ..."
+bench-quality: setup
+	$(BIN)/python benchmarks/quality.py $(QUALITY)
 
 bench: setup
 	$(BIN)/python benchmarks/run.py $(BENCH)

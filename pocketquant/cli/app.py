@@ -10,8 +10,12 @@ import typer
 from pocketquant.cli.calibrate import calibrate
 from pocketquant.cli.gate import gate
 from pocketquant.cli.planning import Request, encoding_on, open_source, read_rounding, run
+from pocketquant.cli.report import command_words, report
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.sensitivity import sensitivity as measure_sensitivity
 from pocketquant.cli.sizing import Sizing, read_sizing, recipe_app
+from pocketquant.cli.sweep import sweep
+from pocketquant.cli.tasks import eval_vision, smoke, tasks
 
 app = typer.Typer(
     help="Qwen3.5 checkpoints in, small GGUF files out, with the numbers of what quantization cost.",
@@ -22,7 +26,13 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 app.command()(calibrate)
+app.command("sensitivity")(measure_sensitivity)
 app.command()(gate)
+app.command()(tasks)
+app.command()(smoke)
+app.command("eval-vision")(eval_vision)
+app.command()(report)
+app.command()(sweep)
 
 Source = Annotated[
     str,
@@ -502,8 +512,10 @@ def make(
         typer.Option("--recipe", "-r", metavar="NAME|FILE.toml", help="One output each; default: pocket_4bit, q8_0."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="What to measure on; default: embedded text.")
+        list[str] | None,
+        typer.Option("--text", metavar="FILE|NAME=FILE|domains", help="As for eval; default: embedded text."),
     ] = None,
+    positions: Annotated[bool, typer.Option("--positions", help="Also by position in the window.")] = False,
     imatrix: Annotated[
         str | None,
         typer.Option("--imatrix", metavar="FILE|none", help="Importance matrix; default: one is made and kept."),
@@ -536,6 +548,7 @@ def make(
     quiet: Quiet = False,
 ) -> None:
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
+    from pocketquant.eval.texts import read_texts
     from pocketquant.make import DEFAULT_RECIPES, Bars, calibration_text, make_release, plan_release, to_markdown
     from pocketquant.splits import parse_size
 
@@ -546,9 +559,10 @@ def make(
     release = plan_release(
         source,
         recipes=recipe or DEFAULT_RECIPES,
-        text=text,
+        text=read_texts(text) if text else None,
         context=context,
         chunks=chunks,
+        positions=positions,
         imatrix=None if imatrix in (None, "none") else Path(imatrix),
         calibrate=(calibrate or calibration_text()) if imatrix is None else None,
         calibrate_chunks=calibrate_chunks,
@@ -581,7 +595,9 @@ def make(
         steps=lambda label: step_progress(label, quiet=quiet),
     )
     with encoding_on(scheduler) as encode:
-        result = make_release(release, out, threads=threads, gpu_layers=gpu_layers, bars=bars, run=encode)
+        result = make_release(
+            release, out, threads=threads, gpu_layers=gpu_layers, bars=bars, run=encode, command=command_words()
+        )
     if json:
         print_json(result)
     else:

@@ -5,8 +5,12 @@ recipes/        the built-in recipes
 importance.py   importance matrices in llama.cpp's format
 collect.py      one made by running a model over a text
 observing.py    what llama.cpp multiplies, read from its memory
+statistics.py   second moments of inputs and gradients, read; statistics_writing.py: written and merged
+calibrating.py  those of inputs, made by running a model over texts; moments.py: the sums
+curvature.py    those of gradients, with torch; curvature_states.py: what lies between the layers
 planning.py     the output file, decided
 sensitivity.py  what rounding each tensor is predicted to lose, from sensitivity.toml
+prediction.py   the same for this very model, from its statistics; loss_table.py: the table; measuring.py: by runs
 knapsack.py     one choice for each item, least loss within a budget, exactly
 allocation.py   a size as the input: the types that are predicted to lose least
 explain.py      what each role takes and loses, and what the next change would do

@@ -1,10 +1,10 @@
 """A size as the input: the format of every tensor, so that the whole file fits and the predicted loss is least.
 
-What a choice costs comes from `sensitivity`, the best of all choices from `knapsack`, and the result is an ordinary
-recipe, planned like any other. Formats on offer are those with fast kernels on phones (ARM repacking in llama.cpp,
-ggml/src/ggml-cpu/repack.cpp): Q4_K, Q5_K, Q6_K, Q8_0, and F16, which pays for the few weights that steer DeltaNet and
-above 8.5 bits per weight. Q3_K has no such kernels and is offered for small targets only. Rows that are no multiple of
-256 have IQ4_NL, Q8_0 and F16, other rows F16.
+What a choice costs comes from `prediction` (statistics of this model) or `sensitivity` (figures of others), the best of
+all choices from `knapsack`, and the result is an ordinary recipe, planned like any other. Formats on offer are those
+with fast kernels on phones (ARM repacking in llama.cpp, ggml/src/ggml-cpu/repack.cpp): IQ4_NL, Q4_K, Q5_K, Q6_K, Q8_0,
+and F16, which pays for the few weights that steer DeltaNet and above 8.5 bits per weight. Q3_K and IQ4_XS have no such
+kernels; for phones Q3_K is offered for small targets only, and IQ4_XS not at all.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Plan, Role, Tensor, Value, padded
 from pocketquant.quant.importance import Importance
 from pocketquant.quant.knapsack import MOST_LOSS, select
+from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
 from pocketquant.quant.sensitivity import Prediction, Sensitivity, read_sensitivity
 
-FORMATS_ON_OFFER = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-"""By ascending size. IQ4_NL only where a row does not fit the others."""
+FORMATS_ON_OFFER = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+"""By ascending size. By figures of other models, IQ4_NL is offered only where a row does not fit the others."""
+
+DEVICES = {"phone": frozenset(FORMATS_ON_OFFER) - {"IQ4_XS"}, "any": frozenset(FORMATS_ON_OFFER)}
+"""What a file is for -> formats that run fast there."""
 
 SMALL_TARGET = 4.75
 """Q3_K is offered below so many bits per weight, or where nothing else fits. On the published figures it saves nothing
@@ -33,7 +37,7 @@ above: 0.1 % of the predicted loss at 4.7 bits for 4B, nothing for 0.8B. Below i
 CLOSE_ENOUGH = 0.005
 """A target above the largest file by more than this part of it cannot be reached."""
 
-_BELOW_MTP = ("Q3_K", "IQ4_NL", "Q4_K")  # no importance matrix covers multi-token prediction: Q5_K or better
+_BELOW_MTP = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K")  # no importance matrix covers multi-token prediction: Q5_K or better
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,24 @@ class Allocation:
         return self.plan.bits_per_weight / (self.target.bits_per_weight or 1)
 
 
-def list_options(model: Model, prediction: Prediction) -> list[Options]:
+def list_options(model: Model, prediction: Prediction | LossTable, device: str = "phone") -> list[Options]:
     """What each place of a model can be; the tensors kept in F32 are no places."""
+    if device not in DEVICES:
+        raise RecipeError(f"unknown device {device!r}; there is: {', '.join(DEVICES)}")
     places: dict[Place, list[Tensor]] = {}
     for tensor in model.tensors:
         if not tensor.keep_f32:
             places.setdefault((tensor.role, tensor.layer), []).append(tensor)
     options = []
-    offered = [name for name in FORMATS_ON_OFFER if name in prediction.error]
     for place, tensors in places.items():
         n_layer = model.sizes["n_layer"]
-        formats = tuple(name for name in offered if all(_can_be(tensor, name, n_layer) for tensor in tensors))
+        formats = tuple(
+            name
+            for name in FORMATS_ON_OFFER
+            if name in DEVICES[device]
+            and all(prediction.has(tensor, name) and _can_be(tensor, name, n_layer) for tensor in tensors)
+            and not (name == "IQ4_NL" and isinstance(prediction, Prediction) and _has_superblocks(tensors))
+        )
         options.append(
             Options(
                 place,
@@ -118,9 +129,11 @@ def _can_be(tensor: Tensor, name: str, n_layer: int) -> bool:
         return name == "F16"
     if tensor.layer is not None and tensor.layer >= n_layer and name in _BELOW_MTP:
         return False
-    if name == "IQ4_NL" and tensor.n_cols % FORMATS["Q4_K"].block_len == 0:
-        return False
     return tensor.n_cols % FORMATS[name].block_len == 0
+
+
+def _has_superblocks(tensors: list[Tensor]) -> bool:
+    return all(tensor.n_cols % FORMATS["Q4_K"].block_len == 0 for tensor in tensors)
 
 
 def _bytes(tensor: Tensor, name: str) -> int:
@@ -130,9 +143,11 @@ def _bytes(tensor: Tensor, name: str) -> int:
 def plan_to_target(
     model: Model,
     target: Target,
-    sensitivity: Sensitivity | None = None,
+    sensitivity: Sensitivity | LossTable | None = None,
     importance: Importance | None = None,
     metadata_extra: Mapping[str, Value] | None = None,
+    device: str = "phone",
+    recipe_name: str | None = None,
 ) -> Allocation:
     """Plans the file that loses least, by prediction, among those that are not larger than the target.
 
@@ -140,27 +155,32 @@ def plan_to_target(
         model: the opened source.
         target: bytes of the whole file, header and alignment included; or bits per weight, counting the alignment.
         sensitivity: the table to predict with; None for the one that comes with the package.
-        importance, metadata_extra: as for `plan`.
+        importance, metadata_extra: as for `plan`. What the file's rounding adds to the metadata
+            (`rounding.encoding.rounding_metadata`) belongs here, so that the size is decided with it.
+        device: one of `DEVICES`.
+        recipe_name: what the file says it was made by; None for one that says the target.
 
     Raises:
         RecipeError: the target is beyond what the formats reach (the range is named), roles without a sensitivity, or
             what `plan` raises.
     """
+    name = recipe_name or target.recipe_name
     prediction = (sensitivity or read_sensitivity()).predict(model)
-    options = list_options(model, prediction)
+    options = list_options(model, prediction, device)
     if not options:
         raise RecipeError("the model has no tensor whose type could be chosen")
     # All plans have one name and so one length of header, but for the keys of an importance matrix, which nothing
     # uses where no tensor is quantized; the smallest plan has them.
-    smallest = plan(model, _recipe(model, target, options, [0] * len(options)), importance, metadata_extra)
+    smallest = plan(model, _recipe(model, name, target, options, [0] * len(options)), importance, metadata_extra)
     kept = sum(padded(item.nbytes) for item in smallest.tensors if item.tensor.keep_f32)
     budget = _budget(model, target, len(smallest.header), kept, options)
-    options = _without_q3_k(model, options, budget)
+    if device == "phone":
+        options = _without_q3_k(model, options, budget)
 
     total = sum(max(option.loss) for option in options)
     unit = total / (MOST_LOSS - 2 * len(options)) or 1.0
     found = select([o.nbytes for o in options], [[round(x / unit) for x in o.loss] for o in options], budget)
-    recipe = _recipe(model, target, options, found.choices)
+    recipe = _recipe(model, name, target, options, found.choices)
     planned = plan(model, recipe, importance, metadata_extra)
     loss = sum(option.loss[i] for option, i in zip(options, found.choices, strict=True))
     return Allocation(target, recipe, planned, loss, loss * (found.lower_bound / found.loss if found.loss else 1.0))
@@ -179,10 +199,12 @@ def _without_q3_k(model: Model, options: list[Options], budget: int) -> list[Opt
     return options if is_small else fast
 
 
-def _recipe(model: Model, target: Target, options: list[Options], choices: list[int] | tuple[int, ...]) -> Recipe:
+def _recipe(
+    model: Model, name: str, target: Target, options: list[Options], choices: list[int] | tuple[int, ...]
+) -> Recipe:
     types = {option.place: FORMATS[option.formats[i]] for option, i in zip(options, choices, strict=True)}
     description = f"the least predicted loss within {target}"
-    recipe = recipe_of_types(target.recipe_name, description, types, description)
+    recipe = recipe_of_types(name, description, types, description)
     check_types(model, recipe, types)
     return recipe
 

@@ -9,6 +9,7 @@ from typing import Any
 from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Plan, PlannedTensor, padded
 from pocketquant.quant.allocation import Options, list_options
+from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.recipe_text import Place
 from pocketquant.quant.sensitivity import Sensitivity
 
@@ -65,14 +66,14 @@ class Explanation:
         return asdict(self)
 
 
-def explain(plan: Plan, model: Model, sensitivity: Sensitivity) -> Explanation:
+def explain(plan: Plan, model: Model, sensitivity: Sensitivity | LossTable, device: str = "phone") -> Explanation:
     """Explains any plan of a model, whether it was made to a target or by a recipe.
 
     Raises:
         RecipeError: roles that the table has no sensitivity for, or formats that it has no error for.
     """
     prediction = sensitivity.predict(model)
-    options = {option.place: option for option in list_options(model, prediction)}
+    options = {option.place: option for option in list_options(model, prediction, device)}
     places: dict[Place, list[PlannedTensor]] = {}
     for item in plan.tensors:
         if (item.tensor.role, item.tensor.layer) in options and not item.tensor.keep_f32:

@@ -67,7 +67,8 @@ UNTIED_EMBED = 0.25
 """An embedding that is not the head as well, relative to one that is. An assumption."""
 
 _SCHEMA = 1
-_EXACT = ("F32", "F16", "BF16")
+EXACT = ("F32", "F16", "BF16")
+"""Formats that lose nothing that counts."""
 _MEASURED_KEYS = {"model", "n_weights", "n_layer", "probe", "floor", "whole_model", "roles"}
 
 
@@ -131,7 +132,7 @@ class Sensitivity:
         names = set.intersection(*(set(item.whole_model) for item in self.measured))
         whole = {name: self._between([item.whole_model[name] for item in self.measured], n_weights) for name in names}
         scale = whole["Q4_K"] / (sum(figures.values()) or 1.0)
-        error = {name: figure / whole["Q4_K"] for name, figure in whole.items()} | dict.fromkeys(_EXACT, 0.0)
+        error = {name: figure / whole["Q4_K"] for name, figure in whole.items()} | dict.fromkeys(EXACT, 0.0)
         return Prediction(
             {name: figure * scale for name, figure in figures.items()},
             {name: error[name] for name in FORMATS if name in error},
@@ -175,6 +176,10 @@ class Prediction:
 
     at_q4_k: Mapping[str, float]
     error: Mapping[str, float]
+
+    def has(self, tensor: Tensor, format_name: str) -> bool:
+        """Whether there is a figure."""
+        return format_name in self.error
 
     def loss(self, tensor: Tensor, format_name: str) -> float:
         """Expected loss of one tensor in a format, in nats a token; RecipeError if the table says nothing of it."""
@@ -249,7 +254,7 @@ def _measured(entry: Mapping[str, Any], where: str, faults: list[str]) -> Measur
     if "Q4_K" not in whole:
         faults.append(f"{where}whole_model: no figure for Q4_K, which all others are relative to")
     for name, figure in whole.items():
-        if name not in FORMATS or name in _EXACT:
+        if name not in FORMATS or name in EXACT:
             faults.append(f"{where}whole_model: unknown format {name!r}")
         elif not _is_number(figure) or figure <= floor:
             faults.append(f"{where}whole_model.{name}: expected a number above the floor of {floor}, got {figure!r}")

@@ -18,7 +18,7 @@ from pocketquant.gguf_file import open_gguf
 from pocketquant.quant import Importance, builtin_recipes
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
-RECIPES = [name for name in builtin_recipes() if name not in ("pocket_4bit", "pocket_mmproj", "f32", "f16", "bf16")]
+RECIPES = [name for name in builtin_recipes() if not name.startswith("pocket_") and name not in ("f32", "f16", "bf16")]
 SIZE_TOLERANCE = 4096
 
 

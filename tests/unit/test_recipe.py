@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from qwen35_inventory import QWEN35_08B, QWEN35_4B, Dimensions, build_model
+from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B, Dimensions, build_model
 
 from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS
@@ -24,7 +24,8 @@ def chosen(model: Model, text: str, has_importance: bool = False) -> dict[str, s
 
 
 def test_builtin_recipes_are_all_there_and_named_like_their_files() -> None:
-    wanted = "bf16 f16 f32 iq4_nl iq4_xs pocket_4bit pocket_mmproj q4_0 q4_k_m q4_k_s q5_k_m q5_k_s q6_k q8_0"
+    wanted = "bf16 f16 f32 iq4_nl iq4_xs pocket_4bit pocket_5bit pocket_8bit pocket_mmproj q4_0 "
+    wanted += "q4_k_m q4_k_s q5_k_m q5_k_s q6_k q8_0"
     assert builtin_recipes() == tuple(wanted.split())
     for name in builtin_recipes():
         assert open_recipe(name).name == name
@@ -226,6 +227,15 @@ def test_pocket_4bit_is_no_larger_than_q4_k_m(shape: Dimensions) -> None:
     assert sizes["pocket_4bit"] <= sizes["q4_k_m"]
     if shape is QWEN35_4B:
         assert sizes["pocket_4bit"] < 2.70e9, "leaves room for a vision tower under 3.00e9 bytes"
+
+
+@pytest.mark.parametrize("shape", [QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B])
+def test_larger_pocket_recipes_are_the_size_they_say(shape: Dimensions) -> None:
+    model = build_model(shape)
+    names = ("pocket_5bit", "q5_k_m", "pocket_8bit", "q8_0")
+    sizes = {name: plan(model, open_recipe(name)).file_bytes for name in names}
+    assert sizes["pocket_5bit"] <= 1.01 * sizes["q5_k_m"]
+    assert sizes["pocket_8bit"] <= 1.002 * sizes["q8_0"]
 
 
 def test_pocket_4bit_keeps_deltanet_s_gates_fine_and_takes_formats_with_fast_paths_on_phones() -> None:

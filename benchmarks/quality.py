@@ -1,0 +1,371 @@
+"""Loss per byte: our files against llama.cpp's quantizer with an importance matrix, at bytes no larger than its.
+
+    python benchmarks/quality.py [--source CHECKPOINT] [--calibration FILE...] [--evaluation NAME=FILE...]
+                                 [--stats FILE] [--sensitivity FILE] [--chunks N] [--sizes Q4_K_M,...] [--ablation]
+                                 [--keep FOLDER]
+
+Without files of your own: the embedded model and its texts. Both sides calibrate on the same texts: the peer by an
+importance matrix (llama.cpp's own quantizer, in this process), ours by `pocketquant calibrate`. Every file is scored
+against F32 on texts that neither saw, by llama.cpp's kernels ("native"), and dequantized to F32 ("weights only"), which
+leaves out what the kernels' rounding of activations costs. Columns: bytes, mean KL divergence with its standard error,
+99th percentile, same top token, ratio of the means to the peer's of that size. `--ablation` has one row per step at
+Q4_K_M's bytes. `--keep` holds what was made, and an interrupted run goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketquant.convert.sources import open_model
+from pocketquant.demo import checkpoint_dir, text_path
+from pocketquant.eval.compare import compare
+from pocketquant.eval.corpus import Text
+from pocketquant.files import sha256_of
+from pocketquant.gguf_file import open_gguf
+from pocketquant.model import Model, Plan
+from pocketquant.pipeline import write
+from pocketquant.quant import open_recipe, plan
+from pocketquant.quant.allocation import Target, plan_to_target
+from pocketquant.quant.calibrating import calibrate, cut_texts
+from pocketquant.quant.importance import Importance
+from pocketquant.quant.loss_table import LossTable, read_figures, write_losses
+from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.rounding.encoding import STEPS, rounding_metadata, with_rounding
+from pocketquant.quant.rounding.rows import Rounding
+from pocketquant.quant.sensitivity import Sensitivity
+from pocketquant.quant.statistics import Statistics, open_statistics
+from pocketquant.quant.statistics_writing import merge_statistics
+
+SIZES = {"Q3_K_M": 12, "IQ4_XS": 30, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
+"""llama.cpp's file types (include/llama.h) that are compared with."""
+
+RECIPES = {"IQ4_XS": "iq4_xs", "Q4_K_S": "q4_k_s", "Q4_K_M": "q4_k_m", "Q5_K_M": "q5_k_m", "Q6_K": "q6_k"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run needs: files in `folder`, the source in F32, texts, windows, what to choose types by."""
+
+    folder: Path
+    reference: Path
+    texts: tuple[Text, ...]
+    context: int
+    chunks: int
+    threads: int
+    importance: Importance
+    statistics: Statistics
+    sensitivity: Path | None
+    device: str
+    kinds: tuple[str, ...]
+
+    @property
+    def model(self) -> Model:
+        return open_gguf(self.reference)
+
+    @property
+    def mark(self) -> str:
+        """For the names of files: what they depend on besides the model."""
+        return self.device + ("" if self.sensitivity is None else f" {sha256_of(self.sensitivity)[:8]}")
+
+    def table(self, steps: str, gradients: bool) -> LossTable:
+        """Predicted losses for one way of rounding; made once."""
+        table = None if self.sensitivity is None or gradients else read_figures(self.sensitivity)
+        path = self.folder / f"losses {steps} {'curvature' if gradients else 'inputs'} {self.mark}.json"
+        if not path.exists():
+            assert table is None or isinstance(table, Sensitivity)
+            options = None if steps == "none" else STEPS[steps]
+            made = predict_losses(
+                self.model,
+                self.statistics,
+                rounding=options,
+                sensitivity=table,
+                use_gradients=gradients,
+                activations=True,
+                thorough=True,
+            )
+            write_losses(made, path)
+        found = read_figures(path)
+        assert isinstance(found, LossTable)
+        return found
+
+
+def quantize_peer(bench: Bench, file_type: int, out: Path) -> None:
+    """llama.cpp's own file of a type, with the importance matrix."""
+    import llama_cpp.llama_cpp as llama
+
+    llama.llama_log_set(_silent(llama), ctypes.c_void_p(0))
+    weights = bench.importance.weights
+    entries = (llama.llama_model_imatrix_data * (len(weights) + 1))()
+    for entry, (name, values) in zip(entries, weights.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.imatrix = file_type, bench.threads, entries
+    source, target = str(bench.reference).encode(), str(out).encode()
+    if llama.llama_model_quantize(source, target, ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp could not quantize to file type {file_type}")
+
+
+_kept: list[Any] = []
+
+
+def _silent(llama: Any) -> Any:
+    if not _kept:
+        _kept.append(llama.llama_log_callback(lambda level, text, data: None))
+    return _kept[0]
+
+
+def plan_ours(bench: Bench, nbytes: int, steps: str, gradients: bool) -> Plan:
+    """The file of at most so many bytes that is predicted to lose least when rounded by these steps."""
+    table = bench.table(steps, gradients)
+    if steps == "none":
+        return plan_to_target(bench.model, Target(nbytes), table, bench.importance, device=bench.device).plan
+    options = _options(steps, gradients)
+    extra = rounding_metadata(bench.statistics, options)
+    made = plan_to_target(bench.model, Target(nbytes), table, None, extra, device=bench.device)
+    return with_rounding(made.plan, bench.statistics, options)
+
+
+def _options(steps: str, gradients: bool) -> Rounding:
+    return STEPS[steps if gradients or steps != "two-sided" else "descent"]
+
+
+def plan_with_prior(bench: Bench, nbytes: int) -> Plan:
+    """The same without any statistics or runs of this model."""
+    figures = read_figures(bench.sensitivity)
+    return plan_to_target(bench.model, Target(nbytes), figures, bench.importance, device=bench.device).plan
+
+
+def plan_recipe(bench: Bench, recipe: str, steps: str) -> Plan:
+    """A recipe's types in our own rounding."""
+    if steps == "none":
+        return plan(bench.model, open_recipe(recipe), bench.importance)
+    return with_rounding(plan(bench.model, open_recipe(recipe)), bench.statistics, STEPS[steps])
+
+
+def score(bench: Bench, path: Path, kind: str) -> dict[str, Any]:
+    """The numbers of a file on every text; `kind` is "native" or "weights only". Kept beside the file."""
+    result = path.with_suffix(f".{kind.split()[0]}.json")
+    run = {"sha256": sha256_of(path), "texts": [sha256_of(text.path) for text in bench.texts]}
+    run |= {"context": bench.context, "chunks": bench.chunks}
+    if result.exists():
+        kept = json.loads(result.read_text())
+        if kept.pop("run") == run:
+            return kept
+    judged = path
+    if kind == "weights only":
+        judged = path.with_suffix(".f32.gguf")
+        write(plan(open_gguf(path), open_recipe("f32")), judged, threads=bench.threads)
+    numbers: dict[str, Any] = {}
+    for text in bench.texts:
+        report = compare(
+            judged, bench.reference, [text], context=bench.context, chunks=bench.chunks, threads=bench.threads
+        )
+        kld, top = report.metrics.kld, report.metrics.top1
+        numbers[text.domain] = {"mean": kld.mean, "se": kld.se or 0.0, "p99": kld.p99, "top": top.mean}
+    if judged is not path:
+        judged.unlink()
+    result.write_text(json.dumps({"run": run} | numbers))
+    return numbers
+
+
+def make(bench: Bench, name: str, maker: Callable[[], Plan] | None, file_type: int = 0) -> Path:
+    """The file of that name, made if it is not there."""
+    path = bench.folder / f"{name.replace(' ', '_').replace(',', '')}.gguf"
+    if not path.exists():
+        started = time.process_time()
+        if maker is None:
+            unfinished = path.with_suffix(".part")
+            quantize_peer(bench, file_type, unfinished)
+            unfinished.rename(path)
+        else:
+            write(maker(), path, threads=bench.threads)
+        print(f"{path.name}: {time.process_time() - started:.0f} CPU s", file=sys.stderr)
+    return path
+
+
+def print_table(bench: Bench, rows: Sequence[tuple[str, str, Path, Path]]) -> None:
+    """Rows are (size, method, file, the peer's file)."""
+    for text in bench.texts:
+        print(f"\n{text.domain} ({text.path.name}), context {bench.context}, up to {bench.chunks} windows\n")
+        titles = ["size", "method", "bytes", "native KL", "p99", "same top", "ratio"]
+        titles += ["weights-only KL", "ratio"] * (len(bench.kinds) > 1)
+        print(f"| {' | '.join(titles)} |\n|---|---|{'---:|' * (len(titles) - 2)}")
+        for size, method, path, peer in rows:
+            cells = [size, method, f"{path.stat().st_size:,}"]
+            for kind in bench.kinds:
+                own, other = (score(bench, file, kind)[text.domain] for file in (path, peer))
+                cells.append(f"{own['mean']:.6f} ± {own['se']:.6f}")
+                if kind == "native":
+                    cells += [f"{own['p99']:.4f}", f"{100 * own['top']:.2f} %"]
+                cells.append(f"{own['mean'] / other['mean']:.3f}")
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def compare_sizes(bench: Bench, sizes: Sequence[str], methods: Sequence[str]) -> None:
+    """The table against the peer at each of its sizes."""
+    rows = []
+    for size in sizes:
+        peer = make(bench, f"peer {size}", None, SIZES[size])
+        nbytes = peer.stat().st_size
+        made = [("peer", peer)]
+        for method in methods:
+            if bench.statistics.has_outputs or "curvature" not in method:
+                maker = lambda m=method, n=nbytes: METHODS[m](bench, n)  # noqa: E731
+                made.append((method, make(bench, f"{size} {method} {bench.mark}", maker)))
+        rows += [(size, method, path, peer) for method, path in made]
+        for _, path in made:
+            for kind in bench.kinds:
+                score(bench, path, kind)
+        print(f"{size}: done", file=sys.stderr, flush=True)
+    print_table(bench, rows)
+
+
+METHODS: dict[str, Callable[[Bench, int], Plan]] = {
+    "types only, no statistics": plan_with_prior,
+    "types only, curvature": lambda bench, nbytes: plan_ours(bench, nbytes, "none", True),
+    "types and rounding, no gradients": lambda bench, nbytes: plan_ours(bench, nbytes, "descent", False),
+    "types and rounding, curvature": lambda bench, nbytes: plan_ours(bench, nbytes, "two-sided", True),
+}
+"""Rows beside the peer's."""
+
+
+def ablate(bench: Bench) -> None:
+    """One row per step, at Q4_K_M's bytes."""
+    peer = make(bench, "peer Q4_K_M", None, SIZES["Q4_K_M"])
+    nbytes = peer.stat().st_size
+    rows = [("peer", peer)]
+    has_gradients = bench.statistics.has_outputs
+    for steps in ("none", *STEPS):
+        if steps != "two-sided" or has_gradients:
+            label = f"its types, rounding {steps}"
+            rows.append((label, make(bench, label, lambda s=steps: plan_recipe(bench, "q4_k_m", s))))
+    label = "types without statistics, rounding none"
+    rows.append((label, make(bench, f"{label} {bench.mark}", lambda: plan_with_prior(bench, nbytes))))
+    for gradients in (False, True)[: 1 + has_gradients]:
+        for steps in ("none", *STEPS):
+            if steps == "two-sided" and not gradients:
+                continue
+            label = f"types {'by curvature' if gradients else 'without gradients'}, rounding {steps}"
+            maker = lambda s=steps, g=gradients: plan_ours(bench, nbytes, s, g)  # noqa: E731
+            rows.append((label, make(bench, f"{label} {bench.mark}", maker)))
+    print_table(bench, [("Q4_K_M", method, path, peer) for method, path in rows])
+
+
+def print_floor(bench: Bench) -> None:
+    """What the order of sums alone makes of the numbers."""
+    report = compare(
+        bench.folder / "peer_Q6_K.gguf" if (bench.folder / "peer_Q6_K.gguf").exists() else bench.reference,
+        bench.reference,
+        [bench.texts[0]],
+        context=bench.context,
+        chunks=8,
+        threads=bench.threads,
+        noise_floor=True,
+    )
+    assert report.noise_floor is not None
+    mean = report.noise_floor.metrics.kld.mean
+    print(f"\nnoise floor (the same file at another batch size): mean KL {mean:.2g}")
+
+
+def prepare(asked: argparse.Namespace, folder: Path) -> Bench:
+    """The files that all rows share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = folder / "reference-f32.gguf"
+    if not reference.exists():
+        write(plan(open_model(str(asked.source)), open_recipe("f32")), reference)
+    calibration = asked.calibration or [text_path("calibration")]
+    evaluation = [_text(each) for each in asked.evaluation or [str(text_path("evaluation"))]]
+    stats = asked.stats or folder / "calibration.stats"
+    if not stats.exists():
+        make_statistics(reference, calibration, stats, asked.context)
+    statistics = open_statistics(stats)
+    return Bench(
+        folder,
+        reference,
+        tuple(evaluation),
+        asked.context,
+        asked.chunks,
+        asked.threads,
+        importance_of(statistics),
+        statistics,
+        asked.sensitivity,
+        asked.device,
+        ("native",) if asked.native_only else ("native", "weights only"),
+    )
+
+
+def importance_of(statistics: Statistics) -> Importance:
+    """What llama-imatrix makes of the same text: the mean squared inputs of the blocks' weights, the diagonal of H."""
+    weights = {}
+    for name in statistics.shared:
+        if name.startswith("blk."):
+            n_expert = statistics.entries[statistics.shared[name] + "/input"].shape[0]
+            found = [statistics.input(name, expert if n_expert > 1 else None) for expert in range(n_expert)]
+            side = next(len(moment) for moment in found if moment is not None)
+            rows = [np.ones(side) if moment is None else moment.diagonal() for moment in found]
+            weights[name] = np.ascontiguousarray(np.squeeze(np.stack(rows)), np.float32)
+    return Importance(weights, "calibration", tuple(text.name for text in statistics.texts))
+
+
+def make_statistics(reference: Path, texts: Sequence[Path], out: Path, context: int) -> None:
+    """With gradients where torch is installed."""
+    try:
+        from pocketquant.quant.curvature import collect_curvature, require_torch
+
+        require_torch()
+    except Exception as error:
+        print(f"no gradients: {error}", file=sys.stderr)
+        calibrate(reference, [str(text) for text in texts], out, context=context)
+        return
+    inputs, gradients = out.with_suffix(".inputs"), out.with_suffix(".gradients")
+    windows, read = cut_texts(reference, [str(text) for text in texts], context, None, None, 0, 0)
+    calibrate(reference, [str(text) for text in texts], inputs, context=context)
+    collect_curvature(open_gguf(reference), windows, read, gradients)
+    merge_statistics([inputs, gradients], out)
+
+
+def _text(stated: str) -> Text:
+    name, _, path = stated.rpartition("=")
+    return Text(name or Path(path).stem, Path(path))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=checkpoint_dir())
+    parser.add_argument("--calibration", type=Path, nargs="+")
+    parser.add_argument("--evaluation", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("--stats", type=Path)
+    parser.add_argument("--sensitivity", type=Path)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--chunks", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--device", default="any")
+    parser.add_argument("--methods", type=int, nargs="+", default=range(len(METHODS)), help="rows, by number")
+    parser.add_argument("--native-only", action="store_true", help="leave out the runs of dequantized weights")
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    asked, _ = parser.parse_known_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        bench = prepare(asked, asked.keep or Path(name))
+        if asked.ablation:
+            ablate(bench)
+        else:
+            compare_sizes(bench, asked.sizes.split(","), [list(METHODS)[i] for i in asked.methods])
+        print_floor(bench)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,236 @@
+"""Predicted losses are what their definition says, and a choice of types made by them is the least of their sums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketquant import open_model, open_recipe, plan
+from pocketquant.errors import RecipeError
+from pocketquant.formats import FORMATS
+from pocketquant.gguf_file import open_gguf
+from pocketquant.model import Model, Role, Tensor
+from pocketquant.quant.allocation import Target, list_options, plan_to_target
+from pocketquant.quant.explain import explain
+from pocketquant.quant.loss_table import SCHEMA, LossTable, parse_losses, read_figures, write_losses
+from pocketquant.quant.measuring import list_groups
+from pocketquant.quant.prediction import _TAIL, PREDICTED, _rounding_variance, predict_losses
+from pocketquant.quant.rounding.encoding import STEPS, with_rounding
+from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
+from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, HEAD, INPUT, OUTPUT, Text, fingerprint, open_statistics
+from pocketquant.quant.statistics_writing import About, triangles, write_statistics
+
+UP, GATE, EMBED = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "token_embd.weight"
+
+
+def moment_of(k: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    samples = (rng.standard_normal((2 * k, k // 4)) @ rng.standard_normal((k // 4, k))) * rng.lognormal(0.0, 1.0, k)
+    return (samples.T @ samples / len(samples)).astype(np.float32)
+
+
+@pytest.fixture
+def model(demo_gguf: Callable[[str], Path]) -> Model:
+    return open_gguf(demo_gguf("f32"))
+
+
+@pytest.fixture
+def statistics(tmp_path: Path, model: Model) -> Path:
+    """One layer with inputs and outputs, one that shares its inputs, and the tied head with two groups of rows."""
+    layout, pieces = {}, []
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    up, embed = tensors[UP], tensors[EMBED]
+    sides = {UP + INPUT: up.n_cols, UP + OUTPUT: up.n_rows, EMBED_OUTPUT: embed.n_cols}
+    for seed, (name, side) in enumerate(sides.items()):
+        layout[name], layout[name + COUNT] = triangles(1, side), ("I64", (1,))
+        pieces += [(name, 0, moment_of(side, seed)), (name + COUNT, None, np.array([99]))]
+    rng = np.random.default_rng(7)
+    vectors = {
+        HEAD[0]: (np.arange(embed.n_rows) % 2).astype(np.int32),
+        HEAD[1]: rng.random(embed.n_rows) + 0.1,
+        HEAD[2]: rng.dirichlet(np.ones(embed.n_rows)),
+    }
+    for name, vector in vectors.items():
+        layout[name] = ("I32" if vector.dtype == np.int32 else "F64", vector.shape)
+        pieces.append((name, None, vector))
+    layout[HEAD[3]], layout[HEAD[3] + COUNT] = triangles(2, embed.n_cols), ("I64", (2,))
+    pieces += [(HEAD[3], i, moment_of(embed.n_cols, 20 + i) * (1 + i)) for i in range(2)]
+    pieces.append((HEAD[3] + COUNT, None, np.array([99, 99])))
+    path = tmp_path / "made.stats"
+    about = About(99, fingerprint(model), (Text("a.txt", 99, "0" * 64),), {GATE: UP})
+    write_statistics(path, about, layout, pieces)
+    return path
+
+
+def find(model: Model, name: str) -> Tensor:
+    return next(tensor for tensor in model.tensors if tensor.name == name)
+
+
+def error_of(tensor: Tensor, name: str) -> np.ndarray:
+    rows = tensor.rows(0, tensor.n_rows)
+    return FORMATS[name].decode(FORMATS[name].encode(rows), tensor.n_cols).astype(np.float64) - rows
+
+
+@pytest.mark.parametrize("name", ["Q3_K", "IQ4_XS", "Q8_0"])
+def test_both_sides_known_the_loss_is_half_the_trace(name: str, model: Model, statistics: Path) -> None:
+    opened = open_statistics(statistics)
+    table = predict_losses(model, opened, rounding=None)
+    d, h, g = error_of(find(model, UP), name), opened.input(UP), opened.output(UP)
+    assert table.loss(find(model, UP), name) == pytest.approx(
+        0.5 * np.einsum("ab,bi,ij,aj->", g, d, h, d, optimize=True)
+    )
+
+
+def test_rows_of_a_tied_embedding_cost_what_head_and_frequency_say(model: Model, statistics: Path) -> None:
+    opened = open_statistics(statistics)
+    head, d = opened.head(), error_of(find(model, EMBED), "Q4_K")
+    assert head is not None
+    of_head = [head.row_scale[v] * d[v] @ head.moment(v % 2) @ d[v] for v in range(len(d))]
+    of_embedding = head.frequency * np.einsum("vi,ij,vj->v", d, head.embed_output, d, optimize=True)
+    expected = 0.5 * (sum(of_head) + of_embedding.sum())
+    table = predict_losses(model, opened, rounding=None)
+    assert table.loss(find(model, EMBED), "Q4_K") == pytest.approx(expected, rel=1e-5)
+    blind = predict_losses(model, opened, rounding=None, use_gradients=False)
+    assert blind.loss(find(model, EMBED), "Q4_K") == pytest.approx(0.5 * sum(of_head), rel=1e-5)
+
+
+def test_without_gradients_sensitivities_set_the_level_and_inputs_the_ratios(model: Model, statistics: Path) -> None:
+    opened, gate = open_statistics(statistics), find(model, GATE)
+    prior = read_sensitivity().predict(model)
+    table = predict_losses(model, opened, rounding=None)
+    assert table.loss(gate, "Q4_K") == pytest.approx(prior.loss(gate, "Q4_K"))
+    h = opened.input(UP)
+    lost = {
+        name: float(np.einsum("ai,ij,aj->", d, h, d, optimize=True))
+        for name in ("Q4_K", "Q6_K")
+        for d in [error_of(gate, name)]
+    }
+    ratio = table.loss(gate, "Q6_K") / table.loss(gate, "Q4_K")
+    assert ratio == pytest.approx(lost["Q6_K"] / lost["Q4_K"], rel=1e-5)
+    unknown = find(model, "blk.1.ffn_up.weight")  # nothing known of its inputs: every column alike
+    assert table.loss(unknown, "Q4_K") == pytest.approx(prior.loss(unknown, "Q4_K"))
+
+
+def test_the_error_is_the_rounders_own(model: Model, statistics: Path) -> None:
+    opened, up = open_statistics(statistics), find(model, UP)
+    h, g = opened.input(UP), opened.output(UP)
+    encoder = with_rounding(plan(model, open_recipe("q4_k_m")), opened).rounding[UP]
+    rows = up.rows(0, up.n_rows)
+    thorough = predict_losses(model, opened, formats=("Q4_K", "Q6_K"), thorough=True)
+    quick = predict_losses(model, opened, formats=("Q4_K", "Q6_K"))
+    plain = predict_losses(model, opened, formats=("Q4_K", "Q6_K"), rounding=None)
+    for name in ("Q4_K", "Q6_K"):
+        d = FORMATS[name].decode(encoder.encode(up, 0, up.n_rows, FORMATS[name]), up.n_cols).astype(np.float64) - rows
+        exact = 0.5 * np.einsum("ab,bi,ij,aj->", g, d, h, d, optimize=True)
+        assert thorough.loss(up, name) == pytest.approx(exact, rel=1e-4)
+        assert exact < 0.8 * plain.loss(up, name)
+        assert quick.loss(up, name) == pytest.approx(exact, rel=0.15)
+    assert quick.loss(up, "Q4_K") == pytest.approx(thorough.loss(up, "Q4_K"))
+
+
+@pytest.mark.parametrize("block", [32, 256])
+def test_the_variance_of_rounded_activations_is_that_of_rounding_them(block: int) -> None:
+    rng = np.random.default_rng(5)
+    deviations = rng.lognormal(0.0, 1.0, 512)
+    x = rng.standard_normal((4000, 512)) * deviations
+    blocks = x.reshape(4000, -1, block)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    error = (np.round(blocks / scale) * scale - blocks).reshape(x.shape)
+    predicted = _rounding_variance(deviations**2, block) / _TAIL
+    kept = deviations > 0.5  # smaller ones are rounded to zero and lose less
+    ratio = (error**2).mean(axis=0)[kept] / predicted[kept]
+    assert 0.7 < np.median(ratio) < 1.2
+
+
+def test_kernels_lose_more_beside_large_blocks(model: Model, statistics: Path) -> None:
+    opened, up = open_statistics(statistics), find(model, UP)
+    bare, with_kernels = (predict_losses(model, opened, rounding=None, activations=flag) for flag in (False, True))
+    added = {name: with_kernels.loss(up, name) - bare.loss(up, name) for name in PREDICTED}
+    assert added["Q4_K"] == pytest.approx(added["Q6_K"])
+    assert added["IQ4_NL"] == pytest.approx(added["Q8_0"])
+    assert 0 < added["Q8_0"] < 0.8 * added["Q4_K"]
+    w, g, h = up.rows(0, up.n_rows), opened.output(UP), opened.input(UP)
+    assert h is not None
+    expected = 0.5 * np.einsum("aj,ab,bj,j->", w, g, w, _rounding_variance(h.diagonal(), 32), optimize=True)
+    assert added["Q8_0"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_target_takes_the_table_and_says_its_sum(model: Model, statistics: Path) -> None:
+    table = predict_losses(model, open_statistics(statistics), rounding=STEPS["search"])
+    size = plan(model, open_recipe("q4_k_m")).file_bytes
+    made = plan_to_target(model, Target(size), table)
+    assert made.plan.file_bytes <= size
+    total = sum(table.loss(item.tensor, item.format.name) for item in made.plan.tensors)
+    assert made.predicted_loss == pytest.approx(total)
+    assert explain(made.plan, model, table).predicted_loss == pytest.approx(total)
+    recipe = plan(model, open_recipe("q4_k_m"))
+    assert total < sum(table.loss(item.tensor, item.format.name) for item in recipe.tensors)
+
+
+def test_devices_decide_what_is_on_offer(model: Model, statistics: Path) -> None:
+    table = predict_losses(model, open_statistics(statistics), rounding=None)
+    offered = {
+        device: {n for o in list_options(model, table, device) for n in o.formats} for device in ("phone", "any")
+    }
+    assert offered["any"] - offered["phone"] == {"IQ4_XS"}
+    assert "IQ4_NL" in offered["phone"]
+    with pytest.raises(RecipeError, match="phone, any"):
+        list_options(model, table, "toaster")
+
+
+def test_tables_survive_being_written(model: Model, statistics: Path, tmp_path: Path) -> None:
+    table = replace(predict_losses(model, open_statistics(statistics)), multipliers={Role.FFN_UP: 3.0})
+    write_losses(table, tmp_path / "t.json")
+    read = read_figures(tmp_path / "t.json")
+    assert isinstance(read, LossTable)
+    assert read == table
+    assert read.loss(find(model, UP), "Q4_K") == pytest.approx(3 * table.losses[UP]["Q4_K"])
+    assert set(table.losses[UP]) == set(PREDICTED)
+    assert isinstance(read_figures(None), Sensitivity)
+
+
+def test_tables_of_another_model_are_refused(model: Model, statistics: Path, checkpoint: Path) -> None:
+    table = predict_losses(model, open_statistics(statistics), rounding=None, formats=("Q4_K", "Q8_0"))
+    with pytest.raises(RecipeError, match="another model"):
+        plan_to_target(open_model(checkpoint), Target(bits_per_weight=5.0), table)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "other"}, "no table"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"losses": {}}, "no figures"),
+        ({"losses": {"a": {"Q9": 1.0}}}, "unknown format 'Q9'"),
+        ({"losses": {"a": {"Q4_K": -1.0}}}, "a.Q4_K"),
+        ({"losses": {"a": {"Q4_K": float("nan")}}}, "a.Q4_K"),
+        ({"losses": {"a": 5}}, "a: expected"),
+        ({"multipliers": {"nose": 1.0}}, "multipliers"),
+        ({"source": 3}, "source: missing"),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
+    good = {"schema": SCHEMA, "source": "x", "model_sha256": "0", "losses": {"a": {"Q4_K": 0.1}}}
+    assert parse_losses(json.dumps(good), "good").losses == {"a": {"Q4_K": 0.1}}
+    with pytest.raises(RecipeError, match=message):
+        parse_losses(json.dumps(good | change), "bad")
+
+
+def test_groups_are_every_tensor_once(model: Model) -> None:
+    weights = {tensor.name for tensor in model.tensors if not tensor.keep_f32}
+    for n_groups in (1, 2, 3, None):
+        groups = list_groups(model, n_groups)
+        names = [tensor.name for group in groups for tensor in group.tensors]
+        assert sorted(names) == sorted(weights)
+        of_down = [group.layers for group in groups if group.role is Role.FFN_DOWN]
+        assert (
+            of_down
+            == {1: [(0, 1, 2, 3)], 2: [(0,), (1, 2, 3)], 3: [(0,), (1, 2), (3,)], None: [(0,), (1,), (2,), (3,)]}[
+                n_groups
+            ]
+        )
