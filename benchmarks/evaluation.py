@@ -16,10 +16,11 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import COMMAND, Cost, median, run
+from processes import COMMAND, Cost, Row, compare, run, run_in_turn, to_markdown
 
 
 def make_demo(folder: Path) -> tuple[Path, Path, Path]:
@@ -48,40 +49,54 @@ def time_theirs(
     return base.then(run(peer, "-m", model, "--kl-divergence", *options))
 
 
-def main(arguments: list[str]) -> None:
+def measure(
+    repeats: int,
+    *,
+    peer: Path | None = None,
+    files: tuple[Path, Path, Path] | None = None,
+    context: int = 512,
+    chunks: int = 100,
+    threads: int | None = None,
+) -> Iterator[Row]:
+    """The one row, none without llama-perplexity; `files` are model, reference and text."""
+    found = peer / "llama-perplexity" if peer else shutil.which("llama-perplexity")
+    if found is None:
+        print("no llama-perplexity on the PATH: no row for the evaluation", file=sys.stderr)
+        return
+    sizes = (context, chunks, threads or len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as name:
+        chosen = files or make_demo(Path(name))
+        run(COMMAND, "eval", chosen[0], "--reference", chosen[1], "--text", chosen[2], "--chunks", 1)  # compiles
+        ours, theirs = run_in_turn(
+            repeats,
+            lambda: time_ours(chosen, *sizes),
+            lambda: time_theirs(Path(found), chosen, *sizes, Path(name) / "logits.bin"),
+        )
+    job = f"KL divergence, {chosen[0].stem}, up to {chunks} windows of {context}, {sizes[2]} threads"
+    yield compare(job, "llama-perplexity, both passes", ours, theirs)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int)
     for name in ("--model", "--reference", "--text"):
         parser.add_argument(name, type=Path)
-    asked, _ = parser.parse_known_args(arguments)
-    found = asked.peer / "llama-perplexity" if asked.peer else shutil.which("llama-perplexity")
-    if found is None:
-        print("evaluation: no llama-perplexity on the PATH; left out")
-        return
-    with tempfile.TemporaryDirectory() as name:
-        work, logits = Path(name), Path(name) / "logits.bin"
-        given = (asked.model, asked.reference, asked.text)
-        files = given if all(given) else make_demo(work)
-        sizes = (asked.context, asked.chunks, asked.threads)
-        run(COMMAND, "eval", files[0], "--reference", files[1], "--text", files[2], "--chunks", 1)  # compiles
-        pairs = [
-            (time_ours(files, *sizes), time_theirs(Path(found), files, *sizes, logits)) for _ in range(asked.repeats)
-        ]
-        stored = logits.stat().st_size
-    ours, theirs = median([pair[0] for pair in pairs]), median([pair[1] for pair in pairs])
-    print(f"KL divergence, {files[0].name} against {files[1].name}, context {sizes[0]}, up to {sizes[1]} windows,")
-    print(f"{sizes[2]} threads, medians of {asked.repeats}; ratios are theirs / ours")
-    print("| | wall s | CPU s | peak MB | stored MB |")
-    print("|---|---:|---:|---:|---:|")
-    for who, cost, megabytes in (("ours", ours, 0.0), ("theirs, both passes", theirs, stored / 1e6)):
-        print(f"| {who} | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.peak_bytes / 1e6:.0f} | {megabytes:.0f} |")
-    ratios = (theirs.wall / ours.wall, theirs.cpu / ours.cpu, theirs.peak_bytes / ours.peak_bytes)
-    print(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} | {ratios[2]:.2f} | |")
+    asked = parser.parse_args()
+    given = (asked.model, asked.reference, asked.text)
+    rows = measure(
+        asked.repeats,
+        peer=asked.peer,
+        files=given if all(given) else None,
+        context=asked.context,
+        chunks=asked.chunks,
+        threads=asked.threads,
+    )
+    print(to_markdown(list(rows)), end="")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

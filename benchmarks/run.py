@@ -1,6 +1,6 @@
 """`make bench`: one table of ratios against llama.cpp and `cp`, measured side by side on this machine.
 
-    python benchmarks/run.py [--size 0.8B|4B] [--repeats N] [--only kernels|pipeline] [--write README.md]
+    python benchmarks/run.py [--size 0.8B|4B] [--repeats N] [--only kernels|pipeline|evaluation] [--write README.md]
 
 `--write` puts the table between the lines `<!-- bench -->` and `<!-- /bench -->` of a file. A synthetic checkpoint is
 made in build/, or in --work: 1.5 GB and as much again for 0.8B, 8.4 GB and 20 GB more for 4B.
@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import evaluation
 import kernels
 import pipeline
 from checkpoints import SHAPES, make_checkpoint
@@ -58,16 +59,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="One table of ratios, measured side by side on this machine.")
     parser.add_argument("--size", choices=sorted(SHAPES), default="0.8B", help="shapes of the synthetic checkpoint")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each job; medians count")
-    parser.add_argument("--only", choices=("kernels", "pipeline"), help="half of the table")
+    parser.add_argument("--only", choices=("kernels", "pipeline", "evaluation"), help="a part of the table")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table in this file")
     parser.add_argument("--work", type=Path, default=ROOT / "build", help="folder on the disk to measure")
     arguments = parser.parse_args()
     if arguments.write:
         replace_block(arguments.write, "(being measured)\n")  # now rather than in an hour, if it cannot be written
     rows: list[Row] = []
-    if arguments.only != "pipeline":
+    if arguments.only in (None, "kernels"):
         rows += kernels.measure_formats(kernels.NAMES)
-    if arguments.only != "kernels":
+    if arguments.only in (None, "evaluation"):
+        rows += evaluation.measure(arguments.repeats)
+    if arguments.only in (None, "pipeline"):
         arguments.work.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arguments.work) as name:
             checkpoint = make_checkpoint(Path(name) / "checkpoint", arguments.size)

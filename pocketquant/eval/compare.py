@@ -120,6 +120,8 @@ def compare(
     n_threads = threads or usable_threads()
     # two of them run at the same time on half the threads each: fewer threads wait for one another
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
+    if is_pack(reference):  # replaying one is little work beside the model's
+        half = n_threads
     with opener(model, context=context, threads=half, gpu_layers=gpu_layers) as model_run:
         reference_opener = reference_opener or (open_reference if opener is open_runtime else opener)
         with ExitStack() as stack:
