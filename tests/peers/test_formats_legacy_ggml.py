@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from ggml_library import open_ggml
 
 from pocketquant.formats import FORMATS
 
@@ -22,11 +21,7 @@ DECODED = [*SEARCHED, "Q8_0"]
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("llama_cpp")
-    found = sorted(Path(spec.origin).parent.glob("lib/libggml-base.*")) if spec and spec.origin else []
-    if not found:
-        pytest.skip("no ggml library; install llama-cpp-python")
-    return ctypes.CDLL(str(found[0]))
+    return open_ggml()
 
 
 @pytest.fixture(scope="module")

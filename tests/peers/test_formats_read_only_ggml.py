@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from ggml_library import open_ggml
 
 from pocketquant.formats import FORMATS
 
@@ -18,31 +17,9 @@ NAMES = [name for name, item in FORMATS.items() if not item.written]
 N_COLS = 1024
 
 
-class TypeTraits(ctypes.Structure):
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
 @pytest.fixture(scope="module")
 def ggml() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("llama_cpp")
-    folders = [Path(place) / "lib" for place in (spec.submodule_search_locations or ())] if spec else []
-    found = [path for folder in folders for path in sorted(folder.glob("*ggml-base.*")) if path.is_file()]
-    if not found:
-        pytest.skip("llama-cpp-python is not installed, and with it ggml")
-    library = ctypes.CDLL(str(found[0]))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [
-        ctypes.c_void_p
-    ]  # fmt: skip
-    return library
+    return open_ggml()
 
 
 def ggml_decode(ggml: ctypes.CDLL, name: str, data: U8Array) -> F32Array:
