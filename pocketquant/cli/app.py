@@ -9,9 +9,29 @@ import typer
 
 from pocketquant.cli.calibrate import calibrate
 from pocketquant.cli.gate import gate
-from pocketquant.cli.planning import Request, encoding_on, open_source, read_rounding, run
-from pocketquant.cli.report import command_words, report
-from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.making import demo, make
+from pocketquant.cli.options import (
+    AdapterDir,
+    ChatTemplate,
+    Context,
+    DryRun,
+    GpuLayers,
+    Json,
+    KeepSource,
+    Mmproj,
+    Mtp,
+    Out,
+    Quiet,
+    RoundingSteps,
+    Scheduler,
+    Source,
+    SplitMaxSize,
+    Stats,
+    Threads,
+)
+from pocketquant.cli.planning import Request, run
+from pocketquant.cli.report import report
+from pocketquant.cli.screen import print_json, step_progress
 from pocketquant.cli.sensitivity import sensitivity as measure_sensitivity
 from pocketquant.cli.sizing import Sizing, read_sizing, recipe_app
 from pocketquant.cli.sweep import sweep
@@ -33,68 +53,6 @@ app.command()(smoke)
 app.command("eval-vision")(eval_vision)
 app.command()(report)
 app.command()(sweep)
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC",
-        help="Checkpoint folder, one .safetensors file, GGUF, or a repository: org/name[@revision], hf://…, ms://….",
-    ),
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="The GGUF to write.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; default: every processor.")
-]
-Scheduler = Annotated[
-    str | None, typer.Option("--scheduler", metavar="dask://HOST:PORT", help="Encode on the workers of a Dask cluster.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with the exact file size and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")]
-GpuLayers = Annotated[
-    int, typer.Option("--gpu-layers", metavar="N", help="Layers to run on a GPU; -1 for all (needs a GPU build).")
-]
-ChatTemplate = Annotated[
-    Path | None,
-    typer.Option("--chat-template", metavar="FILE", help="A jinja2 template in place of the source's own."),
-]
-AdapterDir = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="PEFT LoRA adapter to merge into the checkpoint.")
-]
-Mtp = Annotated[
-    str,
-    typer.Option(
-        "--mtp",
-        metavar="sidecar|embed|drop",
-        help="A multi-token-prediction block: beside, inside, or not at all.",
-    ),
-]
-Mmproj = Annotated[
-    str | None,
-    typer.Option(
-        "--mmproj", metavar="RECIPE|none", help="Recipe of the vision tower; default: pocket_mmproj, or the plain type."
-    ),
-]
-KeepSource = Annotated[
-    Path | None, typer.Option("--keep-source", metavar="DIR", help="Download a hub's repository there, whole.")
-]
-Stats = Annotated[
-    Path | None, typer.Option("--stats", metavar="FILE", help="Statistics to round by, from `calibrate`.")
-]
-RoundingSteps = Annotated[
-    str | None,
-    typer.Option(
-        "--rounding",
-        metavar="none|search|feedback|descent|two-sided",
-        help="How far to go with them; each does what those before it do; default: two-sided.",
-    ),
-]
-Context = Annotated[int, typer.Option("--context", min=8, metavar="N", help="Tokens in a window.")]
-SplitMaxSize = Annotated[
-    str | None,
-    typer.Option("--split-max-size", metavar="SIZE", help="Write shards no larger than this: 512M, 2GB, 1.5GiB."),
-]
-Chunks = Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows to score; default: all.")]
 
 
 def _version(value: bool) -> None:
@@ -503,116 +461,5 @@ def imatrix(
     )
 
 
-@app.command()
-def make(
-    source: Source,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the files and the report.")],
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option("--recipe", "-r", metavar="NAME|FILE.toml", help="One output each; default: pocket_4bit, q8_0."),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="FILE|NAME=FILE|domains", help="As for eval; default: embedded text."),
-    ] = None,
-    positions: Annotated[bool, typer.Option("--positions", help="Also by position in the window.")] = False,
-    imatrix: Annotated[
-        str | None,
-        typer.Option("--imatrix", metavar="FILE|none", help="Importance matrix; default: one is made and kept."),
-    ] = None,
-    stats: Stats = None,
-    rounding: RoundingSteps = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option("--calibrate", metavar="FILE|self", help="Text to make it from; self: the model writes it."),
-    ] = None,
-    calibrate_chunks: Annotated[
-        int | None, typer.Option("--calibrate-chunks", min=1, metavar="N", help="Windows of it; default 128, self 16.")
-    ] = None,
-    reference_type: Annotated[
-        str, typer.Option("--reference-type", metavar="f32|bf16", help="Type of the reference; bf16 halves memory.")
-    ] = "f32",
-    chat_template: ChatTemplate = None,
-    adapter: AdapterDir = None,
-    mtp: Mtp = "sidecar",
-    mmproj: Mmproj = None,
-    keep_source: KeepSource = None,
-    split_max_size: SplitMaxSize = None,
-    context: Context = 512,
-    chunks: Chunks = None,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = 0,
-    scheduler: Scheduler = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Do it all: quantized files, evaluation against full precision, report, checksums."""
-    from pocketquant.eval.texts import read_texts
-    from pocketquant.make import DEFAULT_RECIPES, Bars, calibration_text, make_release, plan_release, to_markdown
-    from pocketquant.splits import parse_size
-
-    if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
-        raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
-    if reference_type not in ("f32", "bf16"):
-        raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
-    release = plan_release(
-        source,
-        recipes=recipe or DEFAULT_RECIPES,
-        text=read_texts(text) if text else None,
-        context=context,
-        chunks=chunks,
-        positions=positions,
-        imatrix=None if imatrix in (None, "none") else Path(imatrix),
-        calibrate=(calibrate or calibration_text()) if imatrix is None else None,
-        calibrate_chunks=calibrate_chunks,
-        reference_type=reference_type,
-        parts=open_source(source, chat_template, keep_source, adapter, mtp, mmproj),
-        mmproj=mmproj,
-        split_bytes=parse_size(split_max_size) if split_max_size else None,
-        rounded=read_rounding(stats, rounding),
-    )
-    for note in release.model.notes:
-        say(f"note: {note}", quiet=quiet)
-    for variant in (*release.variants, *release.sidecars):
-        line = f"{variant.name}: {size(variant.plan.file_bytes)}, {variant.plan.bits_per_weight:.2f} bits per weight"
-        say(line, quiet=quiet)
-    say(
-        f"needs {size(release.disk_bytes)} of disk while it runs ({size(release.kept_bytes)} stay) and about "
-        f"{size(release.memory_bytes)} of memory for the evaluation",
-        quiet=quiet,
-    )
-    if dry_run:
-        if json:
-            files = [
-                {"file": item.name, "file_bytes": item.plan.file_bytes}
-                for item in (*release.variants, *release.sidecars)
-            ]
-            print_json({"files": files, "disk_bytes": release.disk_bytes, "memory_bytes": release.memory_bytes})
-        return
-    bars = Bars(
-        bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
-        steps=lambda label: step_progress(label, quiet=quiet),
-    )
-    with encoding_on(scheduler) as encode:
-        result = make_release(
-            release, out, threads=threads, gpu_layers=gpu_layers, bars=bars, run=encode, command=command_words()
-        )
-    if json:
-        print_json(result)
-    else:
-        print(to_markdown(result), end="")
-    say(f"written to {out}", quiet=quiet)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the files.")] = Path("demo-out"),
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run `make` on the small checkpoint that comes with the package."""
-    from pocketquant.demo import checkpoint_dir
-
-    # seconds; the whole texts take minutes
-    make(str(checkpoint_dir()), out, calibrate_chunks=32, chunks=64, json=json, quiet=quiet)
+app.command()(make)
+app.command()(demo)
