@@ -9,20 +9,38 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pocketquant.errors import OutputError, SourceError
+from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.formats import U8Array
+from pocketquant.interrupts import put_in_place
+from pocketquant.leftovers import make_held_file, remove_leftovers
 
 MAX_JSON_BYTES = 256 << 20
 _FLUSH_SECONDS = 0.2
+_umask_lock = threading.Lock()
+_SHARD = re.compile(r"(.*-)\d{5}-of-\d{5}\.gguf")
+_BESIDE_WEIGHTS = (
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "README.md",
+)
+"""What a checkpoint is read for but its weights."""
 
 
 def read_at(path: Path, offset: int, nbytes: int) -> U8Array:
@@ -48,7 +66,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
         raise SourceError(f"{path}: broken JSON: {error}") from error
 
 
@@ -61,33 +79,126 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_target(target: Path) -> Path:
+    """Where an output goes: the path itself, or what a link there leads to.
+
+    Raises:
+        OutputError: a folder stands there, a device, a pipe: anything that a file cannot take the place of.
+    """
+    try:
+        place = target.resolve()
+        is_there = place.exists()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise OutputError(f"{target}: cannot be written: {error}") from error
+    if place.is_dir():
+        raise OutputError(f"{target}: is a folder; give a file name")
+    if is_there and not place.is_file():
+        raise OutputError(f"{target}: is a device or a pipe, which a file cannot replace; give a file name")
+    return place
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
+    """Refuses outputs that would take the place of what they are made from, through links or not.
+
+    Args:
+        outputs: files that will be written.
+        inputs: files and checkpoint folders that are read, and what may be one; names that are none do not matter.
+
+    Raises:
+        OutputError: an output is an input (all listed), or is no file; see `check_target`.
+    """
+    read = {_identity(file): file for given in inputs if given is not None for file in _files_of(Path(given))}
+    read.pop(None, None)
+    problems = []
+    for output in outputs:
+        file = read.get(_identity(check_target(output)))
+        if file is not None:
+            problems.append(f"{output}" if file == output else f"{output} is {file}")
+    if problems:
+        raise OutputError(f"an output would replace what it is made from; give it another name:\n{listing(problems)}")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and number of a file, the same under every name of it; None if there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _files_of(given: Path) -> list[Path]:
+    """The file that is meant, with the shards it belongs to, or the files of a checkpoint folder that are read."""
+    try:
+        shard = _SHARD.fullmatch(given.name)
+        if shard:
+            return [path for path in given.parent.iterdir() if path.name.startswith(shard[1])]
+        if given.is_dir():
+            return [path for pattern in ("*.safetensors", *_BESIDE_WEIGHTS) for path in given.glob(pattern)]
+        beside = _BESIDE_WEIGHTS if given.suffix == ".safetensors" else ()
+        return [given, *(path for pattern in beside for path in given.parent.glob(pattern))]
+    except (OSError, ValueError):
+        return []
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Gives a temporary path beside `target`; moves it there only if the block ends well.
 
+    A link at `target` stays, and what it leads to is replaced. Temporary files that a killed process left of the same
+    target are removed first.
+
     Raises:
-        OutputError: the folder is missing or cannot be written, or the disk is full. What stood at `target` stays.
+        OutputError: the folder is missing or cannot be written, the disk is full, or `target` is no regular file. What
+            stood at `target` stays.
     """
-    if target.is_dir():
-        raise OutputError(f"{target}: is a folder; give a file name")
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+    with replacing_together([target]) as (temporary,):
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
+    """The same for several targets: none is replaced before all are finished, and an interrupt replaces all or none.
+
+    The first one appears last, so that where it is, the others are too.
+
+    Raises:
+        OutputError: as `replacing`.
+    """
+    places = [check_target(target) for target in targets]
+    with ExitStack() as stack:
+        temporaries = []
+        for target, place in zip(targets, places, strict=True):
+            try:
+                temporaries.append(stack.enter_context(_temporary(place)))
+            except OSError as error:
+                raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+        try:
+            yield temporaries
+            with _umask_lock:  # it can only be read by setting it, and is the whole process's
+                umask = os.umask(0)
+                os.umask(umask)
+            for temporary in temporaries:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.chmod(0o666 & ~umask)
+        except OSError as error:
+            raise OutputError(f"{targets[0]}: cannot be written: {error.strerror}") from error
+        put_in_place(reversed(list(zip(temporaries, places, strict=True))))
+
+
+@contextmanager
+def _temporary(place: Path) -> Iterator[Path]:
+    """A file beside `place`, held while the block runs and gone afterwards."""
+    prefix = f".{place.name}."
+    remove_leftovers(place.parent, prefix, ".partial")
+    path, descriptor = make_held_file(place.parent, prefix, ".partial")
+    try:
+        yield path
     finally:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -1,21 +1,26 @@
 """The whole job: a source -> quantized files, measured against full precision, with a report and checksums.
 
-Everything is made in a hidden folder inside the target and moved into place at the end, so an interrupted run changes
-nothing that was there. The full-precision reference lives only as long as the evaluation needs it.
+Everything is made in a hidden folder inside the target and moved into place at the end. An interrupt before that
+changes nothing that was there, and one meanwhile waits until all files are in place; what a killed run left behind, the
+next one removes. The full-precision reference lives only as long as the evaluation needs it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pocketquant.errors import OutputError
+from pocketquant.errors import OutputError, listing
 from pocketquant.eval.report import identify
+from pocketquant.files import check_target
+from pocketquant.interrupts import put_in_place
+from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
 from pocketquant.measure import (
+    REPORTS,
     Bars,
     Means,
     calibrate,
@@ -28,7 +33,7 @@ from pocketquant.measure import (
 )
 from pocketquant.pipeline import Run
 from pocketquant.release import DEFAULT_RECIPES, Release, calibration_text, plan_release
-from pocketquant.splits import split_file
+from pocketquant.splits import split_file, split_plan
 
 SCHEMA = "pocketquant.make/1"
 
@@ -60,10 +65,12 @@ def make_release(
         The content of report.json.
 
     Raises:
-        OutputError: the folder cannot be written or the disk is too small.
+        OutputError: the folder cannot be written, the disk is too small, or no file can take the place of what stands
+            at one of the names.
         EvalError: the files cannot be evaluated; nothing in `out` has changed.
     """
     out, means = Path(out), Means(threads, gpu_layers, bars or Bars(), run)
+    list_outputs(release, out)
     with _staging(out, release.disk_bytes) as staging:
         reference = staging / release.reference.name
         write_variant(release.reference, reference, means, "reference")
@@ -97,8 +104,7 @@ def make_release(
         names = [*kept, *made, *reports]
         sums = "".join(f"{identify(staging / name).sha256}  {name}\n" for name in names)
         (staging / "SHA256SUMS").write_text(sums, encoding="utf-8")
-        for name in [*names, "SHA256SUMS"]:
-            os.replace(staging / name, out / name)
+        put_in_place([(staging / name, out / name) for name in [*names, "SHA256SUMS"]])
     return result
 
 
@@ -111,29 +117,51 @@ def _split(path: Path, max_bytes: int | None) -> list[str]:
     return [shard.name for shard in shards]
 
 
-class _staging:
-    """A hidden folder inside `out`, gone when the block ends, whichever way."""
+def list_outputs(release: Release, out: Path) -> list[Path]:
+    """Every file that a release will be, in the folder `out`.
 
-    def __init__(self, out: Path, needed_bytes: int) -> None:
-        self.out, self.needed_bytes, self.made_out = out, needed_bytes, False
+    Raises:
+        OutputError: `out` is no folder, or something else than a regular file stands at one of the names: a link, too,
+            since files move there by being renamed, which would leave what it leads to as it is.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is no folder; give the name of one")
+    kept = [*release.variants, *release.sidecars]
+    files = [path for each in kept for _, path in split_plan(each.plan, out / each.name, release.split_bytes)]
+    names = [*([release.calibrating.name] if release.calibrating else []), *REPORTS, "SHA256SUMS"]
+    files += [out / name for name in names]
+    links = [str(path) for path in files if path.is_symlink()]
+    if links:
+        raise OutputError(f"links where files will be written; remove them, or write elsewhere:\n{listing(links)}")
+    for path in files:
+        check_target(path)
+    return files
 
-    def __enter__(self) -> Path:
-        try:
-            self.made_out = not self.out.exists()
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=".making-", dir=self.out))
-        except OSError as error:
-            raise OutputError(f"{self.out}: cannot be written: {error.strerror}") from error
-        free = shutil.disk_usage(self.path).free
-        if free < self.needed_bytes:
-            self.__exit__()
+
+@contextmanager
+def _staging(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A hidden folder inside `out`, gone when the block ends, whichever way; those that killed runs left go first."""
+    made_out = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out, ".making-", FOLDER_LOCK)
+        lock, descriptor = make_held_file(out, ".making-", FOLDER_LOCK)
+        folder = lock.with_suffix("")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        folder.mkdir(mode=0o700)
+        free = shutil.disk_usage(folder).free
+        if free < needed_bytes:
             raise OutputError(
-                f"{self.out}: needs {self.needed_bytes:,} bytes of disk while it runs and {free:,} are left; free some "
-                "space or write elsewhere"
+                f"{out}: needs {needed_bytes:,} bytes of disk while it runs and {free:,} are left; free some space or "
+                "write elsewhere"
             )
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self.made_out and not any(self.out.iterdir()):
-            self.out.rmdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+        if made_out and not any(out.iterdir()):
+            out.rmdir()

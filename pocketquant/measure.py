@@ -22,6 +22,9 @@ from pocketquant.release import Release, Variant, plan_again
 CALIBRATION_CHUNKS = 128
 """Windows of calibration text, unless told otherwise: more change little, and every one costs time."""
 
+REPORTS = ("report.json", "report.md", "report.html")
+"""What `write_reports` writes."""
+
 ByteBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 StepBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -151,7 +154,7 @@ def write_reports(result: dict[str, Any], folder: Path) -> list[str]:
     (folder / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(to_card(sheet), encoding="utf-8")
     (folder / "report.html").write_text(to_html(sheet), encoding="utf-8")
-    return ["report.json", "report.md", "report.html"]
+    return list(REPORTS)
 
 
 def to_markdown(result: dict[str, Any]) -> str:

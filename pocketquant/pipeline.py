@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketquant.errors import OutputError, RecipeError
-from pocketquant.files import flushed_meanwhile, replacing, usable_threads
+from pocketquant.files import flushed_meanwhile, replacing_together, usable_threads
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.model import Plan, PlannedTensor, Tensor
 
@@ -108,10 +107,9 @@ def write_together(
     Raises:
         OutputError, SourceError: as `write`.
     """
-    _check_space(sum(plan.file_bytes for plan, _ in files), files[0][1])
-    with ExitStack() as stack:
-        for plan, target in files:
-            temporary = stack.enter_context(replacing(target))
+    with replacing_together([target for _, target in files]) as temporaries:
+        _check_space(sum(plan.file_bytes for plan, _ in files), files[0][1])
+        for (plan, _), temporary in zip(files, temporaries, strict=True):
             with open(temporary, "r+b", buffering=0) as file:
                 file.truncate(plan.file_bytes)
                 file.write(plan.header)
@@ -126,7 +124,7 @@ def write_together(
 
 def _check_space(file_bytes: int, target: Path) -> None:
     try:
-        free = shutil.disk_usage(target.parent).free
+        free = shutil.disk_usage(target.resolve().parent).free
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
     if free < file_bytes:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
 from pocketquant.errors import OutputError, SourceError, listing
-from pocketquant.files import read_at, replacing
+from pocketquant.files import read_at, refuse_overwriting, replacing_together
 from pocketquant.gguf_file import GgufTensor, encode_header, encode_table, read_shards, shard_paths
 from pocketquant.model import Plan, Value, padded
 
@@ -228,9 +227,9 @@ def _copy(
     files: Sequence[tuple[Mapping[str, Value], _Places]], targets: Sequence[Path], on_bytes: OnBytes | None
 ) -> list[Path]:
     """Writes each file's header and copies its tensors; all of them appear at the end, the first one last."""
-    with ExitStack() as stack:
-        for (metadata, places), target in zip(files, targets, strict=True):
-            temporary = stack.enter_context(replacing(target))
+    refuse_overwriting(targets, {path for _, places in files for path, _ in places})
+    with replacing_together(targets) as temporaries:
+        for (metadata, places), temporary in zip(files, temporaries, strict=True):
             with open(temporary, "wb") as out:
                 table = encode_table(metadata, [entry for _, entry in places])
                 out.write(table.ljust(padded(len(table)), b"\0"))

@@ -165,6 +165,8 @@ _IN_GGUF = {
     "n_conv": "ssm.conv_kernel",
     "n_ctx": "context_length",
 }
+_EPSILON = 1e-6  # of RMSNorm, where config.json has none
+_LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
 _LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
 _LIMITS = {"n_layer": 512, "n_expert": 1024}
 """What llama.cpp has room for (LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of src/llama-hparams.h)."""
@@ -201,6 +203,9 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         if type(config.get(key)) is not int or not 1 <= config[key] <= limit:
             expected = f"{config[key]!r}, expected an integer from 1 to {limit}" if key in config else "missing"
             problems.append(f"{key}: {expected}")
+    epsilon = config.get("rms_norm_eps", _EPSILON)
+    if type(epsilon) not in (int, float) or not _LEAST_EPSILON <= epsilon <= 1:  # NaN is not, either
+        problems.append(f"rms_norm_eps: {epsilon!r:.80}, expected a number above 0 and at most 1, like {_EPSILON}")
     if problems:
         raise ArchitectureError(f"config.json does not describe a Qwen3.5 text model:\n{listing(problems)}")
     sizes = _with_products({word: config[key] for word, key in keys.items()})
@@ -345,7 +350,7 @@ HYBRID_METADATA = (
     ),
     MetadataRule("rope.dimension_sections", "i32[]", _rope_sections),
     MetadataRule("rope.freq_base", "f32", lambda config, sizes: _rope(config).get("rope_theta", 10_000_000.0)),
-    MetadataRule("attention.layer_norm_rms_epsilon", "f32", lambda config, sizes: config.get("rms_norm_eps", 1e-6)),
+    MetadataRule("attention.layer_norm_rms_epsilon", "f32", lambda config, sizes: config.get("rms_norm_eps", _EPSILON)),
     MetadataRule("attention.key_length", "u32", lambda config, sizes: sizes["head_dim"]),
     MetadataRule("attention.value_length", "u32", lambda config, sizes: sizes["head_dim"]),
     MetadataRule("ssm.conv_kernel", "u32", lambda config, sizes: sizes["n_conv"]),

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 
 from pocketquant.cli.app import app
 from pocketquant.cli.screen import print_error
-from pocketquant.errors import PocketquantError
+from pocketquant.errors import PocketquantError, listing
+from pocketquant.interrupts import files_in_place
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 __all__ = ["main"]
+
+_UNCHANGED = "interrupted; nothing was replaced"
 
 
 class Interrupted(BaseException):
@@ -58,7 +61,8 @@ def main() -> None:
         print_error(str(error))
         raise SystemExit(2) from None
     except Interrupted:
-        print_error("interrupted; nothing was replaced")
+        done = files_in_place()
+        print_error(f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of stdout went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

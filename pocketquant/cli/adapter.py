@@ -14,9 +14,12 @@ def convert_adapter(
     from pocketquant.convert import open_model
     from pocketquant.convert.adapter import open_adapter
     from pocketquant.convert.adapter_gguf import plan_adapter
+    from pocketquant.files import refuse_overwriting
     from pocketquant.pipeline import write
     from pocketquant.splits import check_whole, parse_size
 
+    if out is not None:
+        refuse_overwriting([out], [folder, base])
     planned = plan_adapter(open_adapter(folder), open_model(base), type_name)
     if max_size:
         check_whole("adapter", out or folder, planned.file_bytes, parse_size(max_size))
@@ -30,7 +33,7 @@ def convert_adapter(
         "tensors": entries,
     }
     if out is not None:
-        say(f"{out}: {size(planned.file_bytes)}, {len(entries)} matrices for {base}", quiet=quiet)
+        say(f"will write {out}: {size(planned.file_bytes)}, {len(entries)} matrices for {base}", quiet=quiet)
         write(planned, out)
     if json:
         print_json({"out": str(out), **summary} if out else summary)

@@ -35,10 +35,11 @@ def gate(
     from pocketquant.eval.limits import read_limits
     from pocketquant.eval.moved import find_moved
     from pocketquant.eval.verdict import describe_moved, table, to_json, to_junit, to_markdown
-    from pocketquant.files import replacing
+    from pocketquant.files import refuse_overwriting, replacing
 
     if explain and baseline is None:
         raise typer.BadParameter("says what moved since a baseline; give --baseline OLD.json", param_hint="--explain")
+    refuse_overwriting([path for path in (junit, markdown) if path is not None], [report, limits, baseline])
     candidate = read_report(report)
     accepted = None if baseline is None else read_report(baseline)
     verdict = decide(candidate, read_limits(limits), accepted, strict=strict)

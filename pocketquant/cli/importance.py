@@ -23,9 +23,11 @@ def make_matrix(
     quiet: bool,
 ) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
+    from pocketquant.files import refuse_overwriting
     from pocketquant.quant.collect import collect_importance
     from pocketquant.quant.importance import write_sums
 
+    refuse_overwriting([out], [gguf, text, mtp])
     with step_progress(out.name, quiet=quiet) as advance:
         sums, calibration = collect_importance(
             gguf,
@@ -56,8 +58,10 @@ def make_matrix(
 
 def merge_matrices(files: list[Path], out: Path, *, json: bool, quiet: bool) -> None:
     """Adds matrices up."""
+    from pocketquant.files import refuse_overwriting
     from pocketquant.quant.importance import merge_sums, read_sums, write_sums
 
+    refuse_overwriting([out], files)
     sums = merge_sums([read_sums(path) for path in files])
     write_sums(sums, out)
     summary = {

@@ -76,7 +76,16 @@ def make(
 ) -> None:
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
     from pocketquant.eval.texts import read_texts
-    from pocketquant.make import DEFAULT_RECIPES, Bars, calibration_text, make_release, plan_release, to_markdown
+    from pocketquant.files import refuse_overwriting
+    from pocketquant.make import (
+        DEFAULT_RECIPES,
+        Bars,
+        calibration_text,
+        list_outputs,
+        make_release,
+        plan_release,
+        to_markdown,
+    )
     from pocketquant.splits import parse_size
 
     if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
@@ -99,11 +108,13 @@ def make(
         split_bytes=parse_size(split_max_size) if split_max_size else None,
         rounded=read_rounding(stats, rounding),
     )
+    made_from = [source, imatrix, stats, calibrate, chat_template, adapter, *(recipe or [])]
+    refuse_overwriting(list_outputs(release, out), [*made_from, *(each.path for each in release.texts)])
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)
     for variant in (*release.variants, *release.sidecars):
-        line = f"{variant.name}: {size(variant.plan.file_bytes)}, {variant.plan.bits_per_weight:.2f} bits per weight"
-        say(line, quiet=quiet)
+        bits = f"{variant.plan.bits_per_weight:.2f} bits per weight"
+        say(f"will write {variant.name}: {size(variant.plan.file_bytes)}, {bits}", quiet=quiet)
     say(
         f"needs {size(release.disk_bytes)} of disk while it runs ({size(release.kept_bytes)} stay) and about "
         f"{size(release.memory_bytes)} of memory for the evaluation",

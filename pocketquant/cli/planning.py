@@ -45,12 +45,20 @@ class Request:
 
 def run(request: Request) -> None:
     """Does what was asked for."""
+    from pocketquant.files import refuse_overwriting
     from pocketquant.outputs import all_files, default_mmproj_recipe, plan_outputs
     from pocketquant.pipeline import write_together
     from pocketquant.quant import open_recipe, read_importance
     from pocketquant.splits import parse_size
 
     quiet, sizing = request.quiet, request.sizing
+    made_from = [
+        request.source,
+        sizing.recipe.removeprefix("from:"),
+        *(request.imatrix, request.stats, sizing.sensitivity, request.chat_template, request.adapter),
+    ]
+    if request.out:
+        refuse_overwriting([request.out], made_from)
     if request.scheduler and request.threads:
         raise typer.BadParameter("a worker's threads are set where it is started", param_hint="--threads")
     if request.out is None and not request.dry_run:
@@ -97,9 +105,11 @@ def run(request: Request) -> None:
     if explanation:
         summary["explain"] = explanation.to_json()
     files = all_files(outputs)
+    if request.out:
+        refuse_overwriting([path for _, path in files], made_from)
     if not request.dry_run:
         for part, path in files:
-            say(f"{path}: {size(part.file_bytes)} from {request.source}", quiet=quiet)
+            say(f"will write {path}: {size(part.file_bytes)} from {request.source}", quiet=quiet)
         total = sum(item.nbytes for part, _ in files for item in part.tensors)
         with (
             encoding_on(request.scheduler) as encode,

@@ -27,8 +27,10 @@ def make_pack(
     """Says what the pack will take and makes it."""
     from pocketquant.eval.reference import make_reference, plan_reference
     from pocketquant.eval.texts import read_texts
+    from pocketquant.files import refuse_overwriting
 
     texts = read_texts(text)
+    refuse_overwriting([out], [model, *(each.path for each in texts)])
     plan = plan_reference(
         model,
         texts,

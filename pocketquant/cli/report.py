@@ -37,8 +37,9 @@ def report(
 ) -> None:
     """Show measurements on a page: size against loss, by domain and position, every tensor, how to run it again."""
     from pocketquant.eval.html import read_sheet, to_card, to_html
-    from pocketquant.files import replacing
+    from pocketquant.files import refuse_overwriting, replacing
 
+    refuse_overwriting([out, *([markdown] if markdown else [])], reports)
     sheet = read_sheet(reports)
     pages = [(out, to_html(sheet)), *([(markdown, to_card(sheet))] if markdown else [])]
     for path, page in pages:

@@ -53,7 +53,9 @@ def sensitivity(
 ) -> None:
     """Measure what rounding each role and layer of a model costs, or predict it for every tensor and type."""
     from pocketquant.demo import text_path
+    from pocketquant.files import refuse_overwriting
 
+    refuse_overwriting([out], [source, stats, *(text or [])])
     if recalibrate and stats is None:
         raise typer.BadParameter("corrects predictions: needs --stats", param_hint="--recalibrate")
     if rounding is not None and stats is None:

@@ -89,7 +89,8 @@ def sweep(
 ) -> None:
     """Measure several recipes or sizes against one reference; an interrupted sweep goes on where it was."""
     from pocketquant.eval.texts import read_texts
-    from pocketquant.measure import Bars, Means, to_markdown
+    from pocketquant.files import refuse_overwriting
+    from pocketquant.measure import REPORTS, Bars, Means, to_markdown
     from pocketquant.release import calibration_text, plan_release
     from pocketquant.sweep import KEEP, plan_sweep, run_sweep
 
@@ -121,6 +122,9 @@ def sweep(
         reference_type=reference_type,
         parts=open_source(source, None, keep_source, adapter, "drop", "none"),
     )
+    made_from = [source, imatrix, stats, calibrate, sensitivity, reference, adapter, *(recipe or [])]
+    written = [out / name for name in (*(each.name for each in release.variants), *REPORTS)]
+    refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)])
     planned = plan_sweep(release, pack=reference, keep=keep)
     missing = planned.missing(out)
     for variant in release.variants:

@@ -53,7 +53,9 @@ def tasks(
     """Run benchmarks on a file and on full precision, and compare item by item."""
     from pocketquant.eval.tasks import compare_on_tasks, count_cost, write_report
     from pocketquant.eval.tasks_loading import Settings
+    from pocketquant.files import refuse_overwriting
 
+    refuse_overwriting([out] if out else [], [gguf, reference])
     settings = Settings(
         names=tuple(name.strip() for name in names.split(",") if name.strip()),
         include_path=include_path,
@@ -112,6 +114,9 @@ def smoke(
     """Have a file and full precision answer a few chats, and count what went wrong."""
     from pocketquant.eval.smoke import PROMPTS, compare_smoke
     from pocketquant.eval.tasks import write_report
+    from pocketquant.files import refuse_overwriting
+
+    refuse_overwriting([out] if out else [], [gguf, reference])
 
     if dry_run:
         say(f"{len(PROMPTS)} prompts; each model writes at most {len(PROMPTS) * max_tokens} tokens", quiet=quiet)
@@ -163,7 +168,9 @@ def eval_vision(
     """Show images to a vision tower and to its full precision, and compare embeddings and answers."""
     from pocketquant.eval.tasks import write_report
     from pocketquant.eval.vision import compare_towers
+    from pocketquant.files import refuse_overwriting
 
+    refuse_overwriting([out] if out else [], [gguf, mmproj, reference_mmproj, *images])
     with step_progress(mmproj.name, quiet=quiet) as advance:
         report = compare_towers(
             gguf,

@@ -142,9 +142,33 @@ def read_tensor_table(snapshot: Snapshot) -> dict[str, StoredTensor]:
         raise SourceError(f"{folder}: shards named in the index are missing; download them:\n{listing(missing)}")
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
         headers = list(pool.map(read_safetensors_header, [files[name] for name in names]))
-    stored = {tensor.name: tensor for header in headers for tensor in header}
-    problems = [f"{name}: not in {shard}" for name, shard in weight_map.items() if name not in stored]
-    problems += [f"{name}: in {stored[name].file}, not in the index" for name in stored if name not in weight_map]
+    stored: dict[str, StoredTensor] = {}
+    shards_of: dict[str, list[str]] = {}
+    for shard, header in zip(names, headers, strict=True):
+        for tensor in header:
+            stored[tensor.name] = tensor
+            shards_of.setdefault(tensor.name, []).append(shard)
+    problems = _find_contradictions(weight_map, shards_of)
     if problems:
-        raise SourceError(f"{index_path}: the index and the shards contradict each other:\n{listing(problems)}")
+        raise SourceError(
+            f"{index_path}: the index and the shards contradict each other, so nobody knows which numbers are meant; "
+            f"download all of them again, from one revision, or save the checkpoint anew:\n{listing(problems)}"
+        )
     return stored
+
+
+def _find_contradictions(weight_map: Mapping[str, str], shards_of: Mapping[str, list[str]]) -> list[str]:
+    """What an index (tensor name -> shard) says otherwise than the shards themselves (name -> all that have it)."""
+    problems = []
+    for name, shards in shards_of.items():
+        stated = weight_map.get(name)
+        if len(shards) > 1:
+            problems.append(f"{name}: in {' and in '.join(shards)}; the index says {stated or 'nothing of it'}")
+        elif stated is None:
+            problems.append(f"{name}: in {shards[0]}, not in the index")
+        elif stated != shards[0]:
+            problems.append(f"{name}: in {shards[0]}, the index says {stated}")
+    missing = [
+        f"{name}: not in {shard}, nor in any other" for name, shard in weight_map.items() if name not in shards_of
+    ]
+    return missing + problems

@@ -1,18 +1,19 @@
 """Reads safetensors headers with bounds; the numbers stay in the file.
 
 The `safetensors` package refuses BF16 for numpy, and we need offsets, not arrays; the format is a length, a JSON header
-and data. https://github.com/huggingface/safetensors#format
+and data. The tensors cover the data exactly, without holes, and no key comes twice.
+https://github.com/huggingface/safetensors#format, and `Metadata::validate` in safetensors/src/tensor.rs, 0.5
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections import Counter
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ ITEM_BYTES = {
     "U64": 8,
     "F64": 8,
 }
+_LARGEST = 1 << 63  # of any number in a header
 _SMALL_BYTES = 1 << 20
 _LAYER = re.compile(r".*?\.\d+\.")
 
@@ -135,7 +137,8 @@ def read_safetensors_header(source: Path | RangeFile) -> list[StoredTensor]:
     """The tensors of one file, in the order of their names.
 
     Raises:
-        SourceError: truncated, no JSON, or offsets that contradict the shapes or the file (all listed).
+        SourceError: truncated, no JSON, keys that come twice, or offsets that contradict the shapes, overlap, or leave
+            bytes of the file to no tensor (all listed).
     """
     path = LocalFile(source) if isinstance(source, Path) else source
     size = path.size
@@ -145,13 +148,7 @@ def read_safetensors_header(source: Path | RangeFile) -> list[StoredTensor]:
             f"{path}: the header announces {length} bytes in a file of {size}; it is truncated or no "
             "safetensors file: download it again"
         )
-    raw = path.read(8, length).tobytes()
-    try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{path}: the header is no JSON ({error}); download the file again") from error
-    if not isinstance(header, dict):
-        raise SourceError(f"{path}: the header is no JSON object; download the file again")
+    header = _read_object(path, length)
     tensors, problems = [], []
     for name, entry in sorted(header.items()):
         if name == "__metadata__":
@@ -161,20 +158,63 @@ def read_safetensors_header(source: Path | RangeFile) -> list[StoredTensor]:
             problems.append(f"{name}: {tensor}")
         else:
             tensors.append(tensor)
-    tensors_by_offset = sorted(tensors, key=lambda tensor: tensor.offset)
-    for first, second in pairwise(tensors_by_offset):
-        if first.offset + first.nbytes > second.offset:
-            problems.append(f"{second.name}: its data overlaps that of {first.name}")
+    tensors_by_offset = sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
+    problems += _find_misplaced(tensors_by_offset, 8 + length, size, holes=not problems)
     if problems:
         raise SourceError(f"{path}: the header contradicts the file; download it again:\n{listing(problems)}")
     extents = _read_together(tensors_by_offset)
-    return [replace(tensor, file=path.within(*extents[tensor.name])) for tensor in tensors]
+    return [
+        StoredTensor(tensor.name, path.within(*extents[tensor.name]), tensor.dtype, tensor.shape, tensor.offset)
+        for tensor in tensors
+    ]
+
+
+def _read_object(path: RangeFile, length: int) -> dict[str, Any]:
+    """The header as JSON; no object in it has a key twice, since readers differ in which of the two they believe."""
+    twice: list[str] = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return entries
+
+    try:
+        header = json.loads(path.read(8, length).tobytes(), object_pairs_hook=to_dict)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
+        raise SourceError(f"{path}: the header is no JSON ({error}); download the file again") from error
+    if not isinstance(header, dict):
+        raise SourceError(f"{path}: the header is no JSON object; download the file again")
+    if twice:
+        raise SourceError(
+            f"{path}: the header has keys twice, so nobody knows which of the two is meant; save or download the file "
+            f"again:\n{listing(twice)}"
+        )
+    return header
+
+
+def _find_misplaced(tensors_by_offset: list[StoredTensor], start: int, stop: int, *, holes: bool) -> list[str]:
+    """What keeps tensors from covering the file's bytes [start, stop) exactly; `holes` False leaves holes out."""
+    problems, at, last = [], start, ""
+    for tensor in tensors_by_offset:
+        end = tensor.offset + tensor.nbytes
+        if tensor.offset < at:
+            problems.append(f"{tensor.name}: its data overlaps that of {last}")
+        elif tensor.offset > at and holes:
+            hole = tensor.offset - at
+            problems.append(f"{tensor.name}: begins at byte {tensor.offset}; the {hole} before it belong to no tensor")
+        if end > at:
+            at, last = end, tensor.name
+    if at < stop and holes:
+        problems.append(f"the last {stop - at} of the file's {stop} bytes belong to no tensor")
+    return problems
 
 
 def _read_together(tensors_by_offset: list[StoredTensor]) -> dict[str, tuple[int, int]]:
     """Name -> bytes [start, stop) worth reading with it: itself, or a run of small neighbours of one layer.
 
     A layer is wanted whole or not at all, and on a hub a request for 64 bytes takes as long as one for 64 KiB.
+    There are no holes, so neighbours touch.
     """
     groups: list[list[StoredTensor]] = []
     for tensor in tensors_by_offset:
@@ -183,7 +223,6 @@ def _read_together(tensors_by_offset: list[StoredTensor]) -> dict[str, tuple[int
             last is not None
             and layer is not None
             and last.name.startswith(layer[0])
-            and last.offset + last.nbytes == tensor.offset
             and max(last.nbytes, tensor.nbytes) <= _SMALL_BYTES
         ):
             groups[-1].append(tensor)
@@ -197,12 +236,16 @@ def _stored_tensor(path: RangeFile, name: str, entry: object, *, data_offset: in
     if not isinstance(entry, dict):
         return "no JSON object"
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in ITEM_BYTES:
-        return f"data type {dtype!r} is unknown"
-    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or len(shape) > 8:
-        return f"shape {shape!r} is none"
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
-        return f"data_offsets {offsets!r} are none"
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return f"data type {dtype!r:.80} is unknown"
+    if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < _LARGEST for n in shape) or len(shape) > 8:
+        return f"shape {shape!r:.80} is none"
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or any(type(n) is not int or abs(n) >= _LARGEST for n in offsets)
+    ):
+        return f"data_offsets {offsets!r:.80} are none"
     begin, end = offsets
     tensor = StoredTensor(name, path, dtype, tuple(shape), data_offset + begin)
     if not 0 <= begin <= end or end - begin != tensor.nbytes:

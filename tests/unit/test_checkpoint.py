@@ -170,6 +170,23 @@ def stale_index(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def wrong_shard(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
+    index["weight_map"]["model.embed_tokens.weight"] = "model-00003-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def in_two_shards(folder: Path) -> None:
+    """The same name with other numbers: which of them were read depended on the order of the files."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    write_safetensors(folder / "model-00004.safetensors", {"model.norm.weight": np.full(256, 7, np.float32)})
+    index["weight_map"]["unused"] = "model-00004.safetensors"
+    path.write_text(json.dumps(index))
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"architectures": ')
 
@@ -181,6 +198,16 @@ def broken_config(folder: Path) -> None:
         (cut_shard, r"model-00002-of-00003\.safetensors: the header contradicts the file(.|\n)*truncated"),
         (escaping_shard, r"shards outside the folder(.|\n)*secret"),
         (stale_index, r"contradict each other(.|\n)*model\.gone\.weight"),
+        (
+            wrong_shard,
+            r"contradict each other(.|\n)*embed_tokens\.weight: in model-00001-of-00003\.safetensors, the index says "
+            r"model-00003-of-00003\.safetensors\n(.|\n)*norm\.weight: in model-0000[23](.|\n)*index says model-00001",
+        ),
+        (
+            in_two_shards,
+            r"download all of them again(.|\n)*model\.norm\.weight: in model-0000\d-of-00003\.safetensors and in "
+            r"model-00004\.safetensors; the index says model-0000\d-of-00003",
+        ),
         (broken_config, r"config\.json: broken JSON"),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json: cannot be read"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
@@ -248,6 +275,15 @@ def test_bitsandbytes_leftovers_are_named(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({"quantization_config": {"quant_method": "hqq"}}, r"already quantized \(hqq\)"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: 0, expected a number above 0 and at most 1"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps: -1, expected a number"),
+        ({"rms_norm_eps": 1e9}, "rms_norm_eps: 1000000000.0, expected a number"),
+        ({"rms_norm_eps": float("nan"), "vocab_size": 0}, "vocab_size: 0(.|\n)*rms_norm_eps: nan, expected a number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: inf"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps: 1e-60"),
+        ({"rms_norm_eps": True}, "rms_norm_eps: True"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: None"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: '1e-6'"),
     ],
 )
 def test_configs_that_cannot_be_right_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

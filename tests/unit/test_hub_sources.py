@@ -168,10 +168,9 @@ def test_small_neighbours_of_a_layer_are_read_together_and_others_are_not(tmp_pa
     class Recorder:
         """A file that remembers which part each tensor is read with."""
 
-        size = 10 << 20
-
         def __init__(self, raw: bytes, extent: tuple[int, int] | None = None) -> None:
             self.raw, self.extent = raw, extent
+            self.size = len(raw) + sum(sizes.values())
 
         def read(self, offset: int, nbytes: int) -> np.ndarray:
             return np.frombuffer(self.raw[offset : offset + nbytes], np.uint8)

@@ -1,0 +1,61 @@
+"""What an interrupt may not cut in two, and what was already in place when one came."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pocketquant.errors import OutputError, listing
+
+_placed: dict[Path, None] = {}  # in the order in which they came
+
+
+def put_in_place(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Renames finished files to their final names; SIGINT and SIGTERM wait until all of them are there.
+
+    Args:
+        moves: temporary and final path of each, on one file system.
+
+    Raises:
+        OutputError: the system refused a rename; says which files were renamed before it.
+    """
+    done: list[str] = []
+    with signals_held():
+        for temporary, target in moves:
+            try:
+                os.replace(temporary, target)
+            except OSError as error:
+                before = f"; these were replaced before:\n{listing(done)}" if done else ""
+                raise OutputError(f"{target}: cannot be written: {error.strerror}{before}") from error
+            _placed[target] = None
+            done.append(str(target))
+
+
+def files_in_place() -> list[Path]:
+    """What this process has put in place so far and not removed again, oldest first."""
+    return [path for path in _placed if path.exists()]
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back while the block runs, and delivers one of them afterwards.
+
+    Python runs signal handlers in the main thread only, so that in any other there is nothing to hold back. Blocking
+    the signals by a mask would not do: a mask is one thread's, and the system would hand them to another one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    with ExitStack() as stack:
+        stack.callback(lambda: signal.raise_signal(held[0]) if held else None)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None:  # None: not installed from Python, and could not be put back
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, frame: held.append(number))
+        yield

@@ -1,0 +1,91 @@
+"""Temporary files that a killed process left behind: told from those in use by a lock, and removed.
+
+A process holds the lock of each of its temporary files (flock(2)). The system drops it when the process ends, however
+it ends, so a file whose lock can be had is nobody's. Where there are no such locks, as on Windows, nothing is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+FOLDER_LOCK = ".lock"
+"""Ending of a file that stands for the folder beside it, `NAME.lock` for `NAME`."""
+
+
+def make_held_file(folder: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
+    """Makes an empty file PREFIXxxxxxxxxSUFFIX and holds its lock until the descriptor is closed.
+
+    Returns:
+        Its path, and the descriptor; None where an open file could not be renamed.
+
+    Raises:
+        OSError: the folder is missing or cannot be written.
+    """
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
+        path = Path(name)
+        if sys.platform == "win32":
+            os.close(descriptor)
+            return path, None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: `remove_leftovers` gets none there, either
+            return path, descriptor
+        if _is_at(path, descriptor):
+            return path, descriptor
+        os.close(descriptor)  # between the two calls another process took it for a leftover
+
+
+def remove_leftovers(folder: Path, prefix: str, suffix: str) -> None:
+    """Removes files of `make_held_file` that no living process holds, with the folders that `.lock` files stand for.
+
+    What cannot be looked at or removed stays: it is in nobody's way.
+    """
+    if sys.platform == "win32":
+        return
+    pattern = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}{re.escape(suffix)}")
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.path for entry in entries if pattern.fullmatch(entry.name) and _is_file(entry)]
+    except OSError:
+        return
+    for name in found:
+        _remove_unheld(Path(name))
+
+
+def _remove_unheld(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(path, descriptor):  # and not renamed to its target meanwhile
+            if path.suffix == FOLDER_LOCK:
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink()
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
