@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -49,7 +50,7 @@ def encode_rows(
         stored = tensor.source.stored(start, stop)
         if stored is not None:
             return stored
-    try:
+    with naming_overflow(tensor):
         if importance is None or importance.ndim == 1:
             return quant_format.encode(tensor.rows(start, stop), importance)
         pieces = []
@@ -59,6 +60,13 @@ def encode_rows(
             pieces.append(quant_format.encode(tensor.rows(start, end), importance[expert]))
             start = end
         return np.concatenate(pieces)
+
+
+@contextmanager
+def naming_overflow(tensor: Tensor) -> Iterator[None]:
+    """Turns a format's complaint about a weight beyond its range into a RecipeError that names the tensor."""
+    try:
+        yield
     except OverflowError as error:
         raise RecipeError(f"{tensor.name}: {error}") from error
 

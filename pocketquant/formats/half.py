@@ -10,11 +10,14 @@ Source: IEEE 754-2019, binary16 and roundTiesToEven.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
+from pocketquant.formats import F32Array
 from pocketquant.formats.kernel import jit
 
 F16_MAX = np.float32(65504.0)
 _MAX_BITS = np.uint32(0x477FE000)  # 65504 as f32
+_SUSPICIOUS = 0x7000  # bits of 8192
 _MIN_NORMAL_BITS = np.uint32(0x38800000)  # 2^-14 as f32
 
 
@@ -48,3 +51,25 @@ def f16_value(bits: np.uint16) -> np.float32:
 def f16_round(x: np.float32) -> np.float32:
     """The half nearest to a finite f32, as f32: `f16_value(f16_bits(x))`."""
     return f16_value(f16_bits(x))
+
+
+def refuse_beyond(name: str, steps: int, rows: F32Array, *scales: npt.NDArray[np.uint16]) -> None:
+    """Checks that the weights were within what a block can hold, at the cost of a look at its scales.
+
+    Args:
+        name: the format's.
+        steps: the largest multiple of a scale that every block can hold with either sign.
+        rows: f32[n, k], the weights.
+        scales: bits of the halves that encoding them led to; without any, every weight is looked at.
+
+    Raises:
+        OverflowError: a weight is beyond that.
+    """
+    # a search may end with a scale somewhat below what the block's extreme asks for
+    if not rows.size or (scales and max(int((bits & np.uint16(0x7FFF)).max()) for bits in scales) < _SUSPICIOUS):
+        return
+    largest, worst = steps * float(F16_MAX), max(float(rows.max()), -float(rows.min()))
+    if worst > largest:
+        raise OverflowError(
+            f"weight of magnitude {worst:g} is beyond the range of {name} ({largest:g}); use bf16 or f32"
+        )

@@ -13,12 +13,13 @@ Source: block layouts and levels from llama.cpp b10359, ggml/src/ggml-common.h.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.formats.half import f16_bits
+from pocketquant.formats.closer_search import candidates, closer_scale, energy, halves_near, is_sparse, stored_loss
+from pocketquant.formats.half import f16_bits, refuse_beyond
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.lanes import (
     first_equal,
@@ -55,8 +56,22 @@ LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 
 F = np.float32
 _BETWEEN = (LEVELS[1:] + LEVELS[:-1]) / 2
 _STEP = LEVELS[1:] - LEVELS[:-1]
+_CLOSER = candidates(LEVELS)
+# Blocks that keep an error below this share of their energy are searched again: one in some hundreds of gaussian ones
+# under uneven importance.
+_RARE_NL, _RARE_XS = F(4e-4), F(8e-4)
 _EXTREME_MULTIPLES = np.arange(-32.0, -24.0, 0.5, dtype=F)
+_PEAK_LEVELS = LEVELS[[0, 15, 1, 14]]
 _AROUND = np.arange(-8.0, 8.0, dtype=F)
+
+
+class Scratch(NamedTuple):
+    """Room for one super-block, f32[8] each: what its blocks want, how much they mind, their multiples, the best."""
+
+    scales: F32Array
+    curvatures: F32Array
+    multiples: F32Array
+    best_multiples: F32Array
 
 
 @jit
@@ -113,8 +128,8 @@ def coarse_scale(x: F32Array, w: F32Array, at: int) -> tuple[np.float32, np.floa
 
 
 @jit
-def fine_scale(x: F32Array, w: F32Array, at: int, scale: np.float32, unit: np.float32) -> np.float32:
-    """The best scale around `scale`, a half, in units of `unit`."""
+def fine_scale(x: F32Array, w: F32Array, at: int, scale: np.float32, unit: np.float32) -> tuple[np.float32, np.float32]:
+    """The best scale around `scale`, a half, in units of `unit`, and the squared error that it saves."""
     sum_qx, sum_qq = level_sums(x, w, at, load(FINE_4, 0) / scale)
     return pick_half(sum_qx, sum_qq, unit)
 
@@ -141,18 +156,23 @@ def write_codes(row: F32Array, first: int, scale: np.float32, qs: U8Array) -> No
 def _fill_iq4_nl(rows: F32Array, w: F32Array, blocks: Any) -> None:
     x = np.zeros(rows.shape[1], np.float32)
     units = np.empty(blocks.shape[1], np.float32)
+    is_odd = np.empty(blocks.shape[1], np.bool_)
     scales = np.empty(blocks.shape[1], np.float32)
     for i in range(blocks.shape[0]):
         row = rows[i]
         # Short loops over the whole row, so that the processor overlaps the blocks of each
         for b in range(blocks.shape[1]):
-            units[b] = take_block(row, b * BLOCK_LEN, BLOCK_LEN, x)
+            units[b], is_odd[b] = take_block(row, b * BLOCK_LEN, BLOCK_LEN, x)
         for b in range(blocks.shape[1]):
             scales[b] = coarse_scale(x, w, b * BLOCK_LEN)[0] if units[b] > 0.0 else F(0.0)
         for b in range(blocks.shape[1]):
             if scales[b] != 0.0:
-                scales[b] = units[b] * fine_scale(x, w, b * BLOCK_LEN, scales[b], units[b])
+                scales[b], saved = fine_scale(x, w, b * BLOCK_LEN, scales[b], units[b])
+                is_odd[b] = is_odd[b] or saved > (F(1.0) - _RARE_NL) * energy(x, w, b * BLOCK_LEN, F(0.0))
         for b in range(blocks.shape[1]):
+            if is_odd[b]:
+                scales[b] = closer_scale(x, w, b * BLOCK_LEN, LEVELS, 0.0, _CLOSER, scales[b], units[b])
+            scales[b] *= units[b]
             blocks[i, b].d = f16_bits(scales[b])
             write_codes(row, b * BLOCK_LEN, scales[b], blocks[i, b].qs)
 
@@ -190,16 +210,10 @@ def best_multiple(
 
 
 @jit
-def fit_super_block(
-    x: F32Array, w: F32Array, at: int, unit: np.float32, scales: F32Array, curvatures: F32Array, multiples: F32Array
-) -> np.float32:
-    """The shared scale of 256 weights, a half in units of `unit`; leaves its multiples in `multiples`."""
-    for b in range(8):
-        scales[b], curvatures[b] = coarse_scale(x, w, at + b * BLOCK_LEN)
-        multiples[b] = F(0.0)
-    shared = shared_scale(scales, curvatures, unit)
-    if shared == 0.0:
-        return F(0.0)
+def choose_multiples(
+    x: F32Array, w: F32Array, at: int, unit: np.float32, shared: np.float32, scales: F32Array, multiples: F32Array
+) -> tuple[np.float32, np.float32]:
+    """Fills `multiples` under a given shared scale; returns the shared scale that fits them best, and what it saves."""
     sum_qx, sum_qq = F(0.0), F(0.0)
     for b in range(8):
         multiple, qx, qq = best_multiple(x, w, at + b * BLOCK_LEN, shared, scales[b])
@@ -208,38 +222,106 @@ def fit_super_block(
         sum_qq += multiple * multiple * qq
     if sum_qq > 0.0:
         shared = lane(in_half(splat(sum_qx / sum_qq), unit), 0)
+    return shared, shared * (sum_qx + sum_qx - shared * sum_qq)
+
+
+@jit
+def fit_super_block(x: F32Array, w: F32Array, at: int, unit: np.float32, s: Scratch) -> np.float32:
+    """The shared scale of 256 weights, a half in units of `unit`; leaves its multiples in the scratch."""
+    for b in range(8):
+        s.scales[b], s.curvatures[b] = coarse_scale(x, w, at + b * BLOCK_LEN)
+        s.multiples[b] = F(0.0)
+    shared = shared_scale(s.scales, s.curvatures, unit)
+    if shared == 0.0:
+        return F(0.0)
+    shared, saved = choose_multiples(x, w, at, unit, shared, s.scales, s.multiples)
+    whole, sparse = F(0.0), 0
+    for b in range(8):
+        whole += energy(x, w, at + b * BLOCK_LEN, F(0.0))
+        sparse += is_sparse(x, at + b * BLOCK_LEN)
+    if saved > (F(1.0) - _RARE_XS) * whole or sparse > 4:
+        shared = look_closer(x, w, at, unit, whole, sparse > 4, shared, s)
     return shared
+
+
+@jit
+def look_closer(
+    x: F32Array, w: F32Array, at: int, unit: np.float32, whole: np.float32, is_odd: bool, shared: np.float32, s: Scratch
+) -> np.float32:
+    """`fit_super_block` in one that levels fit almost exactly: there the blocks must agree on one unit.
+
+    In each round the largest weight of every block takes the same level; where only the rounding of the shared scale
+    is left, or most weights are zero, that of every unit is tried.
+    """
+    best, best_loss = _best_neighbour(x, w, at, unit, shared, s.multiples)
+    s.best_multiples[:] = s.multiples
+    for level in _PEAK_LEVELS:
+        for b in range(8):
+            peak = F(0.0)
+            for j in range(at + b * BLOCK_LEN, at + (b + 1) * BLOCK_LEN):
+                peak = x[j] if abs(x[j]) > abs(peak) else peak
+            s.scales[b] = peak / level
+            s.curvatures[b] = F(1.0)
+        first = shared_scale(s.scales, s.curvatures, unit)
+        coarse = abs(best) * unit
+        coarse = F(2.0**-25) / coarse if coarse < 2.0**-14 and coarse > 0.0 else F(2.0**-11)
+        n_units = _EXTREME_MULTIPLES.size if is_odd or best_loss < coarse * coarse * whole else 1
+        for k in range(n_units):
+            shared = first
+            if k > 0:
+                shared = lane(in_half(splat(first * F(32.0) / _EXTREME_MULTIPLES[k]), unit), 0)
+            if shared == 0.0:
+                continue
+            shared, _ = choose_multiples(x, w, at, unit, shared, s.scales, s.multiples)
+            shared, loss = _best_neighbour(x, w, at, unit, shared, s.multiples)
+            if loss < best_loss:
+                best, best_loss = shared, loss
+                s.best_multiples[:] = s.multiples
+    s.multiples[:] = s.best_multiples
+    return best
+
+
+@jit
+def _best_neighbour(
+    x: F32Array, w: F32Array, at: int, unit: np.float32, shared: np.float32, multiples: F32Array
+) -> tuple[np.float32, np.float32]:
+    """The shared scale, of the sixteen halves around `shared`, that leaves the least error, and that error."""
+    halves = halves_near(shared, unit)
+    loss = splat(0.0)
+    for b in range(8):
+        loss += stored_loss(x, w, at + b * BLOCK_LEN, load(halves, 0) * multiples[b], LEVELS, 0.0)
+    k = first_equal(loss, smallest(loss))
+    return halves[k], lane(loss, k)
 
 
 @jit
 def _fill_iq4_xs(rows: F32Array, w: F32Array, blocks: Any) -> None:
     x = np.zeros(rows.shape[1], np.float32)
-    scales = np.empty(8, np.float32)
-    curvatures = np.empty(8, np.float32)
-    multiples = np.empty(8, np.float32)
+    s = Scratch(np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32))
     for i in range(blocks.shape[0]):
         row = rows[i]
-        for s in range(blocks.shape[1]):
-            unit = take_block(row, s * SUPER_LEN, SUPER_LEN, x)
-            multiples[:] = F(0.0)
+        for k in range(blocks.shape[1]):
+            unit = take_block(row, k * SUPER_LEN, SUPER_LEN, x)[0]
+            s.multiples[:] = F(0.0)
             shared = F(0.0)
             if unit > 0.0:
-                shared = fit_super_block(x, w, s * SUPER_LEN, unit, scales, curvatures, multiples) * unit
-            blocks[i, s].d = f16_bits(shared)
+                shared = fit_super_block(x, w, k * SUPER_LEN, unit, s) * unit
+            blocks[i, k].d = f16_bits(shared)
             high = np.uint32(0)
             for b in range(8):
-                six_bits = np.uint32(np.int32(multiples[b]) + np.int32(32))
+                six_bits = np.uint32(np.int32(s.multiples[b]) + np.int32(32))
                 high |= np.uint32((six_bits >> np.uint32(4)) << np.uint32(2 * b))
                 shift = np.uint32(4 * (b % 2))
-                blocks[i, s].scales_l[b // 2] |= np.uint8((six_bits & np.uint32(15)) << shift)
-                write_codes(row, s * SUPER_LEN + b * BLOCK_LEN, shared * multiples[b], blocks[i, s].qs[b])
-            blocks[i, s].scales_h = np.uint16(high)
+                blocks[i, k].scales_l[b // 2] |= np.uint8((six_bits & np.uint32(15)) << shift)
+                write_codes(row, k * SUPER_LEN + b * BLOCK_LEN, shared * s.multiples[b], blocks[i, k].qs[b])
+            blocks[i, k].scales_h = np.uint16(high)
 
 
 def encode_iq4_nl(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """f32[n, k] -> u8[n, k / 32 * 18]."""
     rows, data, blocks = empty_blocks(rows, IQ4_NL, BLOCK_LEN)
     _fill_iq4_nl(rows, block_weights(importance, rows.shape[1], BLOCK_LEN), blocks)
+    refuse_beyond("IQ4_NL", 113, rows, blocks["d"])
     return data
 
 
@@ -257,6 +339,7 @@ def encode_iq4_xs(rows: F32Array, importance: F32Array | None = None) -> U8Array
     blocks = weights.reshape(-1, BLOCK_LEN)
     blocks[~blocks.any(axis=1)] = 2.0**-30
     _fill_iq4_xs(rows, weights, supers)
+    refuse_beyond("IQ4_XS", 3503, rows, supers["d"])
     return data
 
 

@@ -8,6 +8,7 @@ integer scale and a small integer offset. The search minimises sum importance * 
 2. `best_unit`: the `d` and `dmin` whose multiples come nearest to what the parts want.
 3. `choose_codes` and `refit`: sixteen pairs of integer scale and offset around each part's wish compete with the
    codes they really lead to; then `d` and `dmin` are solved again for the codes chosen, as long as that helps.
+4. `look_closer`, in rare blocks that are mostly zeros or that codes fit almost exactly: starts where the parts agree.
 
 Sources: the layouts and the idea of sub-block fits are ggml's (ggml-quants.c of llama.cpp); weighted least squares
 with alternating assignment is Lloyd, "Least squares quantization in PCM", 1982.
@@ -38,6 +39,11 @@ from pocketquant.formats.lanes import (
 
 _F32 = np.float32
 _REFITS = 3
+_EVEN = _F32(1e-6)  # codes that vary less than this share of their squares are all the same: the rest is rounding
+# How many numbers of steps are tried there, and in blocks that fit exactly.
+_FEWER, _FEWEST = 3, 4
+_EXACT = _F32(20.0)  # an error of so many squared steps of `d` comes from its rounding
+_SPARSE = _F32(208.0)  # zeros in a block that are many
 _TINY = _F32(1e-36)  # scales below have no finite inverse
 
 # Candidates of `fit_parts`: which end of a part is kept where its range and that of the codes differ (0 low, 1 high).
@@ -139,7 +145,7 @@ def fit_parts(s: Scratch, part_len: int, code_max: np.float32, reach: F32Array) 
             mean_q = sum_q / weight
             spread = sum_qq - sum_q * mean_q
             center = origin + mean_q
-            scale = where_less(splat(1e-30), spread, sum_qx / spread, zero)
+            scale = where_less(highest(_EVEN * sum_qq, 1e-30), spread, sum_qx / spread, zero)
             offset = scale * center - mean
             gain = scale * sum_qx
             # an offset below zero does not exist: those lanes take the best line through the origin
@@ -245,8 +251,51 @@ def refit(
 
 
 @jit
+def settle(
+    s: Scratch,
+    part_len: int,
+    code_max: np.float32,
+    scale_max: np.float32,
+    passes: int,
+    grow: float,
+    d_bits: np.uint16,
+    dmin_bits: np.uint16,
+    best: tuple[np.uint16, np.uint16, np.float32],
+) -> tuple[np.uint16, np.uint16, np.float32]:
+    """Chooses integers and refits from a start of `d` and `dmin`; keeps what is better than `best`.
+
+    `best` and the result are the F16 bits of `d`, those of `dmin`, and the error they leave.
+    """
+    best_d_bits, best_dmin_bits, best_loss = best
+    own_loss = _F32(np.inf)
+    for _ in range(passes):
+        d, dmin = _F32(f16_value(d_bits) / grow), _F32(f16_value(dmin_bits) / grow)
+        choose_codes(s, part_len, code_max, scale_max, d, dmin)
+        for _ in range(_REFITS + 1):
+            d, dmin = _F32(f16_value(d_bits) / grow), _F32(f16_value(dmin_bits) / grow)
+            loss, new_d, new_dmin = refit(s, part_len, code_max, d, dmin)
+            if loss < best_loss:
+                best_d_bits, best_dmin_bits, best_loss = d_bits, dmin_bits, loss
+                s.best_scale_code[:] = s.scale_code
+                s.best_offset_code[:] = s.offset_code
+            elif not loss < own_loss:
+                break
+            own_loss = loss
+            d_bits, dmin_bits = f16_bits(_F32(new_d * grow)), f16_bits(_F32(new_dmin * grow))
+        d_bits, dmin_bits, own_loss = best_d_bits, best_dmin_bits, best_loss
+    return best_d_bits, best_dmin_bits, best_loss
+
+
+@jit
 def fit_block(
-    s: Scratch, part_len: int, code_max: np.float32, scale_max: np.float32, reach: F32Array, passes: int, grow: float
+    s: Scratch,
+    part_len: int,
+    code_max: np.float32,
+    scale_max: np.float32,
+    reach: F32Array,
+    passes: int,
+    rare: np.float32,
+    grow: float,
 ) -> tuple[np.uint16, np.uint16]:
     """Finds the block's F16 bits of `d` and `dmin`; leaves integer scales, offsets and codes in the scratch.
 
@@ -254,34 +303,80 @@ def fit_block(
         code_max, scale_max: the largest code of a weight, and of a part's scale and offset.
         reach: see `fit_parts`.
         passes: how often the parts may choose again under a refitted `d` and `dmin`.
+        rare: blocks that keep an error below this share of their energy are searched again.
         grow: the factor `take_block` returned.
     """
     n_parts = 256 // part_len
     fit_parts(s, part_len, code_max, reach)
     d_bits = f16_bits(_F32(best_unit(s.scale, s.curvature, n_parts, scale_max) * grow))
     dmin_bits = f16_bits(_F32(best_unit(s.offset, s.weight, n_parts, scale_max) * grow))
-    best_d_bits, best_dmin_bits, best_loss = d_bits, dmin_bits, _F32(np.inf)
-    for _ in range(passes):
-        d, dmin = _F32(f16_value(d_bits) / grow), _F32(f16_value(dmin_bits) / grow)
-        choose_codes(s, part_len, code_max, scale_max, d, dmin)
-        for _ in range(_REFITS + 1):
-            d, dmin = _F32(f16_value(d_bits) / grow), _F32(f16_value(dmin_bits) / grow)
-            loss, new_d, new_dmin = refit(s, part_len, code_max, d, dmin)
-            if not loss < best_loss:
-                break
-            best_d_bits, best_dmin_bits, best_loss = d_bits, dmin_bits, loss
-            s.best_scale_code[:] = s.scale_code
-            s.best_offset_code[:] = s.offset_code
-            d_bits, dmin_bits = f16_bits(_F32(new_d * grow)), f16_bits(_F32(new_dmin * grow))
-        d_bits, dmin_bits = best_d_bits, best_dmin_bits
+    best = d_bits, dmin_bits, _F32(np.inf)
+    best = settle(s, part_len, code_max, scale_max, passes, grow, d_bits, dmin_bits, best)
+    whole, zeros = energy_and_zeros(s)
+    if best[2] < rare * whole or zeros > _SPARSE:
+        best = look_closer(s, part_len, code_max, scale_max, passes, grow, whole, bool(zeros > _SPARSE), best)
 
-    d, dmin = _F32(f16_value(best_d_bits) / grow), _F32(f16_value(best_dmin_bits) / grow)
+    d, dmin = _F32(f16_value(best[0]) / grow), _F32(f16_value(best[1]) / grow)
     for j in range(n_parts):
         scale, offset = d * s.best_scale_code[j], dmin * s.best_offset_code[j]
         inverse = _F32(1.0) / scale if scale > _TINY else _F32(0.0)
         for i in range(j * part_len, (j + 1) * part_len):
             s.codes[i] = np.uint8(min(max(np.rint(s.x[i] * inverse + offset * inverse), _F32(0.0)), code_max))
-    return best_d_bits, best_dmin_bits
+    return best[0], best[1]
+
+
+@jit
+def energy_and_zeros(s: Scratch) -> tuple[np.float32, np.float32]:
+    """The error of a block of zeros, and how many weights are zero."""
+    squares, zeros = splat(0.0), splat(0.0)
+    for i in range(0, 256, 16):
+        v = load(s.x, i)
+        squares += v * v * load(s.w, i)
+        zeros += where_less(splat(0.0), v * v, splat(0.0), splat(1.0))
+    return total(squares), total(zeros)
+
+
+@jit
+def look_closer(
+    s: Scratch,
+    part_len: int,
+    code_max: np.float32,
+    scale_max: np.float32,
+    passes: int,
+    grow: float,
+    whole: np.float32,
+    is_sparse: bool,
+    best: tuple[np.uint16, np.uint16, np.float32],
+) -> tuple[np.uint16, np.uint16, np.float32]:
+    """Searches again in a block that codes fit almost exactly, as weights of few values or under few columns are.
+
+    There many lines suit a part equally well, and what counts is whether the parts agree on one unit: so all of them
+    take the same number of steps, and where only the rounding of `d` is left, that of every unit is tried.
+    """
+    n_parts = 256 // part_len
+    steps = np.empty(16, np.float32)
+    is_exact = False
+    for fewer in range(_FEWEST):
+        if fewer >= code_max or (fewer >= _FEWER and not is_exact):
+            break
+        steps[:] = (code_max - _F32(fewer)) / code_max
+        fit_parts(s, part_len, code_max, steps)
+        d = best_unit(s.scale, s.curvature, n_parts, scale_max) * grow
+        dmin = best_unit(s.offset, s.weight, n_parts, scale_max) * grow
+        d_bits, dmin_bits = f16_bits(_F32(d)), f16_bits(_F32(dmin))
+        best = settle(s, part_len, code_max, scale_max, passes, grow, d_bits, dmin_bits, best)
+        # relative to d, half a step of its F16
+        coarse = _F32(1.0) / _F32(min(max(best[0], np.uint16(1)), np.uint16(1024)))
+        is_exact = bool(best[2] < _EXACT * coarse * coarse * whole)
+        if is_exact or is_sparse:
+            for below in range(1, 16):
+                larger = np.float64(scale_max / (scale_max - _F32(below)))
+                best = settle(
+                    s, part_len, code_max, scale_max, passes, grow, f16_bits(_F32(d * larger)), dmin_bits, best
+                )
+                other = f16_bits(_F32(dmin * larger))
+                best = settle(s, part_len, code_max, scale_max, passes, grow, best[0], other, best)
+    return best
 
 
 @jit

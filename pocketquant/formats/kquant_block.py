@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats.half import refuse_beyond
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.lanes import highest, largest, load, splat, store, total
 
@@ -16,11 +17,15 @@ BLOCK_LEN = 256
 
 
 def encode_rows(
-    kernel: Callable[..., None], layout: np.dtype[Any], rows: F32Array, weights: F32Array | None
+    name: str, steps: int, kernel: Callable[..., None], layout: np.dtype[Any], rows: F32Array, weights: F32Array | None
 ) -> U8Array:
     """Runs `kernel(rows, importance, blocks)` over f32[n, k] rows; returns the blocks as u8[n, bytes].
 
+    Args:
+        name, steps: see `refuse_beyond`.
+
     Raises:
+        OverflowError: a weight is beyond what a block can hold.
         ValueError: k is no multiple of 256, or `weights` is not f32[k].
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
@@ -32,6 +37,7 @@ def encode_rows(
     importance = np.ascontiguousarray(np.zeros(0) if weights is None else weights, dtype=np.float32)
     blocks: npt.NDArray[Any] = np.zeros((n_rows, n_cols // BLOCK_LEN), layout)
     kernel(rows, importance, blocks)
+    refuse_beyond(name, steps, rows, *(blocks[field] for field in ("d", "dmin") if field in (layout.names or ())))
     return blocks.view(np.uint8).reshape(n_rows, -1)
 
 

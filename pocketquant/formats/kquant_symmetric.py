@@ -9,6 +9,8 @@ minimises sum importance * (weight - decoded)**2:
 2. `best_unit`: the `d` whose multiples come nearest to what the parts want.
 3. `choose_codes` and `refit`: sixteen integer scales around each part's wish compete with the codes they really lead
    to; then `d` is solved again for the codes chosen, as long as that helps.
+4. `look_closer`, in rare blocks that are mostly zeros, of one sign, or that codes fit almost exactly: starts where the
+   parts agree.
 
 Sources: the layouts and the idea of sub-block fits are ggml's (ggml-quants.c of llama.cpp); weighted least squares
 with alternating assignment is Lloyd, "Least squares quantization in PCM", 1982.
@@ -40,6 +42,8 @@ from pocketquant.formats.lanes import (
 
 _F32 = np.float32
 _REFITS = 2
+_EXACT = _F32(3.0)  # an error of so many squared steps of `d` comes from its rounding
+_SPARSE = _F32(208.0)  # zeros in a block that are many
 _TINY = _F32(1e-36)  # scales below have no finite inverse
 # Candidates of `best_unit`: how far below the highest integer the largest wish shall land.
 _BELOW_TOP = (np.arange(16) / 2.0).astype(np.float32)
@@ -159,33 +163,110 @@ def refit(s: Scratch, n: np.float32, d: np.float32) -> tuple[np.float32, np.floa
 
 
 @jit
-def fit_block(s: Scratch, n: np.float32, scale_n: np.float32, reach: F32Array, passes: int, grow: float) -> np.uint16:
+def settle(
+    s: Scratch,
+    n: np.float32,
+    scale_n: np.float32,
+    passes: int,
+    grow: float,
+    d_bits: np.uint16,
+    best: tuple[np.uint16, np.float32],
+) -> tuple[np.uint16, np.float32]:
+    """Chooses integers and refits from a start of `d`; keeps what is better than `best`.
+
+    `best` and the result are the F16 bits of `d` and the error they leave.
+    """
+    best_bits, best_loss = best
+    own_loss = _F32(np.inf)
+    for _ in range(passes):
+        choose_codes(s, n, scale_n, _F32(f16_value(d_bits) / grow))
+        for _ in range(_REFITS + 1):
+            loss, new_d = refit(s, n, _F32(f16_value(d_bits) / grow))
+            if loss < best_loss:
+                best_bits, best_loss = d_bits, loss
+                s.best_scale_code[:] = s.scale_code
+            elif not loss < own_loss:
+                break
+            own_loss = loss
+            d_bits = f16_bits(_F32(new_d * grow))
+        d_bits, own_loss = best_bits, best_loss
+    return best_bits, best_loss
+
+
+@jit
+def fit_block(
+    s: Scratch,
+    n: np.float32,
+    scale_n: np.float32,
+    reach: F32Array,
+    closer: F32Array,
+    passes: int,
+    rare: np.float32,
+    grow: float,
+) -> np.uint16:
     """Finds the block's F16 bits of `d`; leaves integer scales and codes in the scratch.
 
     Args:
         n, scale_n: codes run from -n to n - 1, integer scales from -scale_n to scale_n - 1.
         reach: see `fit_parts`.
+        closer: f32[m, 16], what `reach` becomes one after the other in blocks that are searched again.
         passes: how often the parts may choose again under a refitted `d`.
+        rare: blocks that keep an error below this share of their energy are searched again.
         grow: the factor `take_block` returned.
     """
     fit_parts(s, n, reach)
     d_bits = f16_bits(_F32(best_unit(s, scale_n) * grow))
-    best_bits, best_loss = d_bits, _F32(np.inf)
-    for _ in range(passes):
-        choose_codes(s, n, scale_n, _F32(f16_value(d_bits) / grow))
-        for _ in range(_REFITS + 1):
-            loss, new_d = refit(s, n, _F32(f16_value(d_bits) / grow))
-            if not loss < best_loss:
-                break
-            best_bits, best_loss = d_bits, loss
-            s.best_scale_code[:] = s.scale_code
-            d_bits = f16_bits(_F32(new_d * grow))
-        d_bits = best_bits
+    best = settle(s, n, scale_n, passes, grow, d_bits, (d_bits, _F32(np.inf)))
+    whole, is_sparse, is_one_sided = energy_and_oddness(s)
+    if best[1] < rare * whole or is_sparse or is_one_sided:
+        best = look_closer(s, n, scale_n, closer, passes, grow, whole, is_sparse, best)
 
-    d = _F32(f16_value(best_bits) / grow)
+    d = _F32(f16_value(best[0]) / grow)
     for j in range(16):
         scale = d * s.best_scale_code[j]
         inverse = _F32(1.0) / scale if abs(scale) > _TINY else _F32(0.0)
         for i in range(16 * j, 16 * j + 16):
             s.codes[i] = np.int32(min(max(np.rint(s.x[i] * inverse), -n), n - _F32(1.0)))
-    return best_bits
+    return best[0]
+
+
+@jit
+def energy_and_oddness(s: Scratch) -> tuple[np.float32, bool, bool]:
+    """The error of a block of zeros; whether most weights are zero; whether all have one sign."""
+    squares, zeros, lows, highs = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    for i in range(0, 256, 16):
+        v = load(s.x, i)
+        squares += v * v * load(s.w, i)
+        zeros += where_less(splat(0.0), v * v, splat(0.0), splat(1.0))
+        lows, highs = lowest(lows, v), highest(highs, v)
+    return total(squares), total(zeros) > _SPARSE, smallest(lows) == 0.0 or largest(highs) == 0.0
+
+
+@jit
+def look_closer(
+    s: Scratch,
+    n: np.float32,
+    scale_n: np.float32,
+    closer: F32Array,
+    passes: int,
+    grow: float,
+    whole: np.float32,
+    is_sparse: bool,
+    best: tuple[np.uint16, np.float32],
+) -> tuple[np.uint16, np.float32]:
+    """Searches again in a block that codes fit almost exactly, as weights of few values or under few columns are.
+
+    There many scales suit a part equally well, and what counts is whether the parts agree on one unit: so all of them
+    take the same number of steps, and where only the rounding of `d` is left, that of every unit is tried.
+    """
+    for v in range(closer.shape[0]):
+        fit_parts(s, n, closer[v])
+        d = best_unit(s, scale_n) * grow
+        best = settle(s, n, scale_n, passes, grow, f16_bits(_F32(d)), best)
+        # relative to d, half a step of its F16
+        coarse = _F32(1.0) / _F32(min(max(best[0] & np.uint16(0x7FFF), np.uint16(1)), np.uint16(1024)))
+        if best[1] < _EXACT * coarse * coarse * whole or is_sparse:
+            for below in range(1, 16, 2):
+                other = f16_bits(_F32(d * np.float64(scale_n / (scale_n - _F32(below)))))
+                best = settle(s, n, scale_n, passes, grow, other, best)
+    return best

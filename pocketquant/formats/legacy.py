@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.formats.half import F16_MAX, f16_bits
+from pocketquant.formats.closer_search import candidates, closer_line, closer_scale, energy, is_sparse, line_candidates
+from pocketquant.formats.half import F16_MAX, f16_bits, refuse_beyond
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.scale_search import (
     BLOCK_LEN,
@@ -42,6 +43,13 @@ Q5_1 = np.dtype([("d", "<u2"), ("m", "<u2"), ("qh", "<u4"), ("qs", "u1", (16,))]
 Q8_0 = np.dtype([("d", "<u2"), ("qs", "i1", (32,))])
 
 F = np.float32
+_LEVELS_4 = np.arange(-8, 8).astype(np.float32)
+_LEVELS_5 = np.arange(-16, 16).astype(np.float32)
+_CLOSER_4, _CLOSER_5 = candidates(_LEVELS_4), candidates(_LEVELS_5)
+_LINES_4, _LINES_5 = line_candidates(15), line_candidates(31)
+# Blocks that keep an error below this share of their energy are searched again: one in some hundreds of gaussian ones
+# under uneven importance.
+_RARE_Q4_0, _RARE_Q4_1, _RARE_Q5_0, _RARE_Q5_1 = F(5e-4), F(3e-4), F(1.2e-4), F(6e-5)
 ROUNDER = 12582912.0  # 1.5 * 2^23: a sum with it keeps no fraction
 Blocks = npt.NDArray[np.void]
 
@@ -79,22 +87,37 @@ def fifth_bits(
 
 @jit
 def _fill_symmetric(
-    rows: F32Array, w: F32Array, block_len: int, half: float, coarse: F32Array, fine: F32Array, blocks: Any, qh: Any
+    rows: F32Array,
+    w: F32Array,
+    block_len: int,
+    half: float,
+    coarse: F32Array,
+    fine: F32Array,
+    levels: F32Array,
+    table: F32Array,
+    rare: np.float32,
+    blocks: Any,
+    qh: Any,
 ) -> None:
     x = np.zeros(rows.shape[1], np.float32)
     units = np.empty(blocks.shape[1], np.float32)
     scales = np.empty(blocks.shape[1], np.float32)
+    is_odd = np.empty(blocks.shape[1], np.bool_)
     for i in range(blocks.shape[0]):
         row = rows[i]
         # Short loops over the whole row, so that the processor overlaps the blocks of each
         for b in range(blocks.shape[1]):
-            units[b] = take_block(row, b * BLOCK_LEN, BLOCK_LEN, x)
+            units[b], is_odd[b] = take_block(row, b * BLOCK_LEN, BLOCK_LEN, x)
         for b in range(blocks.shape[1]):
             scales[b] = coarse_symmetric(x, w, b * BLOCK_LEN, half, coarse) if units[b] > 0.0 else F(0.0)
         for b in range(blocks.shape[1]):
             if scales[b] != 0.0:
-                scales[b] = units[b] * fine_symmetric(x, w, b * BLOCK_LEN, half, fine, scales[b], units[b])
+                scales[b], saved = fine_symmetric(x, w, b * BLOCK_LEN, half, fine, scales[b], units[b])
+                is_odd[b] = is_odd[b] or saved > (F(1.0) - rare) * energy(x, w, b * BLOCK_LEN, F(0.0))
         for b in range(blocks.shape[1]):
+            if is_odd[b]:
+                scales[b] = closer_scale(x, w, b * BLOCK_LEN, levels, half, table, scales[b], units[b])
+            scales[b] *= units[b]
             blocks[i, b].d = f16_bits(scales[b])
             write_codes(row, b * BLOCK_LEN, scales[b], F(0.0), F(half), F(2.0 * half - 1.0), blocks[i, b].qs)
             if qh is not None:
@@ -103,7 +126,9 @@ def _fill_symmetric(
 
 
 @jit
-def _fill_affine(rows: F32Array, w: F32Array, block_len: int, top: float, blocks: Any, qh: Any) -> None:
+def _fill_affine(
+    rows: F32Array, w: F32Array, block_len: int, top: float, lines: F32Array, rare: np.float32, blocks: Any, qh: Any
+) -> None:
     x = np.zeros(rows.shape[1], np.float32)
     scales = np.empty(blocks.shape[1], np.float32)
     minima = np.empty(blocks.shape[1], np.float32)
@@ -111,9 +136,12 @@ def _fill_affine(rows: F32Array, w: F32Array, block_len: int, top: float, blocks
         row = rows[i]
         for b in range(blocks.shape[1]):
             scales[b] = minima[b] = F(0.0)
-            unit = take_block(row, b * BLOCK_LEN, BLOCK_LEN, x)
+            unit = take_block(row, b * BLOCK_LEN, BLOCK_LEN, x)[0]
             if unit > 0.0:
-                scale, minimum = fit_affine(x, w, b * BLOCK_LEN, top, unit)
+                scale, minimum, saved, mean = fit_affine(x, w, b * BLOCK_LEN, top, unit)
+                left = energy(x, w, b * BLOCK_LEN, mean) - saved
+                if left < rare * energy(x, w, b * BLOCK_LEN, F(0.0)) or is_sparse(x, b * BLOCK_LEN):
+                    scale, minimum = closer_line(x, w, b * BLOCK_LEN, top, lines, scale, minimum, unit)
                 scales[b], minima[b] = scale * unit, minimum * unit
         for b in range(blocks.shape[1]):
             blocks[i, b].d = f16_bits(scales[b])
@@ -124,8 +152,9 @@ def _fill_affine(rows: F32Array, w: F32Array, block_len: int, top: float, blocks
 
 
 @jit
-def _fill_q4_0_plain(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any) -> None:
-    """The extreme of largest magnitude, the first of equals, becomes code 0."""
+def _fill_q4_0_plain(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any) -> np.float32:
+    """The extreme of largest magnitude, the first of equals, becomes code 0; returns the largest scale wished for."""
+    widest = F(0.0)
     for i in range(d.shape[0]):
         for b in range(d.shape[1]):
             x = rows[i, b * BLOCK_LEN : (b + 1) * BLOCK_LEN]
@@ -147,6 +176,7 @@ def _fill_q4_0_plain(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any)
                         extreme = x[j]
                         break
             scale = extreme / F(-8.0)
+            widest = max(widest, abs(scale))
             if abs(scale) > F16_MAX:
                 scale = F16_MAX if scale > 0.0 else -F16_MAX
             d[i, b] = f16_bits(scale)
@@ -155,10 +185,13 @@ def _fill_q4_0_plain(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any)
                 low = np.int32(min(max(x[j] * inverse + F(8.5), F(0.0)), F(15.0)))
                 high = np.int32(min(max(x[j + 16] * inverse + F(8.5), F(0.0)), F(15.0)))
                 qs[i, b, j] = np.uint8(low | (high << np.int32(4)))
+    return widest
 
 
 @jit
-def _fill_q8_0(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any) -> None:
+def _fill_q8_0(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any) -> np.float32:
+    """Returns the largest scale wished for."""
+    widest = F(0.0)
     for i in range(d.shape[0]):
         for b in range(d.shape[1]):
             x = rows[i, b * BLOCK_LEN : (b + 1) * BLOCK_LEN]
@@ -167,7 +200,9 @@ def _fill_q8_0(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any) -> No
             for j in range(block_len):
                 magnitude = words[j] & np.int32(0x7FFFFFFF)
                 peak = magnitude if magnitude > peak else peak
-            scale = min(np.int32(peak).view(np.float32) / F(127.0), F16_MAX)
+            scale = np.int32(peak).view(np.float32) / F(127.0)
+            widest = max(widest, scale)
+            scale = min(scale, F16_MAX)
             d[i, b] = f16_bits(scale)
             inverse = F(1.0) / scale if scale > F(2.0**-126) else F(0.0)
             for j in range(BLOCK_LEN):
@@ -176,6 +211,7 @@ def _fill_q8_0(rows: F32Array, bits: Any, block_len: int, d: Any, qs: Any) -> No
                 rest = value - F(whole)
                 # C's roundf: halves away from zero
                 qs[i, b, j] = np.int8(whole + np.int32(rest >= F(0.5)) - np.int32(rest <= F(-0.5)))
+    return widest
 
 
 def empty_blocks(rows: F32Array, layout: np.dtype[np.void], block_len: int) -> tuple[F32Array, U8Array, Blocks]:
@@ -195,17 +231,21 @@ def encode_q4_0(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """f32[n, k] -> u8[n, k / 32 * 18]; without importance llama.cpp's own bytes."""
     rows, data, blocks = empty_blocks(rows, Q4_0, BLOCK_LEN)
     if importance is None:
-        _fill_q4_0_plain(rows, rows.view(np.int32), BLOCK_LEN, blocks["d"], blocks["qs"])
+        if _fill_q4_0_plain(rows, rows.view(np.int32), BLOCK_LEN, blocks["d"], blocks["qs"]) > F16_MAX:
+            refuse_beyond("Q4_0", 8, rows)
     else:
         weights = block_weights(importance, rows.shape[1], BLOCK_LEN)
-        _fill_symmetric(rows, weights, BLOCK_LEN, 8.0, COARSE_4, FINE_4, blocks, None)
+        _fill_symmetric(rows, weights, BLOCK_LEN, 8.0, COARSE_4, FINE_4, _LEVELS_4, _CLOSER_4, _RARE_Q4_0, blocks, None)
+        refuse_beyond("Q4_0", 7, rows, blocks["d"])
     return data
 
 
 def encode_q4_1(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """f32[n, k] -> u8[n, k / 32 * 20]."""
     rows, data, blocks = empty_blocks(rows, Q4_1, BLOCK_LEN)
-    _fill_affine(rows, block_weights(importance, rows.shape[1], BLOCK_LEN), BLOCK_LEN, 15.0, blocks, None)
+    weights = block_weights(importance, rows.shape[1], BLOCK_LEN)
+    _fill_affine(rows, weights, BLOCK_LEN, 15.0, _LINES_4, _RARE_Q4_1, blocks, None)
+    refuse_beyond("Q4_1", 1, rows)
     return data
 
 
@@ -213,21 +253,27 @@ def encode_q5_0(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """f32[n, k] -> u8[n, k / 32 * 22]."""
     rows, data, blocks = empty_blocks(rows, Q5_0, BLOCK_LEN)
     weights = block_weights(importance, rows.shape[1], BLOCK_LEN)
-    _fill_symmetric(rows, weights, BLOCK_LEN, 16.0, COARSE_5, FINE_5, blocks, blocks["qh"])
+    _fill_symmetric(
+        rows, weights, BLOCK_LEN, 16.0, COARSE_5, FINE_5, _LEVELS_5, _CLOSER_5, _RARE_Q5_0, blocks, blocks["qh"]
+    )
+    refuse_beyond("Q5_0", 15, rows, blocks["d"])
     return data
 
 
 def encode_q5_1(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """f32[n, k] -> u8[n, k / 32 * 24]."""
     rows, data, blocks = empty_blocks(rows, Q5_1, BLOCK_LEN)
-    _fill_affine(rows, block_weights(importance, rows.shape[1], BLOCK_LEN), BLOCK_LEN, 31.0, blocks, blocks["qh"])
+    weights = block_weights(importance, rows.shape[1], BLOCK_LEN)
+    _fill_affine(rows, weights, BLOCK_LEN, 31.0, _LINES_5, _RARE_Q5_1, blocks, blocks["qh"])
+    refuse_beyond("Q5_1", 1, rows)
     return data
 
 
 def encode_q8_0(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """f32[n, k] -> u8[n, k / 32 * 34], llama.cpp's own bytes; importance changes nothing."""
     rows, data, blocks = empty_blocks(rows, Q8_0, BLOCK_LEN)
-    _fill_q8_0(rows, rows.view(np.int32), BLOCK_LEN, blocks["d"], blocks["qs"])
+    if _fill_q8_0(rows, rows.view(np.int32), BLOCK_LEN, blocks["d"], blocks["qs"]) > F16_MAX:
+        refuse_beyond("Q8_0", 127, rows)
     return data
 
 

@@ -28,11 +28,12 @@ BLOCK = np.dtype(
 _CODE_MAX, _SCALE_MAX = np.float32(3), np.float32(15)
 _REACH = np.linspace(0.8, 1.8, 16).astype(np.float32)
 _PASSES = 2
+_RARE = np.float32(0.008)  # so good are one in some hundreds of gaussian blocks under uneven importance
 
 
 def encode_q2_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """Encodes f32[n, k] to u8[n, k / 256 * 84], minimising sum importance * (x - decoded)**2."""
-    return encode_rows(_encode, BLOCK, rows, importance)
+    return encode_rows("Q2_K", 15, _encode, BLOCK, rows, importance)
 
 
 def decode_q2_k(data: U8Array, n_cols: int) -> F32Array:
@@ -47,7 +48,7 @@ def _encode(rows: F32Array, importance: F32Array, blocks: npt.NDArray[Any]) -> N
         for b in range(blocks.shape[1]):
             grow = take_block(rows[r], importance, 256 * b, s.x, s.w)
             block = blocks[r, b]
-            block.d, block.dmin = fit_block(s, 16, _CODE_MAX, _SCALE_MAX, _REACH, _PASSES, grow)
+            block.d, block.dmin = fit_block(s, 16, _CODE_MAX, _SCALE_MAX, _REACH, _PASSES, _RARE, grow)
             scales, qs = block.scales, block.qs
             for j in range(16):
                 scales[j] = np.uint8(s.best_scale_code[j]) | (np.uint8(s.best_offset_code[j]) << 4)

@@ -29,12 +29,18 @@ BLOCK = np.dtype(
 
 _N, _SCALE_N = np.float32(4), np.float32(32)
 _REACH = np.outer([1.0, -1.0], [0.85, 0.95, 1.05, 1.2, 1.4, 1.7, 2.2, 3.0]).ravel().astype(np.float32)
+_CLOSER = np.append(
+    np.repeat([1.0, 0.75, -0.75, 0.5], 16).reshape(4, 16),
+    [np.linspace(0.75, 1.3, 16), np.linspace(0.775, 1.4, 16)],
+    axis=0,
+).astype(np.float32)
 _PASSES = 2
+_RARE = np.float32(4e-3)  # so good are one in some hundreds of gaussian blocks under uneven importance
 
 
 def encode_q3_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:
     """Encodes f32[n, k] to u8[n, k / 256 * 110], minimising sum importance * (x - decoded)**2."""
-    return encode_rows(_encode, BLOCK, rows, importance)
+    return encode_rows("Q3_K", 93, _encode, BLOCK, rows, importance)
 
 
 def decode_q3_k(data: U8Array, n_cols: int) -> F32Array:
@@ -50,7 +56,7 @@ def _encode(rows: F32Array, importance: F32Array, blocks: npt.NDArray[Any]) -> N
         for b in range(blocks.shape[1]):
             grow = take_block(rows[r], importance, 256 * b, s.x, s.w)
             block = blocks[r, b]
-            block.d = fit_block(s, _N, _SCALE_N, _REACH, _PASSES, grow)
+            block.d = fit_block(s, _N, _SCALE_N, _REACH, _CLOSER, _PASSES, _RARE, grow)
             scales, qs, hmask = block.scales, block.qs, block.hmask
             for j in range(16):
                 scale = np.uint8(s.best_scale_code[j] + np.float32(32.0))

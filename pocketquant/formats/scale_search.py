@@ -2,7 +2,8 @@
 
 A candidate fixes the codes of all 32 weights; its best scale (and minimum) then follows by weighted least squares, is
 rounded to half precision, and its squared error follows from a few sums. So each round needs one pass over the block
-and no second look at the error. A coarse round spans clipping and both signs, a fine one looks around its winner.
+and no second look at the error. A coarse round spans clipping and both signs, a fine one looks around its winner;
+`closer_search` looks again at the rare blocks for which that is too little.
 
 Source: least squares for fixed codes is the textbook normal equation; llama.cpp's make_qx_quants and make_qkx3_quants
 (ggml/src/ggml-quants.c, b10359) walk a narrower line of candidates one at a time.
@@ -39,7 +40,7 @@ F = np.float32
 # levels fall short of the block's extremes (coarse) or of the winner's (fine). Affine: the levels cut off at either end
 # of the block's span, then how much the winner's levels are squeezed about the mean and how many codes they slide.
 _BOTH_SIGNS = np.array([1] * 8 + [-1] * 8, dtype=np.float32)
-COARSE_4 = np.array([0.97, 1.076, 1.193, 1.323, 1.467, 1.626, 1.804, 2.0] * 2, dtype=np.float32)
+COARSE_4 = np.array([0.97, 1.076, 1.193, 1.323, 1.467, 1.626, 1.804, 0.87] * 2, dtype=np.float32)
 COARSE_5 = np.array(
     [0.97, 1.075, 1.192, 1.321, 1.464, 1.623, 1.799, 1.995] * 2
     + [1.021, 1.132, 1.255, 1.391, 1.542, 1.709, 1.894, 2.1] * 2,
@@ -49,6 +50,7 @@ FINE_4 = (1 + np.arange(-8, 8) / 100).astype(np.float32)
 FINE_5 = (1 + np.arange(-8, 8) / 160).astype(np.float32)
 _LOW_CUT = np.array([-0.2, 0.5, 1.5, 4.0] * 4, dtype=np.float32)
 _HIGH_CUT = _LOW_CUT.reshape(4, 4).T.ravel()
+_LOW_CUT[15], _HIGH_CUT[15] = 0.0, -1.05  # one step less than the codes have: weights of two, three or eight levels
 _SQUEEZE = np.array([0.96, 0.985, 1.01, 1.035] * 4 + [0.975, 0.99, 1.005, 1.02] * 4, dtype=np.float32)
 _SLIDE = np.array([-0.3, -0.1, 0.1, 0.3, -0.2, -0.07, 0.07, 0.2], dtype=np.float32).repeat(4)
 
@@ -72,21 +74,26 @@ def block_weights(importance: F32Array | None, n_cols: int, block_len: int) -> F
 
 
 @jit
-def take_block(row: F32Array, at: int, length: int, x: F32Array) -> np.float32:
-    """Copies `length` weights of a row to `x`, divided by the power of two that it returns; 0 if every half would be 0.
+def take_block(row: F32Array, at: int, length: int, x: F32Array) -> tuple[np.float32, bool]:
+    """Copies `length` weights of a row to `x`, divided by a power of two.
 
     The power of two keeps sums of squares within f32 and changes no rounding.
+
+    Returns:
+        The power of two, 0 if every half would be 0; and whether all weights have one sign.
     """
-    peaks = splat(0.0)
+    lows = highs = splat(0.0)
     for j in range(at, at + length, 16):
-        peaks = highest(peaks, highest(load(row, j), 0.0 - load(row, j)))
-    exponent = min(F(largest(peaks)).view(np.uint32) >> np.uint32(23), np.uint32(253))
+        v = load(row, j)
+        lows, highs = lowest(lows, v), highest(highs, v)
+    low, high = F(smallest(lows)), F(largest(highs))
+    exponent = min(F(max(high, -low)).view(np.uint32) >> np.uint32(23) & np.uint32(255), np.uint32(253))
     if exponent < 100:
-        return F(0.0)
+        return F(0.0), False
     shrink = np.uint32((np.uint32(254) - exponent) << np.uint32(23)).view(np.float32)
     for j in range(at, at + length, 16):
         store(x, j, load(row, j) * shrink)
-    return np.uint32(exponent << np.uint32(23)).view(np.float32)
+    return np.uint32(exponent << np.uint32(23)).view(np.float32), low == 0.0 or high == 0.0
 
 
 @jit
@@ -101,11 +108,12 @@ def in_half(value: Any, unit: np.float32) -> Any:
 
 
 @jit
-def pick_half(sum_qx: Any, sum_qq: Any, unit: np.float32) -> np.float32:
-    """The least-squares scale, as a half, of the lane that it suits best."""
+def pick_half(sum_qx: Any, sum_qq: Any, unit: np.float32) -> tuple[np.float32, np.float32]:
+    """The least-squares scale, as a half, of the lane that it suits best, and the squared error that it saves."""
     scale = in_half(sum_qx / highest(sum_qq, 1e-30), unit)
     loss = scale * (scale * sum_qq - sum_qx - sum_qx)
-    return lane(scale, first_equal(loss, smallest(loss)))
+    least = smallest(loss)
+    return lane(scale, first_equal(loss, least)), -least
 
 
 @jit
@@ -153,8 +161,8 @@ def coarse_symmetric(x: F32Array, w: F32Array, at: int, half: float, shortfalls:
 @jit
 def fine_symmetric(
     x: F32Array, w: F32Array, at: int, half: float, shortfalls: F32Array, scale: np.float32, unit: np.float32
-) -> np.float32:
-    """The best scale around `scale`, a half, in units of `unit`."""
+) -> tuple[np.float32, np.float32]:
+    """The best scale around `scale`, a half, in units of `unit`, and the squared error that it saves."""
     sum_qx, sum_qq = symmetric_sums(x, w, at, load(shortfalls, 0) / scale, half)
     return pick_half(sum_qx, sum_qq, unit)
 
@@ -198,14 +206,20 @@ def try_affine(
 
 
 @jit
-def fit_affine(x: F32Array, w: F32Array, at: int, top: float, unit: np.float32) -> tuple[np.float32, np.float32]:
-    """The best (scale, minimum) found for a block, halves in units of `unit`."""
+def fit_affine(
+    x: F32Array, w: F32Array, at: int, top: float, unit: np.float32
+) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    """The best (scale, minimum) found for a block, halves in units of `unit`.
+
+    Returns:
+        Scale, minimum, the squared error that they save, counted from the block's weighted mean, and that mean.
+    """
     a = load(x, at)
     b = load(x, at + 16)
     low = smallest(lowest(a, b))
     span = largest(highest(a, b)) - low
     if span <= 0.0:
-        return F(0.0), lane(in_half(splat(low), unit), 0)
+        return F(0.0), lane(in_half(splat(low), unit), 0), F(0.0), low
     weight = total(load(w, at) + load(w, at + 16))
     mean = total(load(w, at) * a + load(w, at + 16) * b) / weight
     level = span / F(top)
@@ -224,4 +238,4 @@ def fit_affine(x: F32Array, w: F32Array, at: int, top: float, unit: np.float32) 
             tried, base, saved = try_affine(x, w, at, mean, weight, inverse, offset, top, unit)
             if saved > gain:
                 scale, minimum, gain = tried, base, saved
-    return scale, minimum
+    return scale, minimum, gain, mean

@@ -23,6 +23,7 @@ from pocketquant.files import replacing, sha256_of
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.model import Model, Role, Tensor
+from pocketquant.pipeline import naming_overflow
 from pocketquant.quant.loss_table import LossTable
 
 PROBE = "Q3_K"
@@ -153,7 +154,8 @@ def _write(work: Path, tensors: Mapping[str, Tensor], places: Mapping[str, int],
             for start in range(0, tensor.n_rows, _CHUNK_ROWS):
                 rows = tensor.rows(start, min(start + _CHUNK_ROWS, tensor.n_rows))
                 if kind:
-                    rows = FORMATS[kind].decode(FORMATS[kind].encode(np.ascontiguousarray(rows)), tensor.n_cols)
+                    with naming_overflow(tensor):
+                        rows = FORMATS[kind].decode(FORMATS[kind].encode(np.ascontiguousarray(rows)), tensor.n_cols)
                 file.seek(places[name] + 4 * start * tensor.n_cols)
                 file.write(np.ascontiguousarray(rows, "<f4").tobytes())
 

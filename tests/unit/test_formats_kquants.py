@@ -158,7 +158,7 @@ def test_only_ratios_of_importance_matter(name: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-20, 1e-9, 1e-7, 1e-5, 1e6, 1e20, 3e38])
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-20, 1e-9, 1e-7, 1e-5, 6e4, 9e5])
 def test_any_magnitude_gives_finite_scales(name: str, magnitude: float) -> None:
     unit = np.clip(weights(2, 512) * 10, -1, 1)
     rows = (unit * np.float64(magnitude)).astype(np.float32)
@@ -167,10 +167,16 @@ def test_any_magnitude_gives_finite_scales(name: str, magnitude: float) -> None:
     decoded = FORMATS[name].decode(data, 512)
     error = np.square((decoded - rows) / np.float64(magnitude)).sum() if magnitude > 1e-40 else 0.0
     assert error <= np.square(rows / np.float64(magnitude)).sum() * (1 + 1e-6)
-    if magnitude > 1e5:  # beyond F16's range the largest numbers there are, never of the wrong sign
-        large = np.abs(unit) > 0.9
-        assert (decoded[large] * np.sign(rows[large]) >= 0).all()
-        assert np.abs(decoded).max() > 65504
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1e9, -1e9, 1e20, 3e38])
+def test_a_weight_beyond_the_range_is_refused(name: str, size: float) -> None:
+    for importance in (None, np.linspace(0, 1, 512, dtype=np.float32)):
+        rows = weights(2, 512)
+        rows[1, 300] = size
+        with pytest.raises(OverflowError, match=f"beyond the range of {name} .*use bf16 or f32"):
+            FORMATS[name].encode(rows, importance)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from pocketquant.errors import RecipeError
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.gguf_file import encode_header
 from pocketquant.model import Model, Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
-from pocketquant.pipeline import encode_rows
+from pocketquant.pipeline import encode_rows, naming_overflow
 from pocketquant.quant.rounding.kept import ROOM, alone, bytes_of, keep
 from pocketquant.quant.rounding.layouts import layout_of
 from pocketquant.quant.rounding.matrix import round_matrix
@@ -57,15 +57,16 @@ class LayerEncoder:
     importance: F32Array | None
 
     def encode(self, tensor: Tensor, start: int, stop: int, quant_format: QuantFormat) -> U8Array:
-        if len(tensor.shape) == 2:
-            return self._encode(tensor, None, start, stop, quant_format)
-        pieces = []
-        while start < stop:
-            expert, row = divmod(start, tensor.shape[-2])
-            end = min(stop, start + tensor.shape[-2] - row)
-            pieces.append(self._encode(tensor, expert, start, end, quant_format))
-            start = end
-        return np.concatenate(pieces)
+        with naming_overflow(tensor):
+            if len(tensor.shape) == 2:
+                return self._encode(tensor, None, start, stop, quant_format)
+            pieces = []
+            while start < stop:
+                expert, row = divmod(start, tensor.shape[-2])
+                end = min(stop, start + tensor.shape[-2] - row)
+                pieces.append(self._encode(tensor, expert, start, end, quant_format))
+                start = end
+            return np.concatenate(pieces)
 
     def _encode(self, tensor: Tensor, expert: int | None, start: int, stop: int, quant_format: QuantFormat) -> U8Array:
         statistics, name = self.statistics, tensor.name
@@ -106,7 +107,8 @@ class VocabularyEncoder:
         groups = self.groups[start:stop]
         for group in np.unique(groups):
             chosen = np.flatnonzero(groups == group)
-            data[chosen] = round_rows(rows[chosen], quant_format, self._ready(int(group), tensor), self.options)
+            with naming_overflow(tensor):
+                data[chosen] = round_rows(rows[chosen], quant_format, self._ready(int(group), tensor), self.options)
         return data
 
     def _ready(self, group: int, tensor: Tensor) -> Prepared:
