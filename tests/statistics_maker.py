@@ -1,4 +1,4 @@
-"""Statistics of a model without running it: random second moments, others for every tensor, side, expert and group."""
+"""Statistics of a model without running it: random numbers, others for every tensor, side, expert and group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import numpy as np
 
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role
-from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, HEAD, INPUT, OUTPUT, Text, fingerprint
+from pocketquant.quant.statistics import (
+    COUNT,
+    EMBED_OUTPUT,
+    HEAD,
+    HEAD_ROUNDING,
+    INPUT,
+    OUTPUT,
+    ROUNDING,
+    Text,
+    fingerprint,
+)
 from pocketquant.quant.statistics_writing import About, triangles, write_statistics
 
 TOKENS = 99
@@ -24,6 +34,13 @@ def moment_of(k: int, name: str) -> F32Array:
     )
     inputs += 0.2 * rng.standard_normal(inputs.shape) * rng.lognormal(0.0, 1.0, k)
     return (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def rounding_of(k: int, name: str) -> F32Array:
+    """Squared errors f32[2 k] of rounded inputs; smaller where a scale serves fewer columns."""
+    rng = np.random.default_rng(crc32(name.encode()))
+    coarse = 1e-4 * rng.lognormal(0.0, 1.0, k)
+    return np.concatenate([coarse, coarse * rng.uniform(0.1, 0.9, k)]).astype(np.float32)
 
 
 def make_statistics(
@@ -54,12 +71,17 @@ def make_statistics(
         pieces.append((name + COUNT, None, np.array(counts)))
         pieces.extend((name, i, moment_of(side, f"{salt}{name} {i}")) for i, count in enumerate(counts) if count)
 
+    def add_rounding(name: str, k: int, counts: list[int]) -> None:
+        arrays[name] = ("F32", (len(counts), 2 * k))
+        pieces.extend((name, i, rounding_of(k, f"{salt}{name} {i}")) for i, count in enumerate(counts) if count)
+
     for tensor in model.tensors:
         if tensor.layer is None or tensor.keep_f32 or len(tensor.shape) < 2 or tensor.name in without:
             continue
         n_matrix = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        counts = [0 if (tensor.name, i) in unseen else TOKENS for i in range(n_matrix)]
+        counts = [0 if (tensor.name, i) in unseen else TOKENS // (1 + i % 4) for i in range(n_matrix)]
         add(tensor.name + INPUT, n_matrix, tensor.n_cols, counts)
+        add_rounding(tensor.name + ROUNDING, tensor.n_cols, counts)
         if tensor.name in outputs:
             add(tensor.name + OUTPUT, n_matrix, tensor.shape[-2], counts)
     if n_group:
@@ -70,6 +92,7 @@ def make_statistics(
             arrays[name] = (dtype, (n_vocab,))
             pieces.append((name, None, kinds[dtype] / (kinds[dtype].sum() if name == HEAD[2] else 1)))
         add(HEAD[3], n_group, embedding.n_cols, [TOKENS] * n_group)
+        add_rounding(HEAD_ROUNDING, embedding.n_cols, [TOKENS])
         if EMBED_OUTPUT in outputs:
             add(EMBED_OUTPUT, 1, embedding.n_cols, [TOKENS])
     text = Text("made-up.txt", TOKENS, f"{crc32(salt.encode()):064}")

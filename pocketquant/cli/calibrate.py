@@ -52,9 +52,11 @@ def calibrate(
 ) -> None:
     """Collect statistics of a model on texts: what a rounding error of each weight will cost."""
     from pocketquant.demo import text_path
+    from pocketquant.files import refuse_overwriting
     from pocketquant.quant.statistics_writing import merge_statistics
     from pocketquant.splits import parse_size
 
+    refuse_overwriting([out], [*sources, *(text or [])])
     if merge:
         if text or resume or curvature or dry_run:
             raise typer.BadParameter("runs no model, so it takes no other options", param_hint="--merge")
@@ -79,7 +81,7 @@ def calibrate(
         quiet,
     )
     if curvature:
-        from pocketquant.quant.curvature import require_torch
+        from pocketquant.quant.torch_layers import require_torch
 
         require_torch()  # before hours of work
     if dry_run:

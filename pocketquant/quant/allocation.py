@@ -24,10 +24,13 @@ from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
 from pocketquant.quant.sensitivity import Prediction, Sensitivity, read_sensitivity
 
-FORMATS_ON_OFFER = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+FORMATS_ON_OFFER = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
 """By ascending size. By figures of other models, IQ4_NL is offered only where a row does not fit the others."""
 
-DEVICES = {"phone": frozenset(FORMATS_ON_OFFER) - {"IQ4_XS"}, "any": frozenset(FORMATS_ON_OFFER)}
+DEVICES = {
+    "phone": frozenset({"Q3_K", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"}),
+    "any": frozenset(FORMATS_ON_OFFER),
+}
 """What a file is for -> formats that run fast there."""
 
 SMALL_TARGET = 4.75

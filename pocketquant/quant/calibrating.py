@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import ArchitectureError, EvalError
-from pocketquant.files import replacing
+from pocketquant.files import check_target, replacing
 from pocketquant.gguf_file import open_gguf
+from pocketquant.interrupts import put_in_place
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.collect import SELF, SELF_CHUNKS, cut_windows, digest_file, read_text, sample_windows
 from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, group_rows
 from pocketquant.quant.observing import Observer
-from pocketquant.quant.statistics import COUNT, INPUT, Text, fingerprint
+from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
 from pocketquant.runtime import default_rows, open_runtime
 
@@ -266,10 +267,12 @@ def _lay_out(calibration: Calibration, about: About, n_group: int) -> Layout:
         "head/frequency": ("F64", (n_vocab,)),
         MOMENTS + COUNT: ("I64", (n_group,)),
         MOMENTS: triangles(n_group, calibration.n_embd),
+        HEAD_ROUNDING: ("F32", (1, 2 * calibration.n_embd)),
     }
     for key, (n_matrix, k) in calibration.inputs.items():
         arrays[key + INPUT + COUNT] = ("I64", (n_matrix,))
         arrays[key + INPUT] = triangles(n_matrix, k)
+        arrays[key + ROUNDING] = ("F32", (n_matrix, 2 * k))
     return lay_out(about, arrays)
 
 
@@ -278,7 +281,7 @@ def _sums_of(run: Pass, row_group: npt.NDArray[np.int32], n_group: int) -> Momen
     if run.head is not None:
         share = Share(run.head.key, run.head.k, min(run.head.first, n_group), min(run.head.stop, n_group))
         sums = np.zeros((share.stop - share.first, share.k, share.k), np.float32)
-        head = HeadSums(row_group, share, sums, np.zeros(len(row_group)), np.zeros(1, np.int64))
+        head = HeadSums(row_group, share, sums, np.zeros(len(row_group)), np.zeros(1, np.int64), np.zeros((2, share.k)))
     return MomentSums({share.key: share for share in run.shares}, run.last_layer, head)
 
 
@@ -289,6 +292,7 @@ def _finished(sums: MomentSums, frequency: npt.NDArray[np.int64], *, is_last: bo
             yield key + INPUT + COUNT, share.first + i, np.array(count)
             sums.sums[key][i] /= max(int(count), 1)
             yield key + INPUT, share.first + i, sums.sums[key][i]
+            yield key + ROUNDING, share.first + i, sums.rounding[key][i].reshape(-1) / max(int(count), 1)
     if sums.head is None:
         return
     head, tokens = sums.head, int(sums.head.tokens[0])
@@ -301,6 +305,7 @@ def _finished(sums: MomentSums, frequency: npt.NDArray[np.int64], *, is_last: bo
         yield "head/row_group", None, head.row_group
         yield "head/variance", None, head.variance / tokens
         yield "head/frequency", None, frequency / frequency.sum()
+        yield HEAD_ROUNDING, 0, head.rounding.reshape(-1) / tokens
 
 
 class _Work:
@@ -350,7 +355,7 @@ class _Work:
     def finish(self, out: Path) -> None:
         with open(self.unfinished, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(self.unfinished, out)
+        put_in_place([(self.unfinished, check_target(out))])
         self._state.unlink(missing_ok=True)
 
     def _write(self, number: int, window: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -375,6 +380,8 @@ def _arrays(sums: MomentSums) -> dict[str, npt.NDArray[Any]]:
     """Everything that a pass has summed, by name."""
     arrays: dict[str, npt.NDArray[Any]] = {f"sums {key}": array for key, array in sums.sums.items()}
     arrays |= {f"counts {key}": array for key, array in sums.counts.items()}
+    arrays |= {f"rounding {key}": array for key, array in sums.rounding.items()}
     if sums.head is not None:
         arrays |= {"head": sums.head.sums, "variance": sums.head.variance, "tokens": sums.head.tokens}
+        arrays["head rounding"] = sums.head.rounding
     return arrays

@@ -7,48 +7,39 @@ Balles, "Limitations of the empirical Fisher approximation", 2019, on why the la
 The model is worked through layer by layer: forwards with all windows through one layer, whose outputs go to disk, and
 backwards in the same way, each layer computed once more from its stored input. So one layer's weights and matrices are
 in memory at a time, whatever the size of the model, and work that was interrupted goes on with the layer it was in.
-
-The layers' mathematics are transformers' own (`models/qwen3_5`, 5.23); the weights come out of the opened model, put
-back into the order and form of a checkpoint, so that every source that can be quantized can be differentiated.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.architectures import architecture_named
-from pocketquant.architectures.hybrid import minus_exp, plus_one
-from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, TensorRule
-from pocketquant.errors import ArchitectureError, EvalError
-from pocketquant.files import usable_threads
+from pocketquant.architectures.table import TensorRule
+from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.curvature_states import States
 from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, OUTPUT, Text, fingerprint
 from pocketquant.quant.statistics_writing import About, Layout, lay_out, triangles
+from pocketquant.quant.torch_layers import (
+    Setting,
+    build_layer,
+    build_norm,
+    linears_of,
+    positions_of,
+    read_whole,
+    set_up,
+)
 
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all; a step is one layer, one way."""
 
 _LOGIT_ROWS = 64
-_ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class _Setting:
-    torch: Any
-    modeling: Any
-    config: Any
-    model: Model
-    device: str
-    rules: tuple[TensorRule, ...]
 
 
 def collect_curvature(
@@ -83,8 +74,8 @@ def collect_curvature(
         EvalError: torch or transformers is absent, or the unfinished work is of another run.
         ArchitectureError: a mixture of experts, or a model whose positions are scaled.
     """
-    setting = _set_up(model, device, threads)
-    linears = [_linears(setting, layer) for layer in range(model.sizes["n_layer"])]
+    setting = set_up(model, device, threads)
+    linears = [linears_of(setting, layer) for layer in range(model.sizes["n_layer"])]
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, side in [
         *((tensor.name + OUTPUT, tensor.n_rows) for layer in linears for _, tensor in layer),
@@ -128,130 +119,10 @@ def collect_curvature(
     states.finish(out)
 
 
-def require_torch() -> tuple[Any, Any]:
-    """torch and transformers' Qwen3.5; EvalError where one of them is not installed."""
-    try:
-        import torch
-        import transformers.models.qwen3_5.modeling_qwen3_5 as modeling
-    except ImportError as error:
-        raise EvalError(
-            f"gradients need torch and transformers, which cannot be imported here ({error}); "
-            "pip install 'pocketquant[curvature]', or calibrate without gradients"
-        ) from error
-    return torch, modeling
-
-
-def _set_up(model: Model, device: str, threads: int | None) -> _Setting:
-    if model.architecture != "qwen35":
-        raise ArchitectureError(
-            f"{model.architecture}: gradients are known of the dense model only; calibrate without gradients"
-        )
-    torch, modeling = require_torch()
-    torch.set_num_threads(threads or usable_threads())
-    keys = {key.split(".", 1)[1]: value.value for key, value in model.metadata.items() if key.startswith("qwen35.")}
-    if "rope.scaling.type" in keys:
-        raise ArchitectureError(f"positions scaled by {keys['rope.scaling.type']}: calibrate without gradients")
-    sizes = model.sizes
-    roles = {(tensor.layer, tensor.role) for tensor in model.tensors}
-    n_layer, sections = sizes["n_layer"], list(keys.get("rope.dimension_sections", (11, 11, 10, 0)))[:3]
-    config = modeling.Qwen3_5TextConfig(
-        vocab_size=sizes["n_vocab"],
-        hidden_size=sizes["n_embd"],
-        intermediate_size=sizes["n_ff"],
-        num_hidden_layers=n_layer,
-        num_attention_heads=sizes["n_head"],
-        num_key_value_heads=sizes["n_kv"],
-        head_dim=sizes["head_dim"],
-        linear_num_key_heads=sizes["n_k"],
-        linear_num_value_heads=sizes["n_v"],
-        linear_key_head_dim=sizes["head_k_dim"],
-        linear_value_head_dim=sizes["head_v_dim"],
-        linear_conv_kernel_dim=sizes["n_conv"],
-        layer_types=[
-            "linear_attention" if (layer, Role.DELTA_QKV) in roles else "full_attention" for layer in range(n_layer)
-        ],
-        rms_norm_eps=float(keys["attention.layer_norm_rms_epsilon"]),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(keys["rope.freq_base"]),
-            "partial_rotary_factor": keys["rope.dimension_count"] / sizes["head_dim"],
-            "mrope_interleaved": True,
-            "mrope_section": sections,
-        },
-    )
-    config._attn_implementation = "sdpa"
-    rules = tuple(
-        rule for rule in architecture_named(model.architecture).tensors if rule.where in (BLOCK, DELTA, ATTENTION)
-    )
-    return _Setting(torch, modeling, config, model, device, rules)
-
-
-# ---------------------------------------------------------------- weights
-
-
-def _of_layer(setting: _Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
-    """Rules and tensors of a layer."""
-    tensors = {tensor.name: tensor for tensor in setting.model.tensors if tensor.layer == layer}
-    pairs = [(rule, tensors.get(f"blk.{layer}.{rule.target}")) for rule in setting.rules]
-    return [(rule, tensor) for rule, tensor in pairs if tensor is not None]
-
-
-def _linears(setting: _Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
-    return [(rule, tensor) for rule, tensor in _of_layer(setting, layer) if not tensor.keep_f32]
-
-
-def _read(tensor: Tensor) -> F32Array:
-    """A whole tensor, f32[n_rows, n_cols], in GGUF's order."""
-    starts = range(0, tensor.n_rows, _ROWS)
-    return np.concatenate([tensor.rows(start, min(start + _ROWS, tensor.n_rows)) for start in starts])
-
-
-def _source_weights(rule: TensorRule, tensor: Tensor, setting: _Setting) -> F32Array:
-    """The tensor as the checkpoint has it: `each` undone, rows and columns where they came from."""
-    values = _read(tensor)
-    if rule.each is plus_one:
-        values = values - np.float32(1)
-    elif rule.each is minus_exp:
-        values = np.log(-values.astype(np.float64)).astype(np.float32)
-    elif rule.each is not None:
-        raise ArchitectureError(f"{tensor.name}: its transform {rule.each.__name__} is not known backwards")
-    rows = None if rule.rows is None else rule.rows(setting.model.sizes)
-    cols = None if rule.cols is None else rule.cols(setting.model.sizes)
-    if len(tensor.shape) == 1:
-        rows, cols = None, rows
-    source = np.empty_like(values)
-    source[np.ix_(*(np.arange(n) if o is None else o for o, n in zip((rows, cols), values.shape, strict=True)))] = (
-        values
-    )
-    return source
-
-
-def _build_layer(setting: _Setting, layer: int) -> Any:
-    """transformers' decoder layer with its weights, in f32."""
-    torch = setting.torch
-    with torch.device("meta"):
-        module = setting.modeling.Qwen3_5DecoderLayer(setting.config, layer)
-    shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
-    weights = {
-        rule.source: torch.from_numpy(_source_weights(rule, tensor, setting)).reshape(shapes[rule.source])
-        for rule, tensor in _of_layer(setting, layer)
-    }
-    module.load_state_dict(weights, strict=True, assign=True)
-    return module.to(setting.device).requires_grad_(False).eval()
-
-
-def _positions(setting: _Setting, context: int) -> Any:
-    """Cosines and sines of a window's positions."""
-    torch = setting.torch
-    rotary = setting.modeling.Qwen3_5TextRotaryEmbedding(setting.config).to(setting.device)
-    numbers = torch.arange(context, device=setting.device).view(1, 1, -1).expand(3, 1, -1)
-    return rotary(torch.zeros(1, context, 1, device=setting.device), numbers)
-
-
 # ---------------------------------------------------------------- forwards and backwards
 
 
-def _embed(setting: _Setting, windows: npt.NDArray[np.int32], batches: Sequence[slice], states: States) -> None:
+def _embed(setting: Setting, windows: npt.NDArray[np.int32], batches: Sequence[slice], states: States) -> None:
     if states.has("hidden", 0):
         return
     embedding = next(tensor for tensor in setting.model.tensors if tensor.role is Role.EMBED)
@@ -261,10 +132,10 @@ def _embed(setting: _Setting, windows: npt.NDArray[np.int32], batches: Sequence[
     states.write("hidden", 0, ((part, rows[places[part]]) for part in batches))
 
 
-def _forward(setting: _Setting, layer: int, batches: Sequence[slice], states: States) -> None:
-    torch, module = setting.torch, _build_layer(setting, layer)
+def _forward(setting: Setting, layer: int, batches: Sequence[slice], states: States) -> None:
+    torch, module = setting.torch, build_layer(setting, layer)
     with states.reading("hidden", layer) as hidden:
-        positions = _positions(setting, hidden.shape[1])
+        positions = positions_of(setting, hidden.shape[1])
 
         def outputs() -> Iterator[tuple[slice, F32Array]]:
             with torch.no_grad():
@@ -275,14 +146,12 @@ def _forward(setting: _Setting, layer: int, batches: Sequence[slice], states: St
         states.write("hidden", layer + 1, outputs())
 
 
-def _differentiate_head(setting: _Setting, batches: Sequence[slice], states: States, seed: int) -> None:
+def _differentiate_head(setting: Setting, batches: Sequence[slice], states: States, seed: int) -> None:
     """Gradients of the drawn labels' log-likelihood at the last layer's output."""
     torch, n_layer = setting.torch, setting.model.sizes["n_layer"]
     tensors = {tensor.role: tensor for tensor in setting.model.tensors if tensor.layer is None}
-    matrix = torch.from_numpy(_read(tensors.get(Role.HEAD, tensors[Role.EMBED]))).to(setting.device)
-    norm = setting.modeling.Qwen3_5RMSNorm(setting.model.sizes["n_embd"], eps=setting.config.rms_norm_eps)
-    norm.weight.data = torch.from_numpy(_read(tensors[Role.NORM])[0] - np.float32(1))
-    norm = norm.to(setting.device).requires_grad_(False)
+    matrix = torch.from_numpy(read_whole(tensors.get(Role.HEAD, tensors[Role.EMBED]))).to(setting.device)
+    norm = build_norm(setting)
     with states.reading("hidden", n_layer) as hidden:
 
         def gradients() -> Iterator[tuple[slice, F32Array]]:
@@ -318,14 +187,14 @@ def _numbers(part: slice, windows: npt.NDArray[Any]) -> range:
 
 
 def _backward(
-    setting: _Setting,
+    setting: Setting,
     layer: int,
     linears: Sequence[tuple[TensorRule, Tensor]],
     batches: Sequence[slice],
     states: States,
     layout: Layout,
 ) -> None:
-    torch, module = setting.torch, _build_layer(setting, layer)
+    torch, module = setting.torch, build_layer(setting, layer)
     moments: dict[str, Any] = {}
 
     def add(name: str, gradient: Any) -> None:
@@ -343,7 +212,7 @@ def _backward(
     for rule, _ in linears:
         module.get_submodule(rule.source.removesuffix(".weight")).register_forward_hook(watch(rule.source))
     with states.reading("hidden", layer) as hidden, states.reading("gradient", layer + 1) as above:
-        positions = _positions(setting, hidden.shape[1])
+        positions = positions_of(setting, hidden.shape[1])
         n_tokens = hidden.shape[0] * hidden.shape[1]
 
         def gradients() -> Iterator[tuple[slice, F32Array]]:

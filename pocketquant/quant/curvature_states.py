@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import EvalError
-from pocketquant.files import replacing
+from pocketquant.files import check_target, replacing
 from pocketquant.formats import F32Array
+from pocketquant.interrupts import put_in_place
 from pocketquant.quant.statistics_writing import Layout
 
 
@@ -72,7 +72,7 @@ class States:
 
     def finish(self, out: Path) -> None:
         """Moves the finished statistics to `out` and deletes the folder."""
-        os.replace(self.unfinished, out)
+        put_in_place([(self.unfinished, check_target(out))])
         shutil.rmtree(self._folder)
 
     def _path(self, kind: str, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Second moments of inputs: X^T X of every weight wanted, summed while llama.cpp computes.
+"""Second moments of inputs: X^T X of every weight wanted, summed while llama.cpp computes; and how rounding errs.
 
 Sums are f32: a window's product is one BLAS call that knows it is symmetric, and a few hundred windows added in f32
 cost less than one part in 10^5. A head's groups each take h h^T times their part of sum p (1 - p), for which softmax is
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
+from pocketquant.quant.activations import add_rounding_errors
 from pocketquant.quant.observing import Product, not_finite
 
 MAX_GROUPS = 32
@@ -45,6 +46,7 @@ class MomentSums:
         last_layer: nothing of later layers is wanted; None if the head is.
         sums: weight -> f32[n, k, k].
         counts: weight -> i64[n] rows summed.
+        rounding: weight -> f64[n, 2, k], squared errors of the kernels' rounding (`activations`).
         head: the pass's part of the head, None if it has none.
     """
 
@@ -53,12 +55,14 @@ class MomentSums:
     head: HeadSums | None = None
     sums: dict[str, F32Array] = field(default_factory=dict)
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    rounding: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     _product: F32Array = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __post_init__(self) -> None:
         for key, share in self.shares.items():
             self.sums.setdefault(key, np.zeros((share.stop - share.first, share.k, share.k), np.float32))
             self.counts.setdefault(key, np.zeros(share.stop - share.first, np.int64))
+            self.rounding.setdefault(key, np.zeros((share.stop - share.first, 2, share.k)))
 
     def wants(self, weight: str) -> bool:
         return weight in self.shares
@@ -78,20 +82,20 @@ class MomentSums:
         share, inputs = self.shares[product.weight], product.inputs
         if inputs.shape[3] != share.k:
             raise EvalError(f"{product.weight}: {inputs.shape[3]} inputs, expected {share.k}")
-        sums, counts = self.sums[product.weight], self.counts[product.weight]
+        counts = self.counts[product.weight]
         if product.chosen is None:
             if product.inner != (1, 1):
                 raise EvalError(f"{product.weight}: is of {product.inner} matrices, but its rows are not routed")
-            self._add(product.weight, inputs.reshape(-1, share.k), sums[0])
+            self._add(product.weight, inputs.reshape(-1, share.k), 0)
             counts[0] += inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
             return
         for expert in range(share.first, share.stop):
             tokens, places = np.nonzero(product.chosen == expert)
             if len(tokens):
-                self._add(product.weight, inputs[0, tokens, places % inputs.shape[2]], sums[expert - share.first])
+                self._add(product.weight, inputs[0, tokens, places % inputs.shape[2]], expert - share.first)
                 counts[expert - share.first] += len(tokens)
 
-    def _add(self, name: str, rows: F32Array, total: F32Array) -> None:
+    def _add(self, name: str, rows: F32Array, index: int) -> None:
         k = rows.shape[1]
         if self._product.size < k * k:
             self._product = np.empty(k * k, np.float32)
@@ -100,7 +104,8 @@ class MomentSums:
         np.matmul(rows.T, rows, out=product)  # numpy sees that it is symmetric
         if not np.isfinite(np.trace(product)):
             raise not_finite(name)
-        total += product
+        self.sums[name][index] += product
+        add_rounding_errors(rows, self.rounding[name][index])
 
 
 @dataclass
@@ -113,6 +118,7 @@ class HeadSums:
         sums: f32[n, k, k].
         variance: f64[n_vocab], the sum of p (1 - p).
         tokens: i64[1], positions summed.
+        rounding: f64[2, k], squared errors of the kernels' rounding of the hidden states (`activations`).
         hidden: f32[n_token, k] of the logits that come next.
     """
 
@@ -121,6 +127,7 @@ class HeadSums:
     sums: F32Array
     variance: npt.NDArray[np.float64]
     tokens: npt.NDArray[np.int64]
+    rounding: npt.NDArray[np.float64]
     hidden: F32Array | None = None
 
     def add_logits(self, logits: F32Array) -> None:
@@ -135,6 +142,7 @@ class HeadSums:
         for group in range(self.share.first, self.share.stop):
             rows = hidden * np.sqrt(weights[:, group, None]).astype(np.float32)
             self.sums[group - self.share.first] += rows.T @ rows
+        add_rounding_errors(hidden, self.rounding)
         self.tokens += len(logits)
 
 

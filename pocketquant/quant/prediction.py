@@ -12,23 +12,22 @@ rounder gains over plain rounding hardly depends on the format (within a tenth f
 run for one format and the others' plain errors are scaled, unless asked otherwise.
 
 llama.cpp's CPU kernels round activations too: to 8 bits with one scale for 256 columns beside K-quants and IQ4_XS, for
-32 beside the other block formats, none beside F16 (ggml/src/ggml-cpu/ggml-cpu.c, `type_traits_cpu`). At 5 bits and more
-that costs as much as the weights do, so a choice of types should know: `activations` adds 0.5 sum_j v_j (W^T G W)_jj,
-v_j the variance of a column's rounding error, from peaks of normal numbers with the columns' variances.
+32 beside the other block formats, none beside F16 (`activations`). At 5 bits and more that costs as much as the weights
+do, so a choice of types should know: `activations` adds 0.5 sum_j v_j (W^T G W)_jj, v_j the mean squared error of a
+column, from the statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.model import Model, Role, RowEncoder, Tensor
 from pocketquant.pipeline import encode_rows
+from pocketquant.quant.activations import FINE_FORMATS
 from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe
@@ -37,19 +36,12 @@ from pocketquant.quant.rounding.rows import DEFAULT, Rounding
 from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
 from pocketquant.quant.statistics import HEAD, HeadStatistics, Statistics, check_statistics
 
-PREDICTED = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+PREDICTED = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 """Formats that a table has figures for; F16 and the like lose nothing that counts."""
 
 SAMPLE_WEIGHTS = 1 << 22
 """Weights of a tensor, at most, that are rounded where rows are independent."""
 
-SMALL_SCALES = ("IQ4_NL", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-"""Formats beside which activations are rounded with a scale for 32 columns."""
-
-_TAIL = 1.4
-"""Activations have larger peaks than normal numbers: measured over predicted loss of the kernels on a 7.9 M hybrid."""
-
-_N_PEAKS = 64
 _BASES = ("Q4_K", "IQ4_NL", "Q8_0")
 _CHUNK_ROWS = 1024
 
@@ -114,7 +106,7 @@ def predict_losses(
         if activations:
             coarse, fine = meter.kernel_errors(tensor)
             for name in losses[tensor.name]:
-                losses[tensor.name][name] += level * (fine if name in SMALL_SCALES else coarse)
+                losses[tensor.name][name] += level * (fine if name in FINE_FORMATS else coarse)
         if progress is not None:
             progress(done, len(tensors))
     kind = "with gradients" if meter.has_gradients else f"without gradients, sensitivities of {table.source}"
@@ -206,7 +198,7 @@ class _Meter:
                 weights = share * np.sum(w * w, axis=0, dtype=np.float64)
             else:
                 weights = 0.5 * np.sum(w * (outputs @ w), axis=0, dtype=np.float64)
-            total += [_rounding_variance(inputs.diagonal(), block) @ weights for block in (256, 32)]
+            total += statistics.rounding(tensor.name, expert) @ weights
         return float(total[0]), float(total[1])
 
     def _head_kernel_errors(self, tensor: Tensor) -> tuple[float, float]:
@@ -216,16 +208,12 @@ class _Meter:
         if tensor.role is Role.EMBED and not self.model.is_tied:  # rows are looked up, nothing is multiplied
             return 0.0, 0.0
         variance = self.statistics.array(HEAD[1])
-        inputs = np.zeros(tensor.n_cols)
-        for group in range(head.n_group):
-            inputs += np.count_nonzero(head.row_group == group) * head.moment(group).diagonal()
-        inputs /= max(float(variance.sum()), np.finfo(np.float64).tiny)
         weights, seen = np.zeros(tensor.n_cols), 0
         for first, last in _sample(tensor.n_rows, max(_CHUNK_ROWS, SAMPLE_WEIGHTS // tensor.n_cols)):
             w = tensor.rows(first, last).astype(np.float64)
             weights, seen = weights + variance[first:last] @ (w * w), seen + last - first
-        weights *= 0.5 * tensor.n_rows / seen
-        return tuple(float(_rounding_variance(inputs, block) @ weights) for block in (256, 32))  # type: ignore[return-value]
+        coarse, fine = self.statistics.head_rounding() @ weights * (0.5 * tensor.n_rows / seen)
+        return float(coarse), float(fine)
 
     def _vocabulary(self, tensor: Tensor, name: str, encoder: RowEncoder | None) -> float:
         head = self.statistics.head()
@@ -252,16 +240,6 @@ def _head_loss(d: F32Array, head: HeadStatistics, rows: slice) -> float:
         lost = np.sum((own @ head.moment(int(group))) * own, axis=1, dtype=np.float64)
         total += float(scale[chosen] @ lost)
     return total
-
-
-def _rounding_variance(diagonal: npt.NDArray[Any], block: int) -> npt.NDArray[np.float64]:
-    """Variance f64[k] of the error of each input that is rounded to 8 bits with a scale for `block` columns."""
-    deviations = np.sqrt(np.maximum(diagonal.astype(np.float64), 0.0))
-    if len(deviations) % block:
-        block = 32 if len(deviations) % 32 == 0 else len(deviations)
-    draws = np.abs(np.random.default_rng(0).standard_normal((_N_PEAKS, len(deviations)))) * deviations
-    peaks = draws.reshape(_N_PEAKS, -1, block).max(axis=2)
-    return np.repeat(_TAIL * np.mean(peaks**2, axis=0) / (127**2 * 12), block)
 
 
 def _difference(tensor: Tensor, start: int, stop: int, name: str, encoder: RowEncoder | None) -> F32Array:

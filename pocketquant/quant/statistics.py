@@ -10,6 +10,7 @@ nats of KL divergence per token (the Fisher information of the layer, taken as a
 the mean over those, its G is the sum over those by all tokens, so that the same formula gives its part of the whole.
 Rows of the output head are not alike: row v costs 0.5 d^T M_v d with M_v = E[p_v (1 - p_v) h h^T]; rows of one group
 share M up to a factor. A row of the embedding costs 0.5 frequency_v d^T E d with E = E[g g^T] at its output.
+Beside every H, and beside M, stand the mean squared errors of rounding these inputs to 8 bits (`activations`).
 
 The file is laid out as safetensors files are (a length, a JSON header, data), so that it can be looked into; symmetric
 matrices are lower triangles, row by row. Source: https://github.com/huggingface/safetensors, README.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
@@ -42,12 +43,13 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
 }
 FORMAT = "pocketquant.statistics"
-VERSION = 1
+VERSION = 2
 _MAX_HEADER_BYTES = 1 << 26
 _MAX_ENTRIES = 1 << 18
 _MAX_SIDE = 1 << 16
-INPUT, OUTPUT, COUNT = "/input", "/output", ".count"
+INPUT, OUTPUT, ROUNDING, COUNT = "/input", "/output", "/rounding", ".count"
 EMBED_OUTPUT = "embed/output"
+HEAD_ROUNDING = "head/rounding"
 HEAD = ("head/row_group", "head/variance", "head/frequency", "head/moments")
 
 
@@ -135,6 +137,14 @@ class Statistics:
         """G f32[m, m] of a tensor's output gradients, in GGUF's row order, in nats; None if there is none."""
         return self._find(tensor + OUTPUT, expert)
 
+    def rounding(self, tensor: str, expert: int | None = None) -> F32Array:
+        """Mean squared errors f32[2, k] of llama.cpp's rounding of a tensor's inputs to 8 bits; see `activations`."""
+        return self._rounding(self.shared.get(tensor, tensor) + ROUNDING, expert)
+
+    def head_rounding(self) -> F32Array:
+        """The same f32[2, k] of the hidden states that the output head multiplies."""
+        return self._rounding(HEAD_ROUNDING, None)
+
     def share(self, tensor: str, expert: int) -> float:
         """Share of the tokens that were sent to an expert."""
         counts = self.array(self.shared.get(tensor, tensor) + INPUT + COUNT)
@@ -175,12 +185,15 @@ class Statistics:
         return unpacked(self.triangle(name, index))
 
     def triangle(self, name: str, index: int) -> F32Array:
-        """The same, as it is stored: f32[k (k + 1) / 2]."""
+        """The same, as it is stored: f32[k (k + 1) / 2]; or row `index` of another array of rows in F32."""
         entry = self.entries[name]
         if not 0 <= index < entry.shape[0]:
             raise RecipeError(f"{self.path}: {name} has {entry.shape[0]} matrices, number {index} was asked for")
         nbytes = 4 * entry.shape[1]
         return self._checked(name, read_at(self.path, entry.offset + index * nbytes, nbytes).view("<f4"))
+
+    def _rounding(self, name: str, expert: int | None) -> F32Array:
+        return self.triangle(name, expert or 0).reshape(2, -1)
 
     def _find(self, name: str, expert: int | None) -> F32Array | None:
         if name not in self.entries:
@@ -260,6 +273,13 @@ def open_statistics(path: str | Path) -> Statistics:
         for name, entry in entries.items()
         if _is_counted(name) and name + COUNT in entries and entries[name + COUNT].shape[0] != entry.shape[0]
     ]
+    wanted = dict(_wanted_roundings(entries))
+    faults += [
+        f"{name}: expected {list(shape)} numbers, one for each input and kind of scale"
+        for name, shape in wanted.items()
+        if name not in entries or entries[name].shape != shape
+    ]
+    faults += [f"{name}: stands beside no inputs" for name in entries if name.endswith(ROUNDING) and name not in wanted]
     if len({entries[name].shape[0] for name in HEAD[:3] if name in entries}) > 1:
         faults.append("head: its arrays differ in the number of rows")
     if end != size:
@@ -310,6 +330,15 @@ def _read_entry(stated: Any, data_start: int, size: int) -> Entry | None:
     return entry if offsets[1] - offsets[0] == entry.nbytes and data_start + offsets[1] <= size else None
 
 
+def _wanted_roundings(entries: Mapping[str, Entry]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Arrays of rounding errors that must be there, and their shapes."""
+    for name, entry in entries.items():
+        if name.endswith(INPUT):
+            yield name.removesuffix(INPUT) + ROUNDING, (entry.shape[0], 2 * side_of(entry.shape[1]))
+        elif name == HEAD[3]:
+            yield HEAD_ROUNDING, (1, 2 * side_of(entry.shape[1]))
+
+
 def _is_counted(name: str) -> bool:
     return name.endswith((INPUT, OUTPUT)) or name == "head/moments"
 
@@ -320,6 +349,8 @@ def _fits(name: str, entry: Entry) -> bool:
         return entry.dtype == "I64" and len(entry.shape) == 1 and entry.shape[0] > 0
     if _is_counted(name):
         return entry.dtype == "F32" and len(entry.shape) == 2 and entry.shape[0] > 0 and side_of(entry.shape[1]) > 0
+    if name.endswith(ROUNDING):
+        return entry.dtype == "F32" and len(entry.shape) == 2 and entry.shape[0] > 0 and entry.shape[1] % 2 == 0
     kinds = dict(zip(HEAD[:3], ("I32", "F64", "F64"), strict=True))
     return kinds.get(name) == entry.dtype and len(entry.shape) == 1
 

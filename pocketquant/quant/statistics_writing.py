@@ -24,8 +24,10 @@ from pocketquant.quant.statistics import (
     EMBED_OUTPUT,
     FORMAT,
     HEAD,
+    HEAD_ROUNDING,
     INPUT,
     OUTPUT,
+    ROUNDING,
     VERSION,
     Entry,
     Statistics,
@@ -174,8 +176,8 @@ def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[i
         owners = [part for part in parts if name in part.entries]
         if name == MOMENTS:
             yield from _merged_moments(owners, shape[0])
-        elif name.endswith((INPUT, OUTPUT)):
-            counts = np.array([part.array(name + COUNT) for part in owners], np.float64)
+        elif name.endswith((INPUT, OUTPUT, ROUNDING)):
+            counts = np.array([part.array(_counts_of(name))[: shape[0]] for part in owners], np.float64)
             for index in range(shape[0]):
                 weights = counts[:, index] / max(counts[:, index].sum(), 1.0)
                 yield name, index, _weighted(name, owners, [{index: float(weight)} for weight in weights])
@@ -189,6 +191,13 @@ def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[i
         else:  # means over tokens, one number a row
             counts = np.array([part.array(MOMENTS + COUNT)[0] for part in owners], np.float64)
             yield name, None, np.average([part.array(name) for part in owners], axis=0, weights=counts)
+
+
+def _counts_of(name: str) -> str:
+    """The array that says of how many inputs an array's means are."""
+    if name == HEAD_ROUNDING:
+        return MOMENTS + COUNT
+    return (name.removesuffix(ROUNDING) + INPUT if name.endswith(ROUNDING) else name) + COUNT
 
 
 def _merged_moments(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece]:
@@ -211,7 +220,7 @@ def _merged_moments(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece
 
 
 def _weighted(name: str, parts: Sequence[Statistics], weights: Sequence[Mapping[int, float]]) -> F32Array:
-    """Sum of triangles of several files, each with its weight."""
+    """Sum of triangles, or of other rows of numbers, of several files, each with its weight."""
     total = np.zeros(parts[0].entries[name].shape[1], np.float64)
     for part, of_part in zip(parts, weights, strict=True):
         for index, weight in of_part.items():

@@ -11,18 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moe_checkpoint import golden_checkpoint
+from rounded_inputs import rounding_errors
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import EvalError
+from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import open_gguf
 from pocketquant.quant.importance import importance_of
+from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.recipe_text import recipe_of_types
 from pocketquant.quant.statistics import check_statistics, open_statistics
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.eval import compare
 from pocketquant.quant.calibrating import calibrate, cut_texts, plan_calibration
 from pocketquant.quant.collect import collect_importance
+from pocketquant.quant.observing import Observer, Product
 from pocketquant.runtime import open_runtime
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
@@ -81,6 +87,74 @@ def test_the_head_is_what_the_logits_say(stats: Path, demo_gguf: Callable[[str],
         np.testing.assert_allclose(rows @ head.moment(group) @ rows.T, expected, rtol=2e-3, atol=1e-3 * expected.max())
 
 
+class Inputs:
+    """Keeps all inputs of every weight of the blocks, those of experts by expert, and the output matrix's."""
+
+    def __init__(self, model: Path) -> None:
+        self.rows: dict[tuple[str, int], list[np.ndarray]] = {}
+        observer = Observer(self)
+        windows, _ = cut_texts(model, [TEXT], CONTEXT, CHUNKS, 1, 0, 0)
+        with open_runtime(model, context=CONTEXT, threads=1, observe=observer.see) as runtime:
+            for window in windows:
+                for _ in runtime.logits(window.tolist()):
+                    assert observer.failure is None
+
+    def wants(self, weight: str) -> bool:
+        return weight.startswith("blk.")
+
+    def is_past(self, weight: str) -> bool:
+        return False
+
+    def wants_hidden(self) -> bool:
+        return True
+
+    def add_hidden(self, hidden: np.ndarray) -> None:
+        self.rows.setdefault(("head", 0), []).append(hidden.copy())
+
+    def add(self, product: Product) -> None:
+        inputs = product.inputs
+        if product.chosen is None:
+            self.rows.setdefault((product.weight, 0), []).append(inputs.reshape(-1, inputs.shape[3]).copy())
+            return
+        for token, experts in enumerate(product.chosen):
+            for place, expert in enumerate(experts):
+                row = inputs[0, token, place % inputs.shape[2]].copy()
+                self.rows.setdefault((product.weight, int(expert)), []).append(row[None])
+
+    def check(self, key: tuple[str, int], found: np.ndarray) -> None:
+        rows = np.concatenate(self.rows[key])
+        n_cols = rows.shape[1]
+        for ours, block in zip(found, (256, 32), strict=True):
+            expected = rounding_errors(rows, block if n_cols % block == 0 else n_cols, is_half=block == 32) / len(rows)
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, err_msg=str(key))
+
+
+def test_rounding_errors_are_those_of_the_inputs(stats: Path, demo_gguf: Callable[[str], Path]) -> None:
+    statistics, inputs = open_statistics(stats), Inputs(demo_gguf("f32"))
+    assert {name for name, _ in inputs.rows} == {*statistics.shared, "head"}
+    for name in statistics.shared:
+        inputs.check((name, 0), statistics.rounding(name))
+    inputs.check(("head", 0), statistics.head_rounding())
+
+
+@pytest.mark.parametrize("kind", ["Q6_K", "Q8_0"])
+def test_what_kernels_lose_beside_the_head_is_predicted(
+    kind: str, demo_gguf: Callable[[str], Path], demo_text: Path, tmp_path: Path
+) -> None:
+    source, name = demo_gguf("f32"), "token_embd.weight"
+    calibrate(source, [TEXT], tmp_path / "s", context=256, chunks=8, threads=1)
+    model, statistics = open_gguf(source), open_statistics(tmp_path / "s")
+    bare, whole = (
+        predict_losses(model, statistics, rounding=None, formats=("Q4_K", kind), activations=flag).losses[name][kind]
+        for flag in (False, True)
+    )
+    types = {(t.role, t.layer): FORMATS[kind if t.name == name else "F32"] for t in model.tensors if not t.keep_f32}
+    write(plan(model, recipe_of_types("one", "one", types, "one")), tmp_path / "native.gguf", threads=1)
+    write(plan(open_gguf(tmp_path / "native.gguf"), open_recipe("f32")), tmp_path / "decoded.gguf", threads=1)
+    report = compare(tmp_path / "native.gguf", tmp_path / "decoded.gguf", demo_text, context=256, chunks=12, threads=1)
+    assert 0.5 < report.metrics.kld.mean / (whole - bare) < 2, (report.metrics.kld, whole - bare)
+
+
 def test_in_one_pass_or_in_many_the_file_is_the_same(
     stats: Path, demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -94,7 +168,7 @@ def test_in_one_pass_or_in_many_the_file_is_the_same(
         plan_calibration(open_gguf(demo_gguf("f32")), memory_bytes=1 << 20)
 
 
-@pytest.mark.parametrize("stop_after", [2, 7])  # in the first pass, and in a later one
+@pytest.mark.parametrize("stop_after", [2, 7, 8])  # in the first pass, behind the second, in the last one
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     stop_after: int, stats: Path, demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -150,6 +224,13 @@ def test_each_expert_has_the_moments_of_its_own_tokens(tmp_path: Path) -> None:
             assert (moment is None) == (count == 0)
             if moment is not None:
                 np.testing.assert_allclose(np.diag(moment), sums.sums[name][expert] / count, rtol=1e-4, atol=1e-9)
+    inputs = Inputs(model)
+    for name in ("blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
+        for expert in experts:
+            if (name, expert) in inputs.rows:
+                inputs.check((name, expert), statistics.rounding(name, expert))
+            else:
+                assert not statistics.rounding(name, expert).any()
     # every token passes n_expert_used experts, so together they have seen the input of all that many times
     name = "blk.0.ffn_up_exps.weight"
     together = sum(
@@ -180,6 +261,8 @@ def test_the_command_takes_a_checkpoint_and_several_texts(tmp_path: Path) -> Non
     assert (merged.tokens, merged.texts, merged.shared) == (whole.tokens, whole.texts, whole.shared)
     for name in ("blk.0.attn_qkv.weight", "blk.1.ssm_out.weight", "blk.3.attn_v.weight", "blk.2.ffn_down.weight"):
         np.testing.assert_allclose(merged.input(name), whole.input(name), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(merged.rounding(name), whole.rounding(name), rtol=1e-5)
+    np.testing.assert_allclose(merged.head_rounding(), whole.head_rounding(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

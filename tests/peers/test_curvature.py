@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pocketquant import open_recipe, write
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.quant.planning import plan
+from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.recipe_text import recipe_of_types
 from pocketquant.quant.statistics import Statistics, open_statistics
 from pocketquant.quant.statistics_writing import merge_statistics
 
@@ -139,3 +143,23 @@ def test_predicted_divergence_is_what_is_measured(
     report = compare(changed, made.model, demo_text, context=CONTEXT, chunks=60, threads=1)
     measured = report.to_json()["metrics"]["kld"]["mean"]
     assert low < measured / predicted < high, (measured, predicted)
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "token_embd.weight"])
+@pytest.mark.parametrize("kind", ["Q6_K", "Q8_0"])
+def test_predicted_loss_beside_a_format_is_what_its_kernel_loses(
+    kind: str, name: str, made: Made, tmp_path: Path, demo_text: Path
+) -> None:
+    model = open_gguf(made.model)
+    bare, whole = (
+        predict_losses(model, made.statistics, rounding=None, formats=(kind,), activations=flag).losses[name][kind]
+        for flag in (False, True)
+    )
+    types = {(t.role, t.layer): FORMATS[kind if t.name == name else "F32"] for t in model.tensors if not t.keep_f32}
+    write(plan(model, recipe_of_types("one", "one", types, "one")), tmp_path / "native.gguf", threads=1)
+    assert {t.name for t in open_gguf(tmp_path / "native.gguf").tensors if t.dtype == kind} == {name}
+    decoded = plan(open_gguf(tmp_path / "native.gguf"), open_recipe("f32"))
+    write(decoded, tmp_path / "decoded.gguf", threads=1)  # the same weights, multiplied by inputs as they are
+    report = compare(tmp_path / "native.gguf", tmp_path / "decoded.gguf", demo_text, context=256, chunks=16, threads=1)
+    measured = report.metrics.kld.mean
+    assert 0.5 < measured / (whole - bare) < 2, (measured, whole - bare)

@@ -15,6 +15,7 @@ LAYERS = [
     {"formats"},
     {"model"},
     {"architectures"},
+    {"interrupts", "leftovers"},
     {"files"},
     {"gguf_file", "runtime"},
     {"runtime_branches", "runtime_vision"},
@@ -38,8 +39,8 @@ ONLY_IN = {
     "huggingface_hub": {"convert"},
     "dask": {"cluster"},
     "distributed": {"cluster"},
-    "torch": {"eval/torch_reference", "quant/curvature"},
-    "transformers": {"eval/torch_reference", "quant/curvature"},
+    "torch": {"eval/torch_reference", "quant/torch_layers"},
+    "transformers": {"eval/torch_reference", "quant/torch_layers"},
 }
 LAZY = {"torch", "transformers"}
 """Too heavy to be imported before somebody asks for them, even where they may be."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_checkpoint import golden_checkpoint
+from statistics_maker import make_statistics
 
 from pocketquant import open_model, open_recipe, plan
 from pocketquant.errors import RecipeError
@@ -19,12 +21,24 @@ from pocketquant.quant.allocation import Target, list_options, plan_to_target
 from pocketquant.quant.explain import explain
 from pocketquant.quant.loss_table import SCHEMA, LossTable, parse_losses, read_figures, write_losses
 from pocketquant.quant.measuring import list_groups
-from pocketquant.quant.prediction import _TAIL, PREDICTED, _rounding_variance, predict_losses
+from pocketquant.quant.prediction import PREDICTED, predict_losses
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
-from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, HEAD, INPUT, OUTPUT, Text, fingerprint, open_statistics
+from pocketquant.quant.statistics import (
+    COUNT,
+    EMBED_OUTPUT,
+    HEAD,
+    HEAD_ROUNDING,
+    INPUT,
+    OUTPUT,
+    ROUNDING,
+    Text,
+    fingerprint,
+    open_statistics,
+)
 from pocketquant.quant.statistics_writing import About, triangles, write_statistics
 
+FINE = {"IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 UP, GATE, EMBED = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "token_embd.weight"
 
 
@@ -61,6 +75,9 @@ def statistics(tmp_path: Path, model: Model) -> Path:
     layout[HEAD[3]], layout[HEAD[3] + COUNT] = triangles(2, embed.n_cols), ("I64", (2,))
     pieces += [(HEAD[3], i, moment_of(embed.n_cols, 20 + i) * (1 + i)) for i in range(2)]
     pieces.append((HEAD[3] + COUNT, None, np.array([99, 99])))
+    for name, k in ((UP + ROUNDING, up.n_cols), (HEAD_ROUNDING, embed.n_cols)):
+        layout[name] = ("F32", (1, 2 * k))
+        pieces.append((name, 0, 1e-4 * (np.repeat([2, 1], k) + rng.random(2 * k))))
     path = tmp_path / "made.stats"
     about = About(99, fingerprint(model), (Text("a.txt", 99, "0" * 64),), {GATE: UP})
     write_statistics(path, about, layout, pieces)
@@ -133,31 +150,80 @@ def test_the_error_is_the_rounders_own(model: Model, statistics: Path) -> None:
     assert quick.loss(up, "Q4_K") == pytest.approx(thorough.loss(up, "Q4_K"))
 
 
-@pytest.mark.parametrize("block", [32, 256])
-def test_the_variance_of_rounded_activations_is_that_of_rounding_them(block: int) -> None:
-    rng = np.random.default_rng(5)
-    deviations = rng.lognormal(0.0, 1.0, 512)
-    x = rng.standard_normal((4000, 512)) * deviations
-    blocks = x.reshape(4000, -1, block)
-    scale = np.abs(blocks).max(axis=2, keepdims=True) / 127
-    error = (np.round(blocks / scale) * scale - blocks).reshape(x.shape)
-    predicted = _rounding_variance(deviations**2, block) / _TAIL
-    kept = deviations > 0.5  # smaller ones are rounded to zero and lose less
-    ratio = (error**2).mean(axis=0)[kept] / predicted[kept]
-    assert 0.7 < np.median(ratio) < 1.2
+def added_by_kernels(model: Model, statistics: Path, tensor: Tensor, **options: bool) -> dict[str, float]:
+    opened = open_statistics(statistics)
+    bare, whole = (
+        predict_losses(model, opened, rounding=None, activations=flag, **options).losses[tensor.name]
+        for flag in (False, True)
+    )
+    return {name: whole[name] - bare[name] for name in PREDICTED}
 
 
-def test_kernels_lose_more_beside_large_blocks(model: Model, statistics: Path) -> None:
+def check_added(added: dict[str, float], coarse: float, fine: float) -> None:
+    for name, value in added.items():
+        assert value == pytest.approx(fine if name in FINE else coarse, rel=1e-4), name
+
+
+def test_kernels_lose_half_of_what_inputs_lose_times_weights_and_gradients(model: Model, statistics: Path) -> None:
     opened, up = open_statistics(statistics), find(model, UP)
-    bare, with_kernels = (predict_losses(model, opened, rounding=None, activations=flag) for flag in (False, True))
-    added = {name: with_kernels.loss(up, name) - bare.loss(up, name) for name in PREDICTED}
-    assert added["Q4_K"] == pytest.approx(added["Q6_K"])
-    assert added["IQ4_NL"] == pytest.approx(added["Q8_0"])
-    assert 0 < added["Q8_0"] < 0.8 * added["Q4_K"]
-    w, g, h = up.rows(0, up.n_rows), opened.output(UP), opened.input(UP)
-    assert h is not None
-    expected = 0.5 * np.einsum("aj,ab,bj,j->", w, g, w, _rounding_variance(h.diagonal(), 32), optimize=True)
-    assert added["Q8_0"] == pytest.approx(expected, rel=1e-4)
+    w, g, v = up.rows(0, up.n_rows).astype(np.float64), opened.output(UP), opened.rounding(UP)
+    assert g is not None
+    coarse, fine = 0.5 * v @ np.einsum("aj,ab,bj->j", w, g, w, optimize=True)
+    assert 0 < fine < 0.8 * coarse
+    check_added(added_by_kernels(model, statistics, up), coarse, fine)
+
+
+def test_kernels_beside_the_head_lose_by_its_rows_own_shares(model: Model, statistics: Path) -> None:
+    opened, embed = open_statistics(statistics), find(model, EMBED)
+    w, p = embed.rows(0, embed.n_rows).astype(np.float64), opened.array(HEAD[1])
+    coarse, fine = 0.5 * opened.head_rounding() @ (p @ w**2)
+    check_added(added_by_kernels(model, statistics, embed), coarse, fine)
+    check_added(added_by_kernels(model, statistics, embed, use_gradients=False), coarse, fine)
+
+
+def test_kernels_without_gradients_count_in_units_of_plain_q4_k(model: Model, statistics: Path) -> None:
+    opened, gate = open_statistics(statistics), find(model, GATE)  # shares its inputs, has no gradients
+    w, h, v = gate.rows(0, gate.n_rows).astype(np.float64), opened.input(GATE), opened.rounding(GATE)
+    d = error_of(gate, "Q4_K")
+    level = read_sensitivity().predict(model).loss(gate, "Q4_K") / np.einsum("ai,ij,aj->", d, h, d, optimize=True)
+    coarse, fine = level * (v @ np.square(w).sum(axis=0))
+    check_added(added_by_kernels(model, statistics, gate), coarse, fine)
+    check_added(added_by_kernels(model, statistics, find(model, "blk.1.ffn_up.weight")), 0.0, 0.0)  # nothing known
+
+
+def test_each_expert_adds_by_its_tokens_and_an_unseen_one_nothing(tmp_path: Path) -> None:
+    name, outputs = "blk.0.ffn_down_exps.weight", ("blk.0.ffn_down_exps.weight",)
+    model = open_model(golden_checkpoint(tmp_path / "moe"))
+    tensor = find(model, name)
+    n_expert, rows, kinds = tensor.shape[0], tensor.shape[1], ("IQ4_NL", "Q4_K", "Q5_1", "Q8_0")
+    for known in ((), outputs):
+        path = make_statistics(model, tmp_path / f"s{len(known)}", outputs=known, unseen=[(name, 1)])
+        opened = open_statistics(path)
+        level, expected = 1.0, np.zeros(2)
+        if not known:
+            base = next(base for base in ("Q4_K", "IQ4_NL", "Q8_0") if tensor.n_cols % FORMATS[base].block_len == 0)
+            level = 0.0
+            for expert in range(n_expert):
+                h = opened.input(name, expert)
+                if h is not None:
+                    d = error_of(tensor, base)[expert * rows : (expert + 1) * rows]
+                    level += opened.share(name, expert) * float(np.einsum("ai,ij,aj->", d, h, d, optimize=True))
+            level = read_sensitivity().predict(model).loss(tensor, base) / level
+        for expert in [expert for expert in range(n_expert) if expert != 1]:
+            w = tensor.rows(expert * rows, (expert + 1) * rows).astype(np.float64)
+            g = opened.output(name, expert) if known else None
+            by_column = (
+                np.square(w).sum(axis=0) if g is None else 0.5 * np.einsum("aj,ab,bj->j", w, g, w, optimize=True)
+            )
+            share = 1.0 if known else opened.share(name, expert)
+            expected += level * share * (opened.rounding(name, expert) @ by_column)
+        bare, whole = (
+            predict_losses(model, opened, rounding=None, formats=kinds, activations=flag).losses[name]
+            for flag in (False, True)
+        )
+        for kind, value in whole.items():
+            assert value - bare[kind] == pytest.approx(expected[1 if kind in FINE else 0], rel=1e-3), kind
+        assert opened.input(name, 1) is None
 
 
 def test_a_target_takes_the_table_and_says_its_sum(model: Model, statistics: Path) -> None:
@@ -177,10 +243,31 @@ def test_devices_decide_what_is_on_offer(model: Model, statistics: Path) -> None
     offered = {
         device: {n for o in list_options(model, table, device) for n in o.formats} for device in ("phone", "any")
     }
-    assert offered["any"] - offered["phone"] == {"IQ4_XS"}
+    assert offered["any"] - offered["phone"] == {"IQ4_XS", "Q4_1", "Q5_0", "Q5_1"}
     assert "IQ4_NL" in offered["phone"]
     with pytest.raises(RecipeError, match="phone, any"):
         list_options(model, table, "toaster")
+
+
+def test_where_activations_matter_a_scale_for_32_columns_wins(model: Model) -> None:
+    weights = {"Q3_K": 9.0, "IQ4_XS": 4.0, "IQ4_NL": 4.1, "Q4_K": 3.9, "Q4_1": 3.0, "Q5_0": 1.3, "Q5_K": 1.0}
+    weights |= {"Q5_1": 0.9, "Q6_K": 0.3, "Q8_0": 0.02}
+    kernels = {name: 0.1 if name in FINE else 1.0 for name in weights}
+    names = [tensor.name for tensor in model.tensors if not tensor.keep_f32]
+
+    def types(device: str, *, counted: bool) -> set[str]:
+        losses = {name: weights[name] + kernels[name] * counted for name in weights}
+        table = LossTable("made up", fingerprint(model), dict.fromkeys(names, losses))
+        made = plan_to_target(model, Target(bits_per_weight=5.9), table, device=device)
+        total = sum(table.loss(item.tensor, item.format.name) for item in made.plan.tensors)
+        assert made.predicted_loss == pytest.approx(total)
+        return {item.format.name for item in made.plan.tensors if not item.tensor.keep_f32}
+
+    assert types("any", counted=True) & {"Q5_0", "Q5_1"}
+    assert not types("any", counted=True) & {"Q5_K", "Q6_K"}
+    assert not types("any", counted=False) & {"Q5_0"}
+    for counted in (False, True):
+        assert types("phone", counted=counted) <= {"IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"}
 
 
 def test_tables_survive_being_written(model: Model, statistics: Path, tmp_path: Path) -> None:

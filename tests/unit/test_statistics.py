@@ -17,8 +17,10 @@ from pocketquant.quant.moments import group_rows
 from pocketquant.quant.statistics import (
     COUNT,
     EMBED_OUTPUT,
+    HEAD_ROUNDING,
     INPUT,
     OUTPUT,
+    ROUNDING,
     Text,
     check_statistics,
     fingerprint,
@@ -54,6 +56,9 @@ def contents(seed: int, *, tokens: int, groups: list[int], outputs: bool = True)
         GATE + INPUT: np.stack([symmetric(rng, 5)]),
         EXPERTS + INPUT + COUNT: np.array([tokens, 0, tokens // 2]),
         EXPERTS + INPUT: np.stack([symmetric(rng, 4), np.zeros((4, 4), np.float32), symmetric(rng, 4)]),
+        GATE + ROUNDING: rng.random((1, 10), np.float32),
+        EXPERTS + ROUNDING: rng.random((3, 8), np.float32) * np.array([[1], [0], [1]], np.float32),
+        HEAD_ROUNDING: rng.random((1, 10), np.float32),
         "head/row_group": np.array(groups, np.int32),
         "head/variance": rng.random(N_VOCAB),
         "head/frequency": rng.dirichlet(np.ones(N_VOCAB)),
@@ -78,7 +83,10 @@ def write(
             layout[name] = triangles(len(array), array.shape[1])
             pieces += [(name, i, matrix) for i, matrix in enumerate(array)]
         else:
-            layout[name] = ({"i": {4: "I32", 8: "I64"}, "f": {8: "F64"}}[array.dtype.kind][array.itemsize], array.shape)
+            layout[name] = (
+                {"i": {4: "I32", 8: "I64"}, "f": {4: "F32", 8: "F64"}}[array.dtype.kind][array.itemsize],
+                array.shape,
+            )
             pieces.append((name, None, array))
     about = About(tokens, model, (Text(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS})
     write_statistics(path, about, layout, pieces)
@@ -104,11 +112,16 @@ def test_what_is_written_is_read(stats: tuple[Path, dict[str, np.ndarray]]) -> N
     assert read.input("blk.9.ffn_up.weight") is None
     np.testing.assert_array_equal(read.input(EXPERTS, 2), arrays[EXPERTS + INPUT][2])
     assert read.input(EXPERTS, 1) is None  # no token came by
+    np.testing.assert_array_equal(read.rounding(UP), arrays[GATE + ROUNDING].reshape(2, 5))
+    np.testing.assert_array_equal(read.rounding(EXPERTS, 2), arrays[EXPERTS + ROUNDING][2].reshape(2, 4))
+    np.testing.assert_array_equal(read.head_rounding(), arrays[HEAD_ROUNDING].reshape(2, 5))
     assert (read.share(EXPERTS, 2), read.n_unseen_experts, read.has_outputs) == (0.5, 1, True)
     with pytest.raises(RecipeError, match="3 experts; say which one"):
         read.input(EXPERTS)
     with pytest.raises(RecipeError, match="number 3 was asked for"):
         read.matrix(EXPERTS + INPUT, 3)
+    with pytest.raises(RecipeError, match="number 3 was asked for"):
+        read.rounding(EXPERTS, 3)
 
 
 def test_the_head_gives_back_every_rows_own_share(stats: tuple[Path, dict[str, np.ndarray]]) -> None:
@@ -146,6 +159,8 @@ def test_merging_weighs_by_tokens(tmp_path: Path) -> None:
             np.testing.assert_allclose(merged.matrix(name, i), a[name][i] / 4 + b[name][i] * 0.75, rtol=1e-4)
     np.testing.assert_allclose(merged.input(EXPERTS, 2), (a[EXPERTS + INPUT][2] + 3 * b[EXPERTS + INPUT][2]) / 4, 1e-5)
     assert merged.input(EXPERTS, 1) is None
+    for name in (GATE + ROUNDING, HEAD_ROUNDING):
+        np.testing.assert_allclose(merged.array(name), a[name] / 4 + b[name] * 0.75, rtol=1e-6)
     np.testing.assert_array_equal(merged.output(UP), a[UP + OUTPUT][0])  # only one file has gradients
     np.testing.assert_allclose(
         merged.array("head/variance"), a["head/variance"] / 4 + b["head/variance"] * 0.75, rtol=1e-12
@@ -166,6 +181,21 @@ def test_merging_spreads_other_groups_row_by_row(tmp_path: Path) -> None:
         np.testing.assert_allclose(merged.moment(group), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_merging_weighs_experts_by_the_tokens_sent_to_them(tmp_path: Path) -> None:
+    parts = []
+    for seed, counts in ((1, [10, 0, 60]), (2, [90, 5, 0])):
+        arrays = contents(seed, tokens=100, groups=GROUPS)
+        rng = np.random.default_rng(seed)
+        arrays[EXPERTS + INPUT + COUNT] = np.array(counts)
+        arrays[EXPERTS + ROUNDING] = rng.random((3, 8), np.float32) * (np.array(counts)[:, None] > 0).astype(np.float32)
+        parts.append(write(tmp_path / str(seed), arrays, tokens=100, text=str(seed))[EXPERTS + ROUNDING])
+    merge_statistics([tmp_path / "1", tmp_path / "2"], tmp_path / "c")
+    merged = open_statistics(tmp_path / "c")
+    for expert, (of_a, of_b) in enumerate([(0.1, 0.9), (0, 1), (1, 0)]):
+        expected = of_a * parts[0][expert] + of_b * parts[1][expert]
+        np.testing.assert_allclose(merged.rounding(EXPERTS, expert).reshape(-1), expected, rtol=1e-6)
+
+
 def test_inputs_and_gradients_of_one_text_are_joined(tmp_path: Path) -> None:
     whole = contents(1, tokens=100, groups=GROUPS)
     gradients = {name: array for name, array in whole.items() if OUTPUT in name}
@@ -184,7 +214,8 @@ def test_what_must_not_be_merged(tmp_path: Path) -> None:
     write(tmp_path / "a", arrays, tokens=100)
     write(tmp_path / "again", arrays, tokens=100)
     write(tmp_path / "other", arrays, tokens=100, text="b", model="n")
-    write(tmp_path / "wide", arrays | {GATE + INPUT: np.eye(6, dtype=np.float32)[None]}, tokens=9, text="c")
+    wide = {GATE + INPUT: np.eye(6, dtype=np.float32)[None], GATE + ROUNDING: np.ones((1, 12), np.float32)}
+    write(tmp_path / "wide", arrays | wide, tokens=9, text="c")
     for name, said in (("again", "count twice"), ("other", "of several"), ("wide", r"blk\.0\.ffn_gate\.weight/input")):
         with pytest.raises(RecipeError, match=said):
             merge_statistics([tmp_path / "a", tmp_path / name], tmp_path / "c")
@@ -194,9 +225,12 @@ def test_what_must_not_be_merged(tmp_path: Path) -> None:
 def test_matrices_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     arrays = contents(1, tokens=100, groups=GROUPS)
     arrays[GATE + INPUT][0, 2, 2] = np.nan
+    arrays[GATE + ROUNDING][0, 7] = np.nan
     write(tmp_path / "a", arrays, tokens=100)
     with pytest.raises(RecipeError, match=r"ffn_gate\.weight/input is not finite"):
         open_statistics(tmp_path / "a").input(UP)
+    with pytest.raises(RecipeError, match=r"ffn_gate\.weight/rounding is not finite"):
+        open_statistics(tmp_path / "a").rounding(UP)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -217,7 +251,7 @@ def set_entry(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda header: header.pop("__metadata__"), "no statistics"),
         (lambda header: header["__metadata__"].update(format="else"), "no statistics"),
-        (lambda header: header["__metadata__"].update(version="2"), "of version 2, this program reads 1"),
+        (lambda header: header["__metadata__"].update(version="1"), "of version 1, this program reads 2"),
         (lambda header: header["__metadata__"].update(about="[]"), "no statistics"),
         (lambda header: header["__metadata__"].update(about='{"tokens": 1}'), "no statistics"),
         (lambda header: header.update(extra=7), "no array of statistics"),
@@ -228,6 +262,14 @@ def set_entry(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
         (set_entry(GATE + INPUT, data_offsets=[1 << 40, (1 << 40) + 60]), "not inside the file"),
         (set_entry(GATE + INPUT, dtype="F16"), "no array of statistics"),
         (set_entry(EXPERTS + INPUT + COUNT, shape=[2], data_offsets=[0, 16]), "2 counts of 3 matrices"),
+        (lambda header: header.pop(GATE + ROUNDING), r"ffn_gate\.weight/rounding: expected \[1, 10\] numbers"),
+        (lambda header: header.pop(EXPERTS + ROUNDING), r"ffn_up_exps\.weight/rounding: expected \[3, 8\] numbers"),
+        (lambda header: header.pop(HEAD_ROUNDING), r"head/rounding: expected \[1, 10\] numbers"),
+        (set_entry(GATE + ROUNDING, shape=[2, 5]), "no array of statistics"),  # one for each kind of scale: even
+        (set_entry(EXPERTS + ROUNDING, shape=[4, 6]), r"ffn_up_exps\.weight/rounding: expected \[3, 8\] numbers"),
+        (set_entry(HEAD_ROUNDING, shape=[1, 8], data_offsets=[0, 32]), r"head/rounding: expected \[1, 10\] numbers"),
+        (lambda header: header.pop(GATE + INPUT), r"ffn_gate\.weight/rounding: stands beside no inputs"),
+        (lambda header: header.pop(MOMENTS), "head/rounding: stands beside no inputs"),
         (set_entry("head/variance", shape=[11], data_offsets=[0, 88]), "differ in the number of rows"),
     ],
 )
