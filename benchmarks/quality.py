@@ -29,6 +29,7 @@ import numpy as np
 
 from pocketquant.convert.sources import open_model
 from pocketquant.demo import checkpoint_dir, text_path
+from pocketquant.errors import EvalError
 from pocketquant.eval.compare import compare
 from pocketquant.eval.corpus import Text
 from pocketquant.files import sha256_of
@@ -68,6 +69,7 @@ class Bench:
     sensitivity: Path | None
     device: str
     kinds: tuple[str, ...]
+    calibration: tuple[Path, ...]
 
     @property
     def model(self) -> Model:
@@ -213,6 +215,23 @@ def print_table(bench: Bench, rows: Sequence[tuple[str, str, Path, Path]]) -> No
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
+    """The file with curvature on both sides, its block scales tuned on the calibration texts; made once."""
+    from pocketquant.quant.tuning import tune_scales, tuning_bytes
+
+    path = bench.folder / f"{name.replace(' ', '_').replace(',', '')}.gguf"
+    if not path.exists():
+        texts = [str(text) for text in bench.calibration]
+        windows, read = cut_texts(bench.reference, texts, bench.context, None, bench.threads, 0, 0)
+        room = tuning_bytes(read)
+        rounded = make(bench, f"{name} before", lambda: plan_ours(bench, nbytes - room, "two-sided", True))
+        started = time.process_time()
+        tuned = tune_scales(rounded, bench.model, windows, read, path, threads=bench.threads)
+        seconds = time.process_time() - started
+        print(f"{path.name}: {seconds:.0f} CPU s, held back {tuned.before:.6f} to {tuned.after:.6f}", file=sys.stderr)
+    return path
+
+
 def compare_sizes(bench: Bench, sizes: Sequence[str], methods: Sequence[str]) -> None:
     """The table against the peer at each of its sizes."""
     rows = []
@@ -221,7 +240,9 @@ def compare_sizes(bench: Bench, sizes: Sequence[str], methods: Sequence[str]) ->
         nbytes = peer.stat().st_size
         made = [("peer", peer)]
         for method in methods:
-            if bench.statistics.has_outputs or "curvature" not in method:
+            if method == TUNED:
+                made.append((method, make_tuned(bench, f"{size} {method} {bench.mark}", nbytes)))
+            elif bench.statistics.has_outputs or "curvature" not in method:
                 maker = lambda m=method, n=nbytes: METHODS[m](bench, n)  # noqa: E731
                 made.append((method, make(bench, f"{size} {method} {bench.mark}", maker)))
         rows += [(size, method, path, peer) for method, path in made]
@@ -239,6 +260,9 @@ METHODS: dict[str, Callable[[Bench, int], Plan]] = {
     "types and rounding, curvature": lambda bench, nbytes: plan_ours(bench, nbytes, "two-sided", True),
 }
 """Rows beside the peer's."""
+
+TUNED = "types and rounding, curvature, scales tuned"
+"""One more row, where torch and gradients are there."""
 
 
 def ablate(bench: Bench) -> None:
@@ -303,6 +327,7 @@ def prepare(asked: argparse.Namespace, folder: Path) -> Bench:
         asked.sensitivity,
         asked.device,
         ("native",) if asked.native_only else ("native", "weights only"),
+        tuple(Path(path) for path in calibration),
     )
 
 
@@ -319,16 +344,25 @@ def importance_of(statistics: Statistics) -> Importance:
     return Importance(weights, "calibration", tuple(text.name for text in statistics.texts))
 
 
+def has_torch() -> bool:
+    """Whether gradients can be computed here; says why not."""
+    from pocketquant.quant.torch_layers import require_torch
+
+    try:
+        require_torch()
+    except EvalError as error:
+        print(f"no gradients: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def make_statistics(reference: Path, texts: Sequence[Path], out: Path, context: int) -> None:
     """With gradients where torch is installed."""
-    try:
-        from pocketquant.quant.curvature import collect_curvature, require_torch
-
-        require_torch()
-    except Exception as error:
-        print(f"no gradients: {error}", file=sys.stderr)
+    if not has_torch():
         calibrate(reference, [str(text) for text in texts], out, context=context)
         return
+    from pocketquant.quant.curvature import collect_curvature
+
     inputs, gradients = out.with_suffix(".inputs"), out.with_suffix(".gradients")
     windows, read = cut_texts(reference, [str(text) for text in texts], context, None, None, 0, 0)
     calibrate(reference, [str(text) for text in texts], inputs, context=context)
@@ -353,7 +387,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--device", default="any")
-    parser.add_argument("--methods", type=int, nargs="+", default=range(len(METHODS)), help="rows, by number")
+    parser.add_argument("--methods", type=int, nargs="+", help="rows, by number")
     parser.add_argument("--native-only", action="store_true", help="leave out the runs of dequantized weights")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--keep", type=Path)
@@ -363,7 +397,9 @@ def main(arguments: list[str]) -> None:
         if asked.ablation:
             ablate(bench)
         else:
-            compare_sizes(bench, asked.sizes.split(","), [list(METHODS)[i] for i in asked.methods])
+            names = [*METHODS, TUNED] if bench.statistics.has_outputs and has_torch() else list(METHODS)
+            chosen = asked.methods or range(len(names))
+            compare_sizes(bench, asked.sizes.split(","), [names[i] for i in chosen])
         print_floor(bench)
 
 

@@ -36,6 +36,7 @@ from pocketquant.cli.sensitivity import sensitivity as measure_sensitivity
 from pocketquant.cli.sizing import Sizing, read_sizing, recipe_app
 from pocketquant.cli.sweep import sweep
 from pocketquant.cli.tasks import eval_vision, smoke, tasks
+from pocketquant.cli.tune import tune
 
 app = typer.Typer(
     help="Qwen3.5 checkpoints in, small GGUF files out, with the numbers of what quantization cost.",
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 app.command()(calibrate)
+app.command()(tune)
 app.command("sensitivity")(measure_sensitivity)
 app.command()(gate)
 app.command()(tasks)

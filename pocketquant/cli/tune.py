@@ -1,0 +1,101 @@
+"""`pocketquant tune`: the scales of a finished file's blocks, moved by runs of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pocketquant.cli.screen import print_json, say, size, step_progress
+
+if TYPE_CHECKING:
+    from pocketquant.model import Model
+
+
+def tune(
+    file: Annotated[Path, typer.Argument(metavar="GGUF", help="The quantized file.")],
+    reference: Annotated[
+        str,
+        typer.Option("--reference", metavar="SRC", help="What it was made from: checkpoint, GGUF in F32 or BF16."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The tuned file to write.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="FILE", help="UTF-8 text, several times for several; default: embedded."),
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=16, metavar="N", help="Tokens in a window.")] = 256,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows of each text; default: all.")
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="How often each window is used.")] = 2.0,
+    rate: Annotated[float, typer.Option("--rate", min=1e-6, max=0.1, help="Of the steps, in parts of a scale.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of the windows.")] = 0,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where gradients are computed.")] = "cpu",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that compute.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
+) -> None:
+    """Tune the block scales of a quantized file by runs of the whole model (extra `curvature`: torch, transformers)."""
+    from pocketquant.convert.sources import open_model
+    from pocketquant.demo import text_path
+    from pocketquant.files import refuse_overwriting
+    from pocketquant.quant.calibrating import cut_texts
+    from pocketquant.quant.torch_layers import require_torch
+    from pocketquant.quant.tuning import check_file, tune_scales
+
+    texts = text or [str(text_path("calibration"))]
+    refuse_overwriting([out], [str(file), reference, *texts])
+    model = open_model(reference)
+    n_scales = check_file(file, model)
+    if not dry_run:
+        require_torch()  # before the texts are read
+    windows, about = cut_texts(file, texts, context, chunks, threads, 0, seed)
+    _say_cost(model, n_scales, windows.size, epochs, quiet=quiet)
+    if dry_run:
+        if json:
+            print_json({"scales": n_scales, "tokens": int(windows.size), "disk_bytes": _disk(model, windows.size)})
+        return
+    with step_progress("tuning", quiet=quiet) as advance:
+        tuned = tune_scales(
+            file,
+            model,
+            windows,
+            about,
+            out,
+            epochs=epochs,
+            rate=rate,
+            device=device,
+            threads=threads,
+            seed=seed,
+            progress=advance,
+        )
+    say(
+        f"{out}: {tuned.n_scales} scales tuned in {tuned.steps} steps; divergence on windows held back "
+        f"{tuned.before:.6f} before, {tuned.after:.6f} after ({tuned.after / tuned.before:.3f})",
+        quiet=quiet,
+    )
+    if json:
+        print_json(
+            {
+                "out": str(out),
+                "file_bytes": out.stat().st_size,
+                "scales": tuned.n_scales,
+                "steps": tuned.steps,
+                "tokens": int(windows.size),
+                "held_back_kld": {"before": tuned.before, "after": tuned.after},
+            }
+        )
+
+
+def _disk(model: Model, tokens: int) -> int:
+    return 4 * tokens * model.sizes["n_embd"]
+
+
+def _say_cost(model: Model, n_scales: int, tokens: int, epochs: float, *, quiet: bool) -> None:
+    say(
+        f"{n_scales} scales, {tokens} tokens {epochs:g} times, each forwards and backwards through the model; "
+        f"meanwhile {size(_disk(model, tokens))} of disk",
+        quiet=quiet,
+    )

@@ -1,0 +1,377 @@
+"""Tuning of a finished file: the scales of its blocks moved to where the model diverges least. The extra `curvature`.
+
+Rounding takes each tensor by itself; what one loses another can make up for, and only a run of the whole quantized
+model says how. Codes, integer scales, types and bytes of the file stay as they are: the F16 scales of its blocks get
+factors near one, by Adam (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015) on the KL divergence from
+the reference's predictions, with a rate that rises over a few steps and falls along a cosine.
+
+Some windows are held back; where the divergence on them does not fall, nothing is written. As with gradients for
+statistics, one layer is in memory at a time: a step goes forwards with each layer's input kept, and backwards with each
+layer computed once more. The reference runs once; its last hidden states lie on disk meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketquant.errors import EvalError, OutputError, RecipeError, listing
+from pocketquant.files import check_target, read_at, replacing
+from pocketquant.formats import F32Array, U8Array
+from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
+from pocketquant.model import Model, Role, Tensor, Value, padded
+from pocketquant.quant.block_scales import BlockScales, read_block_scales
+from pocketquant.quant.statistics import Text
+from pocketquant.quant.torch_layers import (
+    Setting,
+    build_layer,
+    build_norm,
+    gguf_weights,
+    linears_of,
+    positions_of,
+    read_whole,
+    set_up,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with batches done and batches in all: those that look at held-back windows, too."""
+
+KEY = "pocketquant.tuning"
+"""The metadata that a tuned file has."""
+
+_BETAS = (0.9, 0.98)
+_EPSILON = 1e-12
+_WARM_UP = 10
+_LOGIT_ROWS = 64
+_HELD_BACK = 8
+_MOST_HELD_BACK = 32
+_COPIED = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of it.
+
+    Attributes:
+        before, after: mean KL divergence on held-back windows, nats a token, weights only.
+        steps: changes of the scales.
+        n_scales: scales that were free.
+    """
+
+    before: float
+    after: float
+    steps: int
+    n_scales: int
+
+
+def tune_scales(
+    file: Path,
+    reference: Model,
+    windows: npt.NDArray[np.int32],
+    texts: Sequence[Text],
+    out: Path,
+    *,
+    epochs: float = 2.0,
+    rate: float = 1e-3,
+    batch: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Writes a file with the same types and codes and better scales.
+
+    Args:
+        file: the quantized GGUF.
+        reference: the opened model that it was made from, in full precision.
+        windows: i32[n_window, context], tokens; every eighth, at most 32, is held back.
+        texts: what they come from.
+        out: where the tuned file goes.
+        epochs: how often each window is used.
+        rate: of Adam, in parts of a scale.
+        batch: windows in a step; None for as many as hold 2,048 tokens.
+        device: torch's name of what computes.
+        threads: threads that compute; None for all that this process may use.
+        seed: of the order of the windows.
+        progress: told after each batch.
+
+    Raises:
+        EvalError: torch or transformers is absent, too few windows, or the divergence on the windows held back did not
+            fall: `out` is not written.
+        RecipeError: the file was made from another model, is split, tuned already, or has nothing to tune.
+        ArchitectureError: a mixture of experts, or a model whose positions are scaled.
+        OutputError: `out` cannot be written.
+    """
+    check_target(out)
+    header = read_header(file)
+    scales = _read_scales(file, header, reference)
+    batch = batch or max(1, 2048 // windows.shape[1])
+    is_held = np.arange(len(windows)) % max(_HELD_BACK, -(-len(windows) // _MOST_HELD_BACK)) == 0
+    held, used = np.flatnonzero(is_held), np.flatnonzero(~is_held)
+    if len(used) < batch:
+        raise EvalError(f"{len(windows)} windows are too few to tune on; give more text or smaller windows")
+    setting = set_up(reference, device, threads)
+    steps = max(1, round(epochs * len(used) / batch))
+    done, total = 0, -(-len(windows) // batch) + 2 * -(-len(held) // batch) + steps
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    states = out.with_name(f".{out.name}.states")
+    try:
+        hidden = _run_reference(setting, windows, batch, states, step)
+        tuner = Tuner(setting, scales, windows, hidden)
+        before = tuner.divergence(_cut(held, batch), step)
+        for number, chosen in enumerate(_batches(used, batch, steps, seed)):
+            warm = min(1.0, (number + 1) / _WARM_UP)
+            tuner.step(chosen, rate * warm * 0.5 * (1 + math.cos(math.pi * number / steps)))
+            step()
+        after = tuner.divergence(_cut(held, batch), step)
+    finally:
+        shutil.rmtree(states, ignore_errors=True)
+    if not after < before:
+        raise EvalError(
+            f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to {after:.6f}; "
+            "nothing is written; more text or a lower rate may help"
+        )
+    about = ", ".join(text.name for text in texts)
+    _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
+    return Tuned(before, after, steps, sum(c.size for each in scales.values() for c in each.changes.values()))
+
+
+def check_file(file: Path, reference: Model) -> int:
+    """The number of scales that can be tuned; raises what `tune_scales` does for a file that does not fit."""
+    scales = _read_scales(file, read_header(file), reference)
+    return sum(change.size for each in scales.values() for change in each.changes.values())
+
+
+def tuning_bytes(texts: Sequence[Text]) -> int:
+    """At most so many bytes larger is a tuned file."""
+    return 96 + len(KEY) + sum(len(text.name.encode()) + 2 for text in texts)
+
+
+def _read_scales(file: Path, header: GgufHeader, reference: Model) -> dict[str, BlockScales]:
+    if "split.count" in header.metadata:
+        raise RecipeError(f"{file}: one shard of several; merge them first")
+    if KEY in header.metadata:
+        raise RecipeError(f"{file}: tuned already; tune the file that it was made from")
+    model = open_gguf(file)
+    theirs = {tensor.name: tensor for tensor in reference.tensors}
+    n_layer = model.sizes["n_layer"]
+    run = [tensor for tensor in model.tensors if tensor.layer is None or tensor.layer < n_layer]
+    faults = [
+        f"{tensor.name}: {list(tensor.shape)}"
+        for tensor in run
+        if tensor.name not in theirs or theirs[tensor.name].shape != tensor.shape or not _is_same(tensor, theirs)
+    ]
+    if faults:
+        raise RecipeError(f"{file}: not made from this reference; these tensors differ\n{listing(faults)}")
+    names = {tensor.name for tensor in run if not tensor.keep_f32}
+    found = {e.name: read_block_scales(file, e) for e in header.tensors if e.name in names}
+    scales = {name: each for name, each in found.items() if each is not None}
+    if not scales:
+        raise RecipeError(f"{file}: holds no quantized weights; there is nothing to tune")
+    return scales
+
+
+def _is_same(tensor: Tensor, theirs: dict[str, Tensor]) -> bool:
+    """Whether a tensor that is never quantized has the reference's numbers; others differ by their rounding."""
+    return not tensor.keep_f32 or np.array_equal(read_whole(tensor), read_whole(theirs[tensor.name]))
+
+
+def _cut(numbers: npt.NDArray[np.int64], batch: int) -> list[npt.NDArray[np.int64]]:
+    return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
+
+
+def _batches(used: npt.NDArray[np.int64], batch: int, steps: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Windows of each step: all of them in a random order, then all again."""
+    rng = np.random.default_rng(seed)
+    rounds = -(-steps * batch // len(used))
+    return _cut(np.concatenate([rng.permutation(used) for _ in range(rounds)]), batch)[:steps]
+
+
+def _run_reference(
+    setting: Setting, windows: npt.NDArray[np.int32], batch: int, states: Path, step: Callable[[], None]
+) -> npt.NDArray[np.float32]:
+    """The reference's normed last hidden states f32[n_window, context, n_embd], mapped from a file."""
+    shutil.rmtree(states, ignore_errors=True)
+    try:
+        states.mkdir(parents=True)
+        shape = (*windows.shape, setting.model.sizes["n_embd"])
+        hidden = np.memmap(states / "hidden", np.float32, "w+", shape=shape)
+    except OSError as error:
+        raise OutputError(f"{states}: cannot be written: {error.strerror}") from error
+    parts = _cut(np.arange(len(windows)), batch)
+    embedding = read_whole(_embedding(setting))
+    for part in parts:
+        hidden[part] = embedding[windows[part]]
+    for layer in range(setting.model.sizes["n_layer"]):
+        module, positions = build_layer(setting, layer), positions_of(setting, windows.shape[1])
+        for part in parts:
+            hidden[part] = _run_layer(setting, module, hidden[part], positions)
+    norm = build_norm(setting)
+    for part in parts:
+        with setting.torch.no_grad():
+            hidden[part] = norm(setting.torch.from_numpy(hidden[part]).to(setting.device)).cpu().numpy()
+        step()
+    return hidden
+
+
+def _embedding(setting: Setting) -> Tensor:
+    return next(tensor for tensor in setting.model.tensors if tensor.role is Role.EMBED)
+
+
+def _head(setting: Setting) -> Tensor:
+    return next((tensor for tensor in setting.model.tensors if tensor.role is Role.HEAD), _embedding(setting))
+
+
+def _run_layer(setting: Setting, module: Any, given: F32Array, positions: Any) -> F32Array:
+    with setting.torch.no_grad():
+        made = module(setting.torch.from_numpy(given).to(setting.device), position_embeddings=positions)
+    return made.cpu().numpy()  # type: ignore[no-any-return]
+
+
+class Tuner:
+    """The quantized model with free scales, and what Adam remembers of them."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        scales: dict[str, BlockScales],
+        windows: npt.NDArray[np.int32],
+        hidden: npt.NDArray[np.float32],
+    ) -> None:
+        self._setting, self._scales, self._windows, self._hidden = setting, scales, windows, hidden
+        self._means = {name: {f: np.zeros_like(c) for f, c in each.changes.items()} for name, each in scales.items()}
+        self._squares = {name: {f: np.zeros_like(c) for f, c in each.changes.items()} for name, each in scales.items()}
+        self._step = 0
+        torch = setting.torch
+        self._reference_head = torch.from_numpy(read_whole(_head(setting))).to(setting.device)
+        self._norm = build_norm(setting)
+
+    def divergence(self, parts: Sequence[npt.NDArray[np.int64]], step: Callable[[], None]) -> float:
+        """Mean KL divergence over windows, nats a token."""
+        total, tokens = 0.0, 0
+        for part in parts:
+            inputs = self._forward(part)
+            loss, _, _ = self._head(part, inputs[-1], want=False)
+            total, tokens = total + loss, tokens + part.size * self._windows.shape[1]
+            step()
+        return total / tokens
+
+    def step(self, part: npt.NDArray[np.int64], rate: float) -> None:
+        """One change of all scales by the gradients of a batch, each tensor's as soon as it is known."""
+        self._step += 1
+        for name, folded in self.gradients(part):
+            self._change(name, folded, rate)
+
+    def gradients(self, part: npt.NDArray[np.int64]) -> Iterator[tuple[str, dict[str, F32Array]]]:
+        """Tensors from the last one back, and the gradient of the mean divergence by the changes of their scales."""
+        setting, torch = self._setting, self._setting.torch
+        inputs = self._forward(part)
+        _, above, at_head = self._head(part, inputs.pop(), want=True)
+        positions = positions_of(setting, self._windows.shape[1])
+        for layer in reversed(range(setting.model.sizes["n_layer"])):
+            module = build_layer(setting, layer, self._read)
+            free = [(rule, tensor) for rule, tensor in linears_of(setting, layer) if tensor.name in self._scales]
+            for rule, _ in free:
+                module.get_parameter(rule.source).requires_grad_()
+            given = torch.from_numpy(inputs.pop()).to(setting.device).requires_grad_()
+            module(given, position_embeddings=positions).backward(above)
+            above = given.grad
+            for rule, tensor in free:
+                gradient = module.get_parameter(rule.source).grad.cpu().numpy()
+                yield tensor.name, self._scales[tensor.name].fold(gguf_weights(rule, tensor, setting, gradient))
+        embedding, head = _embedding(setting).name, _head(setting).name
+        at_rows = above.cpu().numpy().reshape(-1, above.shape[-1])
+        at_embedding = at_head if embedding == head else np.zeros_like(at_head)
+        np.add.at(at_embedding, self._windows[part].reshape(-1), at_rows)
+        for name, gradient in {head: at_head, embedding: at_embedding}.items():
+            if name in self._scales:
+                yield name, self._scales[name].fold(gradient)
+
+    def _read(self, tensor: Tensor) -> F32Array:
+        """A tensor as the quantized file has it."""
+        return self._scales[tensor.name].weights() if tensor.name in self._scales else read_whole(tensor)
+
+    def _forward(self, part: npt.NDArray[np.int64]) -> list[F32Array]:
+        """Every layer's input and the last one's output, f32[n, context, n_embd] each."""
+        setting = self._setting
+        positions = positions_of(setting, self._windows.shape[1])
+        states = [self._read(_embedding(setting))[self._windows[part]]]
+        for layer in range(setting.model.sizes["n_layer"]):
+            states.append(_run_layer(setting, build_layer(setting, layer, self._read), states[-1], positions))
+        return states
+
+    def _head(self, part: npt.NDArray[np.int64], last: F32Array, *, want: bool) -> tuple[float, Any, F32Array]:
+        """The divergence summed over tokens, and gradients of its mean: at the last layer's output, of the head."""
+        setting, torch = self._setting, self._setting.torch
+        head = torch.from_numpy(self._read(_head(setting))).to(setting.device)
+        given = torch.from_numpy(last).to(setting.device).requires_grad_(want)
+        normed = self._norm(given)
+        rows = normed.detach().reshape(-1, normed.shape[-1])
+        theirs = torch.from_numpy(self._hidden[part]).to(setting.device).reshape(rows.shape)
+        at_rows, at_head, total = torch.zeros_like(rows), torch.zeros_like(head), 0.0
+        for start in range(0, len(rows), _LOGIT_ROWS):
+            chosen = slice(start, start + _LOGIT_ROWS)
+            log_p = torch.log_softmax(theirs[chosen] @ self._reference_head.T, dim=-1)
+            log_q = torch.log_softmax(rows[chosen] @ head.T, dim=-1)
+            p = log_p.exp()
+            total += float((p * (log_p - log_q)).sum(dtype=torch.float64))
+            if want:
+                at_logits = (log_q.exp() - p) / len(rows)
+                at_rows[chosen] = at_logits @ head
+                at_head.addmm_(at_logits.T, rows[chosen])
+        if want:
+            normed.backward(at_rows.reshape(normed.shape))
+        return total, given.grad, at_head.cpu().numpy()
+
+    def _change(self, name: str, folded: dict[str, F32Array], rate: float) -> None:
+        """Adam's step for the scales of one tensor."""
+        scales = self._scales[name]
+        for field, found in folded.items():
+            mean, square = self._means[name][field], self._squares[name][field]
+            mean += (1 - _BETAS[0]) * (found - mean)
+            square += (1 - _BETAS[1]) * (found * found - square)
+            size = np.sqrt(square / (1 - _BETAS[1] ** self._step))
+            step = mean / (1 - _BETAS[0] ** self._step) / (size + _EPSILON)
+            scales.changes[field] -= np.float32(rate) * step
+
+
+def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: Path, extra: dict[str, Value]) -> None:
+    """The file with its scales changed and `extra` in its metadata."""
+    table = encode_table({**header.metadata, **extra}, header.tensors)
+    start = padded(len(table))
+    with replacing(out) as temporary:
+        with open(temporary, "r+b") as target:
+            target.write(table.ljust(start, b"\0"))
+            for tensor in header.tensors:
+                target.seek(start)
+                for data in _data_of(file, tensor, scales.get(tensor.name)):
+                    data.tofile(target)
+                start += padded(tensor.nbytes)
+            target.truncate(start)
+        written = read_header(temporary)
+        if [t.name for t in written.tensors] != [t.name for t in header.tensors]:
+            raise OutputError(f"{out}: what was written does not read back; the disk may be failing")
+
+
+def _data_of(file: Path, tensor: GgufTensor, scales: BlockScales | None) -> Iterator[U8Array]:
+    """A tensor's bytes, piece by piece."""
+    if scales is None:
+        for at in range(0, tensor.nbytes, _COPIED):
+            yield read_at(file, tensor.offset + at, min(_COPIED, tensor.nbytes - at))
+        return
+    n_rows = len(scales.scales["d"])
+    for first in range(0, n_rows, 4096):
+        yield scales.stored(first, min(first + 4096, n_rows))

@@ -1,0 +1,104 @@
+"""Tuned scales: gradients against differences of real runs, and a file that loses less in llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pocketquant.demo import text_path
+from pocketquant.gguf_file import GgufTensor, read_header
+from pocketquant.quant.rounding.layouts import layout_of
+
+pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
+
+from pocketquant.eval import compare
+from pocketquant.eval.corpus import Text
+from pocketquant.quant.calibrating import cut_texts
+from pocketquant.quant.tuning import KEY
+
+
+@pytest.fixture(scope="module")
+def made(
+    oracle_python: Path, demo_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The file that was tuned, and the folder of what came of it."""
+    if subprocess.run([oracle_python, "-c", "import numba"], capture_output=True).returncode:
+        pytest.skip("the interpreter with torch has no numba, which pocketquant needs; pip install numba there")
+    folder, file, reference = tmp_path_factory.mktemp("tuning"), demo_gguf("q4_k_s"), demo_gguf("f32")
+    windows, _ = cut_texts(reference, [text_path("calibration")], 128, 96, 1, 0, 0)
+    np.save(folder / "windows.npy", windows)
+    script, root = Path(__file__).with_name("tuning_run.py"), Path(__file__).parents[2]
+    command = [oracle_python, script, root, file, reference, folder / "windows.npy", folder]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return file, folder
+
+
+def read(path: Path, name: str) -> Any:
+    return json.loads((path / name).read_text())
+
+
+def test_gradients_are_derivatives(made: tuple[Path, Path]) -> None:
+    derivatives = read(made[1], "derivatives.json")
+    assert len(derivatives) >= 6
+    largest = max(abs(measured) for _, measured in derivatives.values())
+    for name, (by_gradient, measured) in derivatives.items():
+        # F16 rounds every scale that is moved, so single derivatives are known to some percent
+        assert by_gradient == pytest.approx(measured, rel=0.1, abs=0.02 * largest), name
+
+
+def test_it_loses_less_on_text_that_it_has_not_seen(made: tuple[Path, Path], demo_gguf: Callable[[str], Path]) -> None:
+    file, folder = made
+    tuned = read(folder, "tuned.json")
+    assert tuned["after"] < 0.97 * tuned["before"]
+    text = [Text("evaluation", text_path("evaluation"))]
+    losses = [
+        compare(path, demo_gguf("f32"), text, context=128, chunks=60, threads=2).metrics.kld.mean
+        for path in (file, folder / "tuned.gguf")
+    ]
+    assert losses[1] < 0.98 * losses[0]
+
+
+def test_only_scales_and_the_metadata_change(made: tuple[Path, Path]) -> None:
+    file, folder = made
+    before, after = read_header(file), read_header(folder / "tuned.gguf")
+    assert set(after.metadata) - set(before.metadata) == {KEY}
+    assert "text.txt" in str(after.metadata[KEY].value)
+    assert all(after.metadata[key] == value for key, value in before.metadata.items())
+    n_changed = 0
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert (old.name, old.shape, old.format) == (new.name, new.shape, new.format)
+        blocks = [stored(path, tensor) for path, tensor in ((file, old), (folder / "tuned.gguf", new))]
+        layout = layout_of(old.format)
+        if layout is None:
+            np.testing.assert_array_equal(*blocks)
+            continue
+        for field in layout.dtype.names or ():
+            fields = [data.view(layout.dtype)[field] for data in blocks]
+            if field in ("d", layout.unit_of_offset):
+                n_changed += np.count_nonzero(fields[0] != fields[1])
+            else:
+                np.testing.assert_array_equal(*fields)
+    assert n_changed > 1000
+
+
+def stored(path: Path, tensor: GgufTensor) -> np.ndarray:
+    return np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
+
+
+def test_the_same_twice(made: tuple[Path, Path]) -> None:
+    assert (made[1] / "tuned.gguf").read_bytes() == (made[1] / "again.gguf").read_bytes()
+
+
+def test_what_cannot_be_tuned_is_refused(made: tuple[Path, Path]) -> None:
+    refused = read(made[1], "refused.json")
+    assert "tuned already" in refused["tuned"]
+    assert "nothing to tune" in refused["plain"]
+    assert "does not pay" in refused["worse"]
+    assert refused["worse"].endswith("False")  # nothing was written

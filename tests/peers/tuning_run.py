@@ -1,0 +1,74 @@
+"""Runs in the interpreter with torch: tunes a file, and finds derivatives by differences.
+
+    python tuning_run.py ROOT FILE REFERENCE WINDOWS FOLDER
+
+FOLDER gets `tuned.gguf`, `again.gguf` (the same once more), `tuned.json`, and `derivatives.json`: tensor and field ->
+the derivative of the divergence as all its scales grow, by gradients and by central differences.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+
+import numpy as np
+
+from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.quant import tuning
+from pocketquant.quant.statistics import Text
+
+STEP = 2.0**-5
+WATCHED = ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta")
+
+
+def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) -> dict[str, tuple[float, float]]:
+    model, part = open_gguf(reference), np.arange(2)
+    scales = tuning._read_scales(file, read_header(file), model)
+    setting = tuning.set_up(model, "cpu", 1)
+    hidden = tuning._run_reference(setting, windows[:2], 2, folder / "states", lambda: None)
+    tuner = tuning.Tuner(setting, scales, windows[:2], hidden)
+    by_tensor = dict(tuner.gradients(part))
+    gradients = {f"{name} {field}": float(g.sum()) for name, folded in by_tensor.items() for field, g in folded.items()}
+    found = {}
+    for name, each in scales.items():
+        if not name.startswith(WATCHED):
+            continue
+        for field in each.fields:
+            sides = []
+            for side in (STEP, -STEP):
+                each.changes[field][:] = side
+                sides.append(tuner.divergence([part], lambda: None))
+            each.changes[field][:] = 0
+            found[f"{name} {field}"] = (gradients[f"{name} {field}"], (sides[0] - sides[1]) / (2 * STEP))
+    return found
+
+
+def main(file: Path, reference: Path, numbers: Path, folder: Path) -> None:
+    windows = np.load(numbers)
+    texts = [Text("text.txt", windows.size, "")]
+    for name in ("tuned", "again"):
+        made = tuning.tune_scales(
+            file, open_gguf(reference), windows, texts, folder / f"{name}.gguf", epochs=1, rate=2e-3, threads=1
+        )
+    (folder / "tuned.json").write_text(json.dumps(asdict(made)))
+    (folder / "derivatives.json").write_text(json.dumps(differences(file, reference, windows, folder)))
+    refused = {}
+    for kind, given, base in (("tuned", folder / "tuned.gguf", reference), ("plain", reference, reference)):
+        try:
+            tuning.check_file(given, open_gguf(base))
+        except Exception as error:
+            refused[kind] = str(error)
+    worse = folder / "worse.gguf"
+    try:
+        tuning.tune_scales(file, open_gguf(reference), windows, texts, worse, epochs=0.2, rate=0.3, threads=1)
+    except Exception as error:
+        refused["worse"] = f"{error} {worse.exists()}"
+    (folder / "refused.json").write_text(json.dumps(refused))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[2:]))

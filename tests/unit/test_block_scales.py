@@ -1,0 +1,71 @@
+"""Scales of blocks: read, changed, and gradients by them, for every block format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketquant.formats import FORMATS
+from pocketquant.gguf_file import GgufTensor
+from pocketquant.quant.block_scales import BlockScales, read_block_scales
+
+ROWS, COLS, OFFSET = 6, 512, 96
+BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS"]
+WITH_OFFSETS = {"Q2_K": "dmin", "Q4_K": "dmin", "Q5_K": "dmin", "Q4_1": "m", "Q5_1": "m"}
+
+
+@pytest.fixture(params=BLOCKS)
+def scales(request: pytest.FixtureRequest, tmp_path: Path) -> BlockScales:
+    kind = FORMATS[request.param]
+    weights = (
+        np.random.default_rng(1).standard_normal((ROWS, COLS)).astype(np.float32) * np.arange(1, ROWS + 1)[:, None]
+    )
+    data = kind.encode(np.ascontiguousarray(weights, np.float32))
+    path = tmp_path / "blocks"
+    path.write_bytes(bytes(OFFSET) + data.tobytes())
+    found = read_block_scales(path, GgufTensor("w", (ROWS, COLS), kind, OFFSET, data.nbytes))
+    assert found is not None
+    return found
+
+
+def original(scales: BlockScales) -> np.ndarray:
+    row_bytes = scales.tensor.format.row_bytes(COLS)
+    return np.frombuffer(scales.path.read_bytes()[OFFSET:], np.uint8).reshape(ROWS, row_bytes)
+
+
+def test_unchanged_scales_give_the_bytes_back(scales: BlockScales) -> None:
+    assert scales.fields == ("d", *([WITH_OFFSETS[scales.tensor.format.name]] if len(scales.fields) > 1 else []))
+    assert (len(scales.fields) > 1) == (scales.tensor.format.name in WITH_OFFSETS)
+    np.testing.assert_array_equal(scales.stored(0, ROWS), original(scales))
+    np.testing.assert_array_equal(scales.weights(), scales.tensor.format.decode(original(scales), COLS))
+
+
+def test_a_change_touches_the_scales_of_its_block_only(scales: BlockScales) -> None:
+    before, length = scales.weights(), scales.tensor.format.block_len
+    scales.changes["d"][3, 1] = 0.25
+    after = scales.weights()
+    changed = np.argwhere(after != before)
+    assert len(changed)
+    assert set(changed[:, 0]) == {3}
+    assert length <= changed[:, 1].min()
+    assert changed[:, 1].max() < 2 * length
+    assert np.count_nonzero(scales.stored(0, ROWS) != original(scales)) <= 2
+
+
+def test_gradients_are_those_of_the_weights(scales: BlockScales) -> None:
+    """Weights are linear in a scale, and doubled F16 numbers are exact: the difference is the derivative."""
+    gradient = np.random.default_rng(2).standard_normal((ROWS, COLS)).astype(np.float32)
+    before, folded = scales.weights(), scales.fold(gradient)
+    for field in scales.fields:
+        scales.changes[field][:] = 1.0
+        difference = (scales.weights() - before) * gradient
+        scales.changes[field][:] = 0.0
+        expected = difference.reshape(ROWS, -1, scales.tensor.format.block_len).sum(axis=2)
+        np.testing.assert_allclose(folded[field], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_formats_without_blocks_have_no_scales(tmp_path: Path) -> None:
+    tensor = GgufTensor("w", (ROWS, COLS), FORMATS["F16"], 0, 2 * ROWS * COLS)
+    assert read_block_scales(tmp_path / "unread", tensor) is None
