@@ -147,7 +147,6 @@ def plan_release(
     parts: Parts | None = None,
     mmproj: str | None = None,
     split_bytes: int | None = None,
-    rounded: Rounder | None = None,
 ) -> Release:
     """Opens the source and plans every file; reads no weights, writes nothing.
 
@@ -167,7 +166,6 @@ def plan_release(
             several times, so open a repository on a hub with `keep_source`.
         mmproj: recipe of the vision tower; None for the first recipe's companion.
         split_bytes: largest file to keep; None for no limit. Files are measured whole and split afterwards.
-        rounded: what makes of a recipe's plan one that is rounded in another way, by statistics say.
 
     Raises:
         EvalError: the same text to calibrate and to measure on.
@@ -186,7 +184,7 @@ def plan_release(
         name = file_name(model.metadata, "imatrix").replace("-IMATRIX.gguf", "-imatrix.gguf")  # no type of numbers
         calibrating = Calibrating(calibrate, calibrate_chunks, name)
         planned_for = _stand_in(parts, calibrating)
-    choices = [each if isinstance(each, Choice) else choose(open_recipe(each), rounded) for each in recipes]
+    choices = [each if isinstance(each, Choice) else choose(open_recipe(each)) for each in recipes]
     variants = tuple(plan_variant(model, choice, planned_for) for choice in choices)
     _refuse_one_name(variants)
     sidecars = _sidecars(parts, variants[0], mmproj, split_bytes, planned_for)
@@ -228,14 +226,9 @@ def plan_again(release: Release, importance: Importance) -> Release:
     return replace(release, variants=variants, sidecars=sidecars, importance=importance)
 
 
-def choose(recipe: Recipe, rounded: Rounder | None = None) -> Choice:
+def choose(recipe: Recipe) -> Choice:
     """The output that a recipe decides."""
-
-    def plan_it(model: Model, importance: Importance | None) -> Plan:
-        planned = plan(model, recipe, importance)
-        return rounded(planned) if rounded else planned
-
-    return Choice(recipe, plan_it)
+    return Choice(recipe, lambda model, importance: plan(model, recipe, importance))
 
 
 def plan_variant(model: Model, choice: Choice, importance: Importance | None) -> Variant:

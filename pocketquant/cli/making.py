@@ -29,6 +29,7 @@ from pocketquant.cli.options import (
 from pocketquant.cli.planning import encoding_on, open_source, read_rounding
 from pocketquant.cli.report import command_words
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.sizing import choice_of
 
 
 def make(
@@ -92,9 +93,10 @@ def make(
         raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
     if reference_type not in ("f32", "bf16"):
         raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
+    names, rounded = recipe or DEFAULT_RECIPES, read_rounding(stats, rounding)
     release = plan_release(
         source,
-        recipes=recipe or DEFAULT_RECIPES,
+        recipes=[choice_of(name, None, None, None, stats, rounding, rounded) for name in names] if stats else names,
         text=read_texts(text) if text else None,
         context=context,
         chunks=chunks,
@@ -106,7 +108,6 @@ def make(
         parts=open_source(source, chat_template, keep_source, adapter, mtp, mmproj),
         mmproj=mmproj,
         split_bytes=parse_size(split_max_size) if split_max_size else None,
-        rounded=read_rounding(stats, rounding),
     )
     made_from = [source, imatrix, stats, calibrate, chat_template, adapter, *(recipe or [])]
     refuse_overwriting(list_outputs(release, out), [*made_from, *(each.path for each in release.texts)])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pocketquant.quant.explain import Change, Explanation
     from pocketquant.quant.loss_table import LossTable
     from pocketquant.quant.rounding import Rounding
+    from pocketquant.release import Choice, Rounder
 
 DEFAULT_RECIPE = "pocket_4bit"
 POCKET = ("pocket_4bit", "pocket_5bit", "pocket_8bit")
@@ -98,6 +99,30 @@ def plan_sized(model: Model, sizing: Sizing, importance: Importance | None, *, q
         line += f"; the search ended early: a plan that loses up to {100 * gap:.2g} % less may exist"
     say(line, quiet=quiet)
     return made.plan
+
+
+def choice_of(
+    recipe: str | None,
+    target_size: str | None,
+    target_bpw: float | None,
+    sensitivity: Path | None,
+    stats: Path | None,
+    rounding: str | None,
+    rounded: Rounder,
+) -> Choice:
+    """What plans one file, as `quantize` does with the same options."""
+    from pocketquant.quant import open_recipe
+    from pocketquant.release import Choice
+
+    is_target = recipe is None
+    sizing = read_sizing(
+        recipe, target_size, target_bpw, sensitivity if is_target else None, False, stats=stats, rounding=rounding
+    )
+
+    def plan_it(model: Model, importance: Importance | None) -> Plan:
+        return rounded(plan_sized(model, sizing, importance, quiet=True))
+
+    return Choice(open_recipe(sizing.recipe), plan_it)
 
 
 def _rounding_metadata(sizing: Sizing) -> Mapping[str, Value]:
@@ -222,6 +247,7 @@ __all__ = [
     "DEFAULT_RECIPE",
     "POCKET",
     "Sizing",
+    "choice_of",
     "explain_plan",
     "plan_sized",
     "print_explanation",

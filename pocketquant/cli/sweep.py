@@ -10,12 +10,10 @@ import typer
 from pocketquant.cli.planning import encoding_on, open_source, read_rounding
 from pocketquant.cli.report import command_words
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
-from pocketquant.cli.sizing import plan_sized, read_sizing
+from pocketquant.cli.sizing import choice_of
 
 if TYPE_CHECKING:
-    from pocketquant.model import Model, Plan
-    from pocketquant.quant import Importance
-    from pocketquant.release import Choice, Rounder
+    pass
 
 
 def sweep(
@@ -108,7 +106,7 @@ def sweep(
     options += [(None, None, bits) for bits in target_bpw or []]
     if not options:
         raise typer.BadParameter("name what to compare: --recipe, --target-size or --target-bpw", param_hint="--recipe")
-    choices = [_choice(*option, sensitivity, stats, rounding, rounded) for option in options]
+    choices = [choice_of(*option, sensitivity, stats, rounding, rounded) for option in options]
     release = plan_release(
         source,
         recipes=choices,
@@ -154,27 +152,3 @@ def sweep(
     else:
         print(to_markdown(result), end="")
     say(f"written to {out}", quiet=quiet)
-
-
-def _choice(
-    recipe: str | None,
-    target_size: str | None,
-    target_bpw: float | None,
-    sensitivity: Path | None,
-    stats: Path | None,
-    rounding: str | None,
-    rounded: Rounder,
-) -> Choice:
-    """What plans one file, as `quantize` does with the same options."""
-    from pocketquant.quant import open_recipe
-    from pocketquant.release import Choice
-
-    is_target = recipe is None
-    sizing = read_sizing(
-        recipe, target_size, target_bpw, sensitivity if is_target else None, False, stats=stats, rounding=rounding
-    )
-
-    def plan_it(model: Model, importance: Importance | None) -> Plan:
-        return rounded(plan_sized(model, sizing, importance, quiet=True))
-
-    return Choice(open_recipe(sizing.recipe), plan_it)

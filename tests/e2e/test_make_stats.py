@@ -35,12 +35,12 @@ def test_no_matrix_is_made_where_statistics_cover_everything(demo_gguf: Callable
     stats = tmp_path / "demo.stats"
     calibrate(demo_gguf("f32"), [text_path("calibration")], stats, context=128, chunks=16, threads=1)
     few = ("--recipe", "q4_k_m", "--context", 128, "--chunks", 8)
-    result = make(tmp_path / "stats", *few, "--stats", stats)
+    result = make(tmp_path / "stats", *few, "--recipe", "pocket_4bit", "--stats", stats)
     plain = make(tmp_path / "plain", *few, "--imatrix", "none")
     assert result["importance"] is None
     said = "two-sided; 2048 tokens of calibration.txt"
     assert [each["variants"][0]["rounding"] for each in (result, plain)] == [said, None]
-    (name,) = (path.name for path in (tmp_path / "stats").glob("*.gguf"))
+    name, pocket = (variant["file"] for variant in result["variants"])
     write(
         with_rounding(plan(open_model(checkpoint_dir()), open_recipe("q4_k_m")), open_statistics(stats)),
         tmp_path / name,
@@ -49,6 +49,13 @@ def test_no_matrix_is_made_where_statistics_cover_everything(demo_gguf: Callable
     metadata = read_header(tmp_path / "stats" / name).metadata
     assert metadata["pocketquant.rounding"].value == said
     assert not [key for key in metadata if key.startswith("quantize.imatrix")]
+    # a pocket recipe is a size: its types are chosen by the statistics, as `quantize` chooses them
+    options = ["--recipe", "pocket_4bit", "--stats", str(stats), "--quiet", "--out", str(tmp_path / "quantized.gguf")]
+    subprocess.run([COMMAND, "quantize", str(checkpoint_dir()), *options], check=True)
+    assert (tmp_path / "stats" / pocket).read_bytes() == (tmp_path / "quantized.gguf").read_bytes()
+    chosen = {tensor.name: tensor.format for tensor in read_header(tmp_path / "quantized.gguf").tensors}
+    own = plan(open_model(checkpoint_dir()), open_recipe("pocket_4bit"))
+    assert chosen != {item.tensor.name: item.format for item in own.tensors}
     kld, plain_kld = (each["variants"][0]["evaluation"]["metrics"]["kld"]["mean"] for each in (result, plain))
     assert kld < 0.9 * plain_kld
 
