@@ -130,7 +130,7 @@ def tune_scales(
     states = out.with_name(f".{out.name}.states")
     try:
         hidden = _run_reference(setting, windows, batch, states, step)
-        tuner = Tuner(setting, scales, windows, hidden)
+        tuner = Tuner(setting, open_gguf(file), scales, windows, hidden)
         before = tuner.divergence(_cut(held, batch), step)
         for number, chosen in enumerate(_batches(used, batch, steps, seed)):
             warm = min(1.0, (number + 1) / _WARM_UP)
@@ -242,16 +242,21 @@ def _run_layer(setting: Setting, module: Any, given: F32Array, positions: Any) -
 
 
 class Tuner:
-    """The quantized model with free scales, and what Adam remembers of them."""
+    """The quantized model with free scales, and what Adam remembers of them.
+
+    `hidden` f32[n_window, context, n_embd] is what the reference's output head multiplies.
+    """
 
     def __init__(
         self,
         setting: Setting,
+        model: Model,
         scales: dict[str, BlockScales],
         windows: npt.NDArray[np.int32],
         hidden: npt.NDArray[np.float32],
     ) -> None:
         self._setting, self._scales, self._windows, self._hidden = setting, scales, windows, hidden
+        self._tensors = {tensor.name: tensor for tensor in model.tensors}
         self._means = {name: {f: np.zeros_like(c) for f, c in each.changes.items()} for name, each in scales.items()}
         self._squares = {name: {f: np.zeros_like(c) for f, c in each.changes.items()} for name, each in scales.items()}
         self._step = 0
@@ -302,7 +307,8 @@ class Tuner:
 
     def _read(self, tensor: Tensor) -> F32Array:
         """A tensor as the quantized file has it."""
-        return self._scales[tensor.name].weights() if tensor.name in self._scales else read_whole(tensor)
+        scales = self._scales.get(tensor.name)
+        return read_whole(self._tensors[tensor.name]) if scales is None else scales.weights()
 
     def _forward(self, part: npt.NDArray[np.int64]) -> list[F32Array]:
         """Every layer's input and the last one's output, f32[n, context, n_embd] each."""

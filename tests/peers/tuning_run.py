@@ -21,7 +21,7 @@ from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.quant import tuning
 from pocketquant.quant.statistics import Text
 
-STEP = 2.0**-5
+STEP = 2.0**-7
 WATCHED = ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta")
 
 
@@ -30,7 +30,7 @@ def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) 
     scales = tuning._read_scales(file, read_header(file), model)
     setting = tuning.set_up(model, "cpu", 1)
     hidden = tuning._run_reference(setting, windows[:2], 2, folder / "states", lambda: None)
-    tuner = tuning.Tuner(setting, scales, windows[:2], hidden)
+    tuner = tuning.Tuner(setting, open_gguf(file), scales, windows[:2], hidden)
     by_tensor = dict(tuner.gradients(part))
     gradients = {f"{name} {field}": float(g.sum()) for name, folded in by_tensor.items() for field, g in folded.items()}
     found = {}
