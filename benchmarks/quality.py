@@ -284,6 +284,8 @@ def ablate(bench: Bench) -> None:
             label = f"types {'by curvature' if gradients else 'without gradients'}, rounding {steps}"
             maker = lambda s=steps, g=gradients: plan_ours(bench, nbytes, s, g)  # noqa: E731
             rows.append((label, make(bench, f"{label} {bench.mark}", maker)))
+    if has_gradients and has_torch():
+        rows.append((TUNED, make_tuned(bench, f"Q4_K_M {TUNED} {bench.mark}", nbytes)))
     print_table(bench, [("Q4_K_M", method, path, peer) for method, path in rows])
 
 
