@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [--source CHECKPOINT] [--calibration FILE...] [--evaluation NAME=FILE...]
                                  [--stats FILE] [--sensitivity FILE] [--chunks N] [--sizes Q4_K_M,...] [--ablation]
-                                 [--keep FOLDER]
+                                 [--sampled N] [--keep FOLDER]
 
 Without files of your own: the embedded model and its texts. Both sides calibrate on the same texts: the peer by an
 importance matrix (llama.cpp's own quantizer, in this process), ours by `pocketquant calibrate`. Every file is scored
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketquant.convert.sources import open_model
 from pocketquant.demo import checkpoint_dir, text_path
@@ -70,6 +71,7 @@ class Bench:
     device: str
     kinds: tuple[str, ...]
     calibration: tuple[Path, ...]
+    sampled: int
 
     @property
     def model(self) -> Model:
@@ -215,18 +217,40 @@ def print_table(bench: Bench, rows: Sequence[tuple[str, str, Path, Path]]) -> No
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def sample_more(bench: Bench, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
+    """The model's own windows for tuning, made once; None for none."""
+    from pocketquant.quant.tuning import go_on
+
+    path = bench.folder / f"sampled {bench.sampled}.npy"
+    if bench.sampled and not path.exists():
+        np.save(path, go_on(bench.reference, windows, bench.sampled, threads=bench.threads))
+    return np.load(path) if bench.sampled else None
+
+
 def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
-    """The file with curvature on both sides, its block scales tuned on the calibration texts; made once."""
-    from pocketquant.quant.tuning import tune_scales, tuning_bytes
+    """The file with curvature on both sides, tuned on the calibration texts and the model's own; made once."""
+    from pocketquant.quant.tuning import sampled_text, tune_file, tuning_bytes
 
     path = bench.folder / f"{name.replace(' ', '_').replace(',', '')}.gguf"
     if not path.exists():
         texts = [str(text) for text in bench.calibration]
         windows, read = cut_texts(bench.reference, texts, bench.context, None, bench.threads, 0, 0)
+        more = sample_more(bench, windows)
+        if more is not None:
+            read = (*read, sampled_text(more))
         room = tuning_bytes(read)
         rounded = make(bench, f"{name} before", lambda: plan_ours(bench, nbytes - room, "two-sided", True))
         started = time.process_time()
-        tuned = tune_scales(rounded, bench.model, windows, read, path, threads=bench.threads)
+        tuned = tune_file(
+            rounded,
+            bench.model,
+            windows,
+            read,
+            path,
+            more=more,
+            epochs=1 if bench.sampled else 2,
+            threads=bench.threads,
+        )
         seconds = time.process_time() - started
         print(f"{path.name}: {seconds:.0f} CPU s, held back {tuned.before:.6f} to {tuned.after:.6f}", file=sys.stderr)
     return path
@@ -261,7 +285,7 @@ METHODS: dict[str, Callable[[Bench, int], Plan]] = {
 }
 """Rows beside the peer's."""
 
-TUNED = "types and rounding, curvature, scales tuned"
+TUNED = "types and rounding, curvature, tuned"
 """One more row, where torch and gradients are there."""
 
 
@@ -330,6 +354,7 @@ def prepare(asked: argparse.Namespace, folder: Path) -> Bench:
         asked.device,
         ("native",) if asked.native_only else ("native", "weights only"),
         tuple(Path(path) for path in calibration),
+        asked.sampled,
     )
 
 
@@ -390,6 +415,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--device", default="any")
     parser.add_argument("--methods", type=int, nargs="+", help="rows, by number")
+    parser.add_argument("--sampled", type=int, default=2048, help="windows more for tuning, written by the model")
     parser.add_argument("--native-only", action="store_true", help="leave out the runs of dequantized weights")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--keep", type=Path)

@@ -40,6 +40,9 @@ _KEPT_LEVELS = (3, 4)
 Observe = Callable[[int, bool], bool]
 """llama.cpp's callback for a node of its graph: (address of the ggml_tensor, True for "is it wanted?")."""
 
+Item = tuple[int, int, int, bool]
+"""Of a batch: token, position, sequence, are its logits wanted."""
+
 _log: deque[str] = deque(maxlen=_LOG_LINES)
 _log_callback: Any = None
 
@@ -149,7 +152,10 @@ def open_sampler(
 
 
 class _LlamaRuntime:
-    """A model and one context of llama.cpp with memory for one sequence, or for several that share `context` tokens."""
+    """A model and one context of llama.cpp with memory for one sequence, or for several.
+
+    Several share `context` tokens; `apart`, each has as many of its own.
+    """
 
     def __init__(
         self,
@@ -161,13 +167,14 @@ class _LlamaRuntime:
         rows: int | None,
         observe: Observe | None = None,
         sequences: int = 1,
+        apart: bool = False,
     ) -> None:
         self._library = library
         self._path = path
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
-        self._sequences = sequences
+        self._sequences, self._apart = sequences, apart
         self._gpu_layers = gpu_layers
         self._observe: Any = None  # kept here because ctypes does not keep it alive
         if observe is not None:
@@ -193,18 +200,21 @@ class _LlamaRuntime:
         )
         self.vocabulary = _digest_vocabulary(library, self._vocab, self.n_vocab)
         self.rows = min(rows or default_rows(self.n_vocab), context)
-        self._batch_tokens = min(max(_MAX_BATCH, self.rows), context)
+        self._batch_tokens = min(max(_MAX_BATCH, self.rows), context * sequences if apart else context)
         self._open_context(threads)
 
     def _open_context(self, threads: int) -> None:
         library = self._library
         params = library.llama_context_default_params()
-        # sequences share their common beginning; what they do not share must fit beside it
-        params.n_ctx = self.n_ctx + (self._batch_tokens if self._sequences > 1 else 0)
+        if self._apart:
+            params.n_ctx = self.n_ctx * self._sequences
+        else:
+            # sequences share their common beginning; what they do not share must fit beside it
+            params.n_ctx = self.n_ctx + (self._batch_tokens if self._sequences > 1 else 0)
         params.n_batch = params.n_ubatch = self._batch_tokens
         params.n_seq_max = self._sequences
         if self._sequences > 1:
-            params.kv_unified = True  # a copied beginning is then kept once
+            params.kv_unified = not self._apart  # a copied beginning is then kept once
             # else a token's logits depend on how many are decoded with it: by 0.003 nats in F32, 0.1 in Q4_0
             params.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = library.GGML_TYPE_F32
@@ -280,12 +290,34 @@ class _LlamaRuntime:
                 self._decode(written, start + begin, start + end, len(written) - 1)
             start = len(written)
             pointer = self._library.llama_get_logits(self._context)
-            logits = np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).astype(np.float64)
-            weights = np.cumsum(np.exp(logits - logits.max()))
-            if not np.isfinite(weights[-1]):
-                raise self._failure("its logits are not finite", "convert the checkpoint again; the file is damaged")
-            written.append(int(np.searchsorted(weights, rng.random() * weights[-1], side="right")))
+            written.append(self.draw(np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)), rng))
         return written[len(tokens) :]
+
+    def draw(self, logits: F32Array, rng: np.random.Generator) -> int:
+        """A token at temperature 1."""
+        weights = np.cumsum(np.exp(logits.astype(np.float64) - logits.max()))
+        if not np.isfinite(weights[-1]):
+            raise self._failure("its logits are not finite", "convert the checkpoint again; the file is damaged")
+        return int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))
+
+    def decode_items(self, items: Sequence[Item]) -> F32Array:
+        """One batch over several sequences; the rows of logits that it asks for, as a view."""
+        batch, count = self._batch, len(items)
+        batch.n_tokens = count
+        tokens, positions, sequences, wanted = zip(*items, strict=True)
+        np.ctypeslib.as_array(batch.token, shape=(count,))[:] = tokens
+        np.ctypeslib.as_array(batch.pos, shape=(count,))[:] = positions
+        np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = wanted
+        for i, sequence in enumerate(sequences):
+            batch.seq_id[i][0] = sequence
+        status = self._library.llama_decode(self._context, batch)
+        if status:
+            raise self._failure(f"llama.cpp cannot decode {count} tokens (status {status})", "use a smaller context")
+        n_rows = sum(wanted)
+        if not n_rows:
+            return np.zeros((0, self.n_vocab), np.float32)
+        pointer = self._library.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.n_vocab))
 
     def _decode(self, tokens: Sequence[int], start: int, stop: int, first: int) -> None:
         batch, count = self._batch, stop - start

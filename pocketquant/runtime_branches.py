@@ -33,8 +33,6 @@ Several continuations side by side would be faster and not the same: how a kerne
 tokens it gets, and in a quantized file one code more or less moves a token by up to 0.1 nats.
 """
 
-_Item = tuple[int, int, int, bool]  # token, position, sequence, are its logits wanted
-
 IsOver = Callable[[Sequence[int]], bool]
 
 
@@ -162,7 +160,7 @@ class _Branches:
             written.append(int(row.argmax()))
             if self.is_end(written[-1]) or is_over(written) or len(written) == count:
                 break
-            row = self._decode([(written[-1], len(prompt) + len(written) - 1, _TRUNK, True)])
+            row = self._text.decode_items([(written[-1], len(prompt) + len(written) - 1, _TRUNK, True)])
         return written
 
     def _begin(self, prompt: Sequence[int], keep: int) -> F32Array:
@@ -187,7 +185,7 @@ class _Branches:
         piece = max(self._text._batch_tokens // CHUNK * CHUNK, 1)
         for begin in range(start, stop, piece):
             end = min(begin + piece, stop)
-            row = self._decode([(tokens[i], i, sequence, last and i == stop - 1) for i in range(begin, end)])
+            row = self._text.decode_items([(tokens[i], i, sequence, last and i == stop - 1) for i in range(begin, end)])
         return row
 
     def _branch(self, start: int, tokens: Sequence[int]) -> Iterator[tuple[int, F32Array]]:
@@ -198,28 +196,9 @@ class _Branches:
         self._library.llama_memory_seq_cp(self._memory, _TRUNK, _BRANCH, -1, -1)
         for begin in range(0, last, self._text.rows):
             stop = min(begin + self._text.rows, last)
-            rows = self._decode([(tokens[i], start + i, _BRANCH, True) for i in range(begin, stop)])
+            rows = self._text.decode_items([(tokens[i], start + i, _BRANCH, True) for i in range(begin, stop)])
             yield begin + 1, rows  # the logits after token i predict token i + 1
         self._library.llama_memory_seq_rm(self._memory, _BRANCH, -1, -1)
-
-    def _decode(self, items: Sequence[_Item]) -> F32Array:
-        """One batch; the rows of logits that it asks for, as a view."""
-        text, batch, count = self._text, self._text._batch, len(items)
-        batch.n_tokens = count
-        tokens, positions, sequences, wanted = zip(*items, strict=True)
-        np.ctypeslib.as_array(batch.token, shape=(count,))[:] = tokens
-        np.ctypeslib.as_array(batch.pos, shape=(count,))[:] = positions
-        np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = wanted
-        for i, sequence in enumerate(sequences):
-            batch.seq_id[i][0] = sequence
-        status = self._library.llama_decode(text._context, batch)
-        if status:
-            raise text._failure(f"llama.cpp cannot decode {count} tokens (status {status})", "use a smaller context")
-        n_rows = sum(wanted)
-        if not n_rows:
-            return np.zeros((0, self.n_vocab), np.float32)
-        pointer = self._library.llama_get_logits(text._context)
-        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.n_vocab))
 
     def close(self) -> None:
         """Frees the context and the model; a second call does nothing."""

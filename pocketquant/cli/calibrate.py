@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.planning import as_gguf
+from pocketquant.cli.screen import print_json, say, size, step_progress
 
 if TYPE_CHECKING:
     from pocketquant.model import Model
@@ -87,7 +86,7 @@ def calibrate(
     if dry_run:
         _say_cost(sources[0], task, curvature, json=json)
         return
-    with _as_gguf(sources[0], task, reference_type) as gguf:
+    with as_gguf(sources[0], task.beside("source.gguf"), reference_type, threads=threads, quiet=quiet) as gguf:
         if curvature:
             _collect_both(gguf, task)
         else:
@@ -111,26 +110,6 @@ class _Task:
 
     def beside(self, what: str) -> Path:
         return self.out.with_name(f".{self.out.name}.{what}")
-
-
-@contextmanager
-def _as_gguf(source: str, task: _Task, reference_type: str) -> Iterator[Path]:
-    """The source as a GGUF in full precision: itself, or converted beside the output for as long as the block runs."""
-    from pocketquant.convert.sources import names_gguf, open_model
-    from pocketquant.pipeline import write
-    from pocketquant.quant import open_recipe, plan
-
-    if names_gguf(source):
-        yield Path(source)
-        return
-    planned = plan(open_model(source), open_recipe(reference_type))
-    path = task.beside("source.gguf")
-    try:
-        with byte_progress("converting", planned.file_bytes, quiet=task.quiet) as advance:
-            write(planned, path, threads=task.threads, on_bytes=advance)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:

@@ -182,6 +182,27 @@ def open_source(
     )
 
 
+@contextmanager
+def as_gguf(
+    source: str, beside: Path, reference_type: str = "f32", *, threads: int | None = None, quiet: bool = False
+) -> Iterator[Path]:
+    """A source as a GGUF in full precision: itself, or converted to `beside` for as long as the block runs."""
+    from pocketquant.convert.sources import names_gguf, open_model
+    from pocketquant.pipeline import write
+    from pocketquant.quant import open_recipe, plan
+
+    if names_gguf(source):
+        yield Path(source)
+        return
+    planned = plan(open_model(source), open_recipe(reference_type))
+    try:
+        with byte_progress("converting", planned.file_bytes, quiet=quiet) as advance:
+            write(planned, beside, threads=threads, on_bytes=advance)
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def describe_tensor(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:
     """A tensor as `--json` shows it."""
     return {

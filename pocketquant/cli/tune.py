@@ -28,22 +28,28 @@ def tune(
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows of each text; default: all.")
     ] = None,
+    sampled: Annotated[
+        int,
+        typer.Option("--sampled", min=0, metavar="N", help="Windows more, which the reference itself goes on with."),
+    ] = 0,
     epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="How often each window is used.")] = 2.0,
     rate: Annotated[float, typer.Option("--rate", min=1e-6, max=0.1, help="Of the steps, in parts of a scale.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of the windows.")] = 0,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where gradients are computed.")] = "cpu",
     threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that compute.")] = None,
+    gpu_layers: Annotated[int, typer.Option("--gpu-layers", metavar="N", help="Layers llama.cpp runs on a GPU.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
     """Tune the block scales of a quantized file by runs of the whole model (extra `curvature`: torch, transformers)."""
+    from pocketquant.cli.planning import as_gguf
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
     from pocketquant.files import refuse_overwriting
     from pocketquant.quant.calibrating import cut_texts
     from pocketquant.quant.torch_layers import require_torch
-    from pocketquant.quant.tuning import check_file, tune_scales
+    from pocketquant.quant.tuning import check_file, go_on, sampled_text, tune_file
 
     texts = text or [str(text_path("calibration"))]
     refuse_overwriting([out], [str(file), reference, *texts])
@@ -52,18 +58,28 @@ def tune(
     if not dry_run:
         require_torch()  # before the texts are read
     windows, about = cut_texts(file, texts, context, chunks, threads, 0, seed)
-    _say_cost(model, n_scales, windows.size, epochs, quiet=quiet)
+    tokens = windows.size + sampled * context
+    _say_cost(model, n_scales, tokens, epochs, quiet=quiet)
     if dry_run:
         if json:
-            print_json({"scales": n_scales, "tokens": int(windows.size), "disk_bytes": _disk(model, windows.size)})
+            print_json({"scales": n_scales, "tokens": tokens, "disk_bytes": _disk(model, tokens)})
         return
+    more = None
+    if sampled:
+        with (
+            as_gguf(reference, out.with_name(f".{out.name}.source.gguf"), threads=threads, quiet=quiet) as gguf,
+            step_progress("sampling", quiet=quiet) as advance,
+        ):
+            more = go_on(gguf, windows, sampled, threads=threads, gpu_layers=gpu_layers, seed=seed, progress=advance)
+        about = (*about, sampled_text(more))
     with step_progress("tuning", quiet=quiet) as advance:
-        tuned = tune_scales(
+        tuned = tune_file(
             file,
             model,
             windows,
             about,
             out,
+            more=more,
             epochs=epochs,
             rate=rate,
             device=device,
@@ -83,7 +99,7 @@ def tune(
                 "file_bytes": out.stat().st_size,
                 "scales": tuned.n_scales,
                 "steps": tuned.steps,
-                "tokens": int(windows.size),
+                "tokens": tokens,
                 "held_back_kld": {"before": tuned.before, "after": tuned.after},
             }
         )

@@ -1,4 +1,4 @@
-"""The F16 scales of a quantized tensor's blocks as numbers that can be changed: free once codes are chosen.
+"""A quantized tensor's blocks as numbers that can be changed: the F16 scales, and the codes where those are free too.
 
 A block's weights are linear in its scales: d times what its codes and integer scales say, and dmin (or m) times its
 integer offsets, so a gradient of the weights gives that of the scales exactly (`rounding.layouts`).
@@ -6,16 +6,17 @@ integer offsets, so a gradient of the weights gives that of the scales exactly (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from pocketquant.files import read_at
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import GgufTensor
-from pocketquant.quant.rounding.layouts import layout_of
+from pocketquant.model import Tensor
+from pocketquant.quant.free_codes import FreeCodes, open_codes
+from pocketquant.quant.rounding.layouts import Blocks, layout_of
 
 _ROWS = 1 << 12
 
@@ -29,6 +30,7 @@ class BlockScales:
         fields: names of the F16 numbers of a block: d, and dmin or m where offsets have a unit.
         scales: field -> f32[n_rows, n_blocks] as the file has them.
         changes: field -> f32[n_rows, n_blocks], the factor less one; zeros at first, written by whoever tunes.
+        codes: where codes are free.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class BlockScales:
     fields: tuple[str, ...]
     scales: dict[str, F32Array]
     changes: dict[str, F32Array]
+    codes: FreeCodes | None = None
 
     @property
     def n_cols(self) -> int:
@@ -43,10 +46,7 @@ class BlockScales:
 
     def stored(self, start: int, stop: int) -> U8Array:
         """Blocks u8[n, row_bytes] with the changed scales, in F16."""
-        blocks = self._blocks(start, stop)
-        for field in self.fields:
-            changed = self.scales[field][start:stop] * (1 + self.changes[field][start:stop])
-            blocks[field] = changed.astype(np.float16).view(np.uint16)
+        blocks = self._changed(start, stop)
         return blocks.view(np.uint8).reshape(stop - start, -1)
 
     def weights(self) -> F32Array:
@@ -75,12 +75,40 @@ class BlockScales:
                 )
         return folded
 
-    def _blocks(self, start: int, stop: int) -> npt.NDArray[np.void]:
+    def with_free_codes(self, original: Tensor, folder: Path) -> BlockScales:
+        """The same with codes that can move, whose positions lie in `folder`; OSError where they cannot."""
+        layout = layout_of(self.tensor.format)
+        assert layout is not None
+        codes, n_rows = open_codes(layout, original, folder), len(self.scales["d"])
+        for start in range(0, n_rows, _ROWS):
+            stop = min(start + _ROWS, n_rows)
+            blocks = self._blocks(start, stop)
+            values = self.tensor.format.decode(blocks.view(np.uint8).reshape(stop - start, -1), self.n_cols)
+            codes.place(blocks, values, original.rows(start, stop), start)
+        return replace(self, codes=codes)
+
+    def move_codes(self, gradient: F32Array, rate: float) -> None:
+        """One step of the codes' positions against the gradient of the weights f32[n_rows, n_cols]."""
+        assert self.codes is not None
+        n_rows = len(self.scales["d"])
+        parts = [self._changed(i, min(i + _ROWS, n_rows)) for i in range(0, n_rows, _ROWS)]
+        self.codes.move(gradient, np.concatenate([self.codes.lines(part)[0] for part in parts]), rate)
+
+    def _changed(self, start: int, stop: int) -> Blocks:
+        blocks = self._blocks(start, stop)
+        for field in self.fields:
+            changed = self.scales[field][start:stop] * (1 + self.changes[field][start:stop])
+            blocks[field] = changed.astype(np.float16).view(np.uint16)
+        return blocks
+
+    def _blocks(self, start: int, stop: int) -> Blocks:
+        """As in the file, but for codes that have moved."""
         layout = layout_of(self.tensor.format)
         assert layout is not None
         row_bytes = self.tensor.format.row_bytes(self.n_cols)
         data = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes)
-        return data.copy().view(layout.dtype).reshape(stop - start, -1)
+        blocks: Blocks = data.copy().view(layout.dtype).reshape(stop - start, -1)
+        return blocks if self.codes is None else self.codes.with_codes(blocks, start)
 
 
 def read_block_scales(path: Path, tensor: GgufTensor) -> BlockScales | None:

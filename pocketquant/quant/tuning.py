@@ -1,9 +1,10 @@
-"""Tuning of a finished file: the scales of its blocks moved to where the model diverges least. The extra `curvature`.
+"""Tuning of a finished file: its blocks moved to where the model diverges least. The extra `curvature`.
 
 Rounding takes each tensor by itself; what one loses another can make up for, and only a run of the whole quantized
-model says how. Codes, integer scales, types and bytes of the file stay as they are: the F16 scales of its blocks get
-factors near one, by Adam (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015) on the KL divergence from
-the reference's predictions, with a rate that rises over a few steps and falls along a cosine.
+model says how. Integer scales, types and size of the file stay as they are. The F16 scales of its blocks get factors
+near one, by Adam (Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015) on the KL divergence from the
+reference's predictions, and codes follow the same gradients (`free_codes`), with a rate that rises over a few steps and
+falls along a cosine.
 
 Some windows are held back; where the divergence on them does not fall, nothing is written. As with gradients for
 statistics, one layer is in memory at a time: a step goes forwards with each layer's input kept, and backwards with each
@@ -12,6 +13,7 @@ layer computed once more. The reference runs once; its last hidden states lie on
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
 from pocketquant.model import Model, Role, Tensor, Value, padded
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
+from pocketquant.quant.collect import SELF
 from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import (
     Setting,
@@ -39,6 +42,7 @@ from pocketquant.quant.torch_layers import (
     read_whole,
     set_up,
 )
+from pocketquant.runtime_sampling import sample_on
 
 Progress = Callable[[int, int], None]
 """Called with batches done and batches in all: those that look at held-back windows, too."""
@@ -49,9 +53,13 @@ KEY = "pocketquant.tuning"
 _BETAS = (0.9, 0.98)
 _EPSILON = 1e-12
 _WARM_UP = 10
+CODE_RATE = 1e-3
 _LOGIT_ROWS = 64
 _HELD_BACK = 8
 _MOST_HELD_BACK = 32
+_BEGINNING = 8
+"""One part in so many of a window is given, the rest sampled."""
+
 _COPIED = 1 << 24
 
 
@@ -61,7 +69,7 @@ class Tuned:
 
     Attributes:
         before, after: mean KL divergence on held-back windows, nats a token, weights only.
-        steps: changes of the scales.
+        steps: changes of the scales and codes.
         n_scales: scales that were free.
     """
 
@@ -71,31 +79,35 @@ class Tuned:
     n_scales: int
 
 
-def tune_scales(
+def tune_file(
     file: Path,
     reference: Model,
     windows: npt.NDArray[np.int32],
     texts: Sequence[Text],
     out: Path,
     *,
+    more: npt.NDArray[np.int32] | None = None,
     epochs: float = 2.0,
     rate: float = 1e-3,
+    code_rate: float = CODE_RATE,
     batch: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Writes a file with the same types and codes and better scales.
+    """Writes a file with the same types and better scales and codes.
 
     Args:
         file: the quantized GGUF.
         reference: the opened model that it was made from, in full precision.
         windows: i32[n_window, context], tokens; every eighth, at most 32, is held back.
-        texts: what they come from.
+        texts: what all windows come from.
         out: where the tuned file goes.
+        more: i32[n, context], windows of which none is held back: those of `go_on`.
         epochs: how often each window is used.
         rate: of Adam, in parts of a scale.
+        code_rate: of codes, in levels' distances; 0 leaves codes alone.
         batch: windows in a step; None for as many as hold 2,048 tokens.
         device: torch's name of what computes.
         threads: threads that compute; None for all that this process may use.
@@ -113,9 +125,11 @@ def tune_scales(
     header = read_header(file)
     scales = _read_scales(file, header, reference)
     batch = batch or max(1, 2048 // windows.shape[1])
-    is_held = np.arange(len(windows)) % max(_HELD_BACK, -(-len(windows) // _MOST_HELD_BACK)) == 0
-    held, used = np.flatnonzero(is_held), np.flatnonzero(~is_held)
-    if len(used) < batch:
+    held, used = split_windows(len(windows))
+    if more is not None:
+        used = np.concatenate([used, len(windows) + np.arange(len(more))])
+        windows = np.concatenate([windows, more])
+    if len(used) < batch or not len(held):
         raise EvalError(f"{len(windows)} windows are too few to tune on; give more text or smaller windows")
     setting = set_up(reference, device, threads)
     steps = max(1, round(epochs * len(used) / batch))
@@ -128,29 +142,78 @@ def tune_scales(
             progress(done, total)
 
     states = out.with_name(f".{out.name}.states")
+    shutil.rmtree(states, ignore_errors=True)
     try:
+        scales = _prepare(states, scales, reference, free=code_rate > 0)
         hidden = _run_reference(setting, windows, batch, states, step)
         tuner = Tuner(setting, open_gguf(file), scales, windows, hidden)
         before = tuner.divergence(_cut(held, batch), step)
         for number, chosen in enumerate(_batches(used, batch, steps, seed)):
-            warm = min(1.0, (number + 1) / _WARM_UP)
-            tuner.step(chosen, rate * warm * 0.5 * (1 + math.cos(math.pi * number / steps)))
+            share = min(1.0, (number + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * number / steps))
+            tuner.step(chosen, rate * share, code_rate * share)
             step()
         after = tuner.divergence(_cut(held, batch), step)
+        if not after < before:
+            raise EvalError(
+                f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to "
+                f"{after:.6f}; nothing is written; more text or a lower rate may help"
+            )
+        about = ", ".join(text.name for text in texts)
+        _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
     finally:
         shutil.rmtree(states, ignore_errors=True)
-    if not after < before:
-        raise EvalError(
-            f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to {after:.6f}; "
-            "nothing is written; more text or a lower rate may help"
-        )
-    about = ", ".join(text.name for text in texts)
-    _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
     return Tuned(before, after, steps, sum(c.size for each in scales.values() for c in each.changes.values()))
 
 
+def split_windows(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Numbers of the windows that are held back, and of the others."""
+    is_held = np.arange(count) % max(_HELD_BACK, -(-count // _MOST_HELD_BACK)) == 0
+    return np.flatnonzero(is_held), np.flatnonzero(~is_held)
+
+
+def go_on(
+    gguf: Path,
+    windows: npt.NDArray[np.int32],
+    count: int,
+    *,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.int32]:
+    """More windows for `tune_file`: beginnings of those that are not held back, as the model itself goes on.
+
+    A little text soon is learned by heart, a model's own never ends. Source for tuning on it: Liu et al., "LLM-QAT",
+    2023, without their beginnings.
+
+    Args:
+        gguf: the model in full precision.
+        windows: as `tune_file` gets them.
+        count: windows to make.
+        threads, gpu_layers, seed, progress: as in `sample_on`.
+
+    Returns:
+        i32[count, context].
+
+    Raises:
+        EvalError: as `sample_on`, or there are too few windows.
+    """
+    used = split_windows(len(windows))[1]
+    if not len(used):
+        raise EvalError(f"{len(windows)} windows are too few to tune on; give more text or smaller windows")
+    beginnings = windows[np.resize(used, count), : max(1, windows.shape[1] // _BEGINNING)]
+    return sample_on(
+        gguf, beginnings, windows.shape[1], threads=threads, gpu_layers=gpu_layers, seed=seed, progress=progress
+    )
+
+
+def sampled_text(more: npt.NDArray[np.int32]) -> Text:
+    """What windows of `go_on` are called among the texts."""
+    return Text(SELF, more.size, hashlib.sha256(more.astype("<i4").tobytes()).hexdigest())
+
+
 def check_file(file: Path, reference: Model) -> int:
-    """The number of scales that can be tuned; raises what `tune_scales` does for a file that does not fit."""
+    """The number of scales that can be tuned; raises what `tune_file` does for a file that does not fit."""
     scales = _read_scales(file, read_header(file), reference)
     return sum(change.size for each in scales.values() for change in each.changes.values())
 
@@ -200,13 +263,21 @@ def _batches(used: npt.NDArray[np.int64], batch: int, steps: int, seed: int) -> 
     return _cut(np.concatenate([rng.permutation(used) for _ in range(rounds)]), batch)[:steps]
 
 
+def _prepare(states: Path, scales: dict[str, BlockScales], reference: Model, *, free: bool) -> dict[str, BlockScales]:
+    """Makes the folder of what lies on disk meanwhile; with `free`, the codes can be moved."""
+    originals = {tensor.name: tensor for tensor in reference.tensors}
+    try:
+        states.mkdir(parents=True)
+        return {name: each.with_free_codes(originals[name], states) if free else each for name, each in scales.items()}
+    except OSError as error:
+        raise OutputError(f"{states}: cannot be written: {error.strerror}") from error
+
+
 def _run_reference(
     setting: Setting, windows: npt.NDArray[np.int32], batch: int, states: Path, step: Callable[[], None]
 ) -> npt.NDArray[np.float32]:
     """The reference's normed last hidden states f32[n_window, context, n_embd], mapped from a file."""
-    shutil.rmtree(states, ignore_errors=True)
     try:
-        states.mkdir(parents=True)
         shape = (*windows.shape, setting.model.sizes["n_embd"])
         hidden = np.memmap(states / "hidden", np.float32, "w+", shape=shape)
     except OSError as error:
@@ -242,7 +313,7 @@ def _run_layer(setting: Setting, module: Any, given: F32Array, positions: Any) -
 
 
 class Tuner:
-    """The quantized model with free scales, and what Adam remembers of them.
+    """The quantized model with free blocks, and what Adam remembers of them.
 
     `hidden` f32[n_window, context, n_embd] is what the reference's output head multiplies.
     """
@@ -274,14 +345,18 @@ class Tuner:
             step()
         return total / tokens
 
-    def step(self, part: npt.NDArray[np.int64], rate: float) -> None:
-        """One change of all scales by the gradients of a batch, each tensor's as soon as it is known."""
+    def step(self, part: npt.NDArray[np.int64], rate: float, code_rate: float) -> None:
+        """One change of all scales and codes by the gradients of a batch, each tensor's as soon as it is known."""
         self._step += 1
-        for name, folded in self.gradients(part):
+        for name, gradient in self.gradients(part):
+            scales = self._scales[name]
+            folded = scales.fold(gradient)
+            if scales.codes is not None:
+                scales.move_codes(gradient, code_rate)
             self._change(name, folded, rate)
 
-    def gradients(self, part: npt.NDArray[np.int64]) -> Iterator[tuple[str, dict[str, F32Array]]]:
-        """Tensors from the last one back, and the gradient of the mean divergence by the changes of their scales."""
+    def gradients(self, part: npt.NDArray[np.int64]) -> Iterator[tuple[str, F32Array]]:
+        """Tensors from the last one back, and the gradient of the mean divergence by their weights."""
         setting, torch = self._setting, self._setting.torch
         inputs = self._forward(part)
         _, above, at_head = self._head(part, inputs.pop(), want=True)
@@ -296,14 +371,14 @@ class Tuner:
             above = given.grad
             for rule, tensor in free:
                 gradient = module.get_parameter(rule.source).grad.cpu().numpy()
-                yield tensor.name, self._scales[tensor.name].fold(gguf_weights(rule, tensor, setting, gradient))
+                yield tensor.name, gguf_weights(rule, tensor, setting, gradient)
         embedding, head = _embedding(setting).name, _head(setting).name
         at_rows = above.cpu().numpy().reshape(-1, above.shape[-1])
         at_embedding = at_head if embedding == head else np.zeros_like(at_head)
         np.add.at(at_embedding, self._windows[part].reshape(-1), at_rows)
         for name, gradient in {head: at_head, embedding: at_embedding}.items():
             if name in self._scales:
-                yield name, self._scales[name].fold(gradient)
+                yield name, gradient
 
     def _read(self, tensor: Tensor) -> F32Array:
         """A tensor as the quantized file has it."""

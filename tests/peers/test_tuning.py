@@ -1,4 +1,4 @@
-"""Tuned scales: gradients against differences of real runs, and a file that loses less in llama.cpp."""
+"""Tuned blocks: gradients against differences of real runs, and a file that loses less in llama.cpp."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not insta
 from pocketquant.eval import compare
 from pocketquant.eval.corpus import Text
 from pocketquant.quant.calibrating import cut_texts
-from pocketquant.quant.tuning import KEY
+from pocketquant.quant.tuning import KEY, go_on
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,11 @@ def made(
         pytest.skip("the interpreter with torch has no numba, which pocketquant needs; pip install numba there")
     folder, file, reference = tmp_path_factory.mktemp("tuning"), demo_gguf("q4_k_s"), demo_gguf("f32")
     windows, _ = cut_texts(reference, [text_path("calibration")], 128, 96, 1, 0, 0)
+    more = go_on(reference, windows, 64, threads=2)
     np.save(folder / "windows.npy", windows)
+    np.save(folder / "more.npy", more)
     script, root = Path(__file__).with_name("tuning_run.py"), Path(__file__).parents[2]
-    command = [oracle_python, script, root, file, reference, folder / "windows.npy", folder]
+    command = [oracle_python, script, root, file, reference, folder]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return file, folder
@@ -65,27 +67,31 @@ def test_it_loses_less_on_text_that_it_has_not_seen(made: tuple[Path, Path], dem
     assert losses[1] < 0.98 * losses[0]
 
 
-def test_only_scales_and_the_metadata_change(made: tuple[Path, Path]) -> None:
-    file, folder = made
-    before, after = read_header(file), read_header(folder / "tuned.gguf")
+@pytest.mark.parametrize(("name", "n_code_bytes"), [("tuned", 300), ("scales", 0)])
+def test_only_scales_codes_and_the_metadata_change(made: tuple[Path, Path], name: str, n_code_bytes: int) -> None:
+    file, other = made[0], made[1] / f"{name}.gguf"
+    before, after = read_header(file), read_header(other)
     assert set(after.metadata) - set(before.metadata) == {KEY}
     assert "text.txt" in str(after.metadata[KEY].value)
     assert all(after.metadata[key] == value for key, value in before.metadata.items())
-    n_changed = 0
+    n_scales = n_codes = 0
     for old, new in zip(before.tensors, after.tensors, strict=True):
         assert (old.name, old.shape, old.format) == (new.name, new.shape, new.format)
-        blocks = [stored(path, tensor) for path, tensor in ((file, old), (folder / "tuned.gguf", new))]
+        blocks = [stored(path, tensor) for path, tensor in ((file, old), (other, new))]
         layout = layout_of(old.format)
         if layout is None:
             np.testing.assert_array_equal(*blocks)
             continue
         for field in layout.dtype.names or ():
-            fields = [data.view(layout.dtype)[field] for data in blocks]
+            one, two = (data.view(layout.dtype)[field] for data in blocks)
             if field in ("d", layout.unit_of_offset):
-                n_changed += np.count_nonzero(fields[0] != fields[1])
+                n_scales += np.count_nonzero(one != two)
+            elif field.startswith("q"):
+                n_codes += np.count_nonzero(one != two)
             else:
-                np.testing.assert_array_equal(*fields)
-    assert n_changed > 1000
+                np.testing.assert_array_equal(one, two)
+    assert n_scales > 1000
+    assert (n_codes > n_code_bytes) == (n_code_bytes > 0)
 
 
 def stored(path: Path, tensor: GgufTensor) -> np.ndarray:

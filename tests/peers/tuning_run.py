@@ -1,9 +1,10 @@
 """Runs in the interpreter with torch: tunes a file, and finds derivatives by differences.
 
-    python tuning_run.py ROOT FILE REFERENCE WINDOWS FOLDER
+    python tuning_run.py ROOT FILE REFERENCE FOLDER
 
-FOLDER gets `tuned.gguf`, `again.gguf` (the same once more), `tuned.json`, and `derivatives.json`: tensor and field ->
-the derivative of the divergence as all its scales grow, by gradients and by central differences.
+FOLDER has `windows.npy` and `more.npy`, and gets `tuned.gguf`, `again.gguf` (the same once more), `scales.gguf` (codes
+left alone), `tuned.json`, and `derivatives.json`: tensor and field -> the derivative of the divergence as all its
+scales grow, by gradients and by central differences.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
@@ -29,9 +31,9 @@ def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) 
     model, part = open_gguf(reference), np.arange(2)
     scales = tuning._read_scales(file, read_header(file), model)
     setting = tuning.set_up(model, "cpu", 1)
-    hidden = tuning._run_reference(setting, windows[:2], 2, folder / "states", lambda: None)
+    hidden = tuning._run_reference(setting, windows[:2], 2, folder, lambda: None)
     tuner = tuning.Tuner(setting, open_gguf(file), scales, windows[:2], hidden)
-    by_tensor = dict(tuner.gradients(part))
+    by_tensor = {name: scales[name].fold(gradient) for name, gradient in tuner.gradients(part)}
     gradients = {f"{name} {field}": float(g.sum()) for name, folded in by_tensor.items() for field, g in folded.items()}
     found = {}
     for name, each in scales.items():
@@ -47,13 +49,13 @@ def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) 
     return found
 
 
-def main(file: Path, reference: Path, numbers: Path, folder: Path) -> None:
-    windows = np.load(numbers)
+def main(file: Path, reference: Path, folder: Path) -> None:
+    windows, more = np.load(folder / "windows.npy"), np.load(folder / "more.npy")
     texts = [Text("text.txt", windows.size, "")]
+    tune = partial(tuning.tune_file, file, open_gguf(reference), windows, texts, threads=1)
     for name in ("tuned", "again"):
-        made = tuning.tune_scales(
-            file, open_gguf(reference), windows, texts, folder / f"{name}.gguf", epochs=1, rate=2e-3, threads=1
-        )
+        made = tune(folder / f"{name}.gguf", more=more, epochs=1, rate=2e-3)
+    tune(folder / "scales.gguf", epochs=0.5, code_rate=0)
     (folder / "tuned.json").write_text(json.dumps(asdict(made)))
     (folder / "derivatives.json").write_text(json.dumps(differences(file, reference, windows, folder)))
     refused = {}
@@ -64,7 +66,7 @@ def main(file: Path, reference: Path, numbers: Path, folder: Path) -> None:
             refused[kind] = str(error)
     worse = folder / "worse.gguf"
     try:
-        tuning.tune_scales(file, open_gguf(reference), windows, texts, worse, epochs=0.2, rate=0.3, threads=1)
+        tune(worse, epochs=0.2, rate=0.3)
     except Exception as error:
         refused["worse"] = f"{error} {worse.exists()}"
     (folder / "refused.json").write_text(json.dumps(refused))

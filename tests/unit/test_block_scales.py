@@ -1,7 +1,8 @@
-"""Scales of blocks: read, changed, and gradients by them, for every block format."""
+"""Blocks that can be changed: scales, codes, and gradients by them, for every block format."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import GgufTensor
+from pocketquant.model import Role, Tensor
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
 
 ROWS, COLS, OFFSET = 6, 512, 96
@@ -64,6 +66,57 @@ def test_gradients_are_those_of_the_weights(scales: BlockScales) -> None:
         scales.changes[field][:] = 0.0
         expected = difference.reshape(ROWS, -1, scales.tensor.format.block_len).sum(axis=2)
         np.testing.assert_allclose(folded[field], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.fixture
+def free(scales: BlockScales, tmp_path: Path) -> tuple[BlockScales, np.ndarray]:
+    """With codes that can move, and the originals; those are far from what the rounder chose for one weight in 50."""
+    rng = np.random.default_rng(3)
+    originals = scales.weights() + 0.02 * rng.standard_normal((ROWS, COLS)).astype(np.float32)
+    originals[rng.random((ROWS, COLS)) < 0.02] *= 2
+    tensor = Tensor("w", Role.FFN_UP, 0, (ROWS, COLS), "F32", Held(originals))
+    return scales.with_free_codes(tensor, tmp_path), originals
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows that are in memory."""
+
+    values: np.ndarray
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.values[start:stop]
+
+
+def test_free_codes_start_as_they_are(free: tuple[BlockScales, np.ndarray]) -> None:
+    scales, _ = free
+    assert scales.codes is not None
+    np.testing.assert_array_equal(scales.stored(0, ROWS), original(scales))
+    scales.changes["d"][:] = 0.5
+    for start, stop in ((0, 2), (2, 5), (5, ROWS)):
+        blocks = scales.stored(start, stop)
+        np.testing.assert_array_equal(blocks, scales.stored(0, ROWS)[start:stop])
+
+
+def test_codes_move_against_the_gradient(free: tuple[BlockScales, np.ndarray]) -> None:
+    scales, originals = free
+    assert scales.codes is not None
+    before, gradient = scales.weights(), np.zeros((ROWS, COLS), np.float32)
+    errors = np.abs(originals - before)
+    chosen = errors > np.quantile(errors, 0.9)
+    gradient[chosen] = np.sign(before - originals)[chosen]  # where weights should go is where they came from
+    for _ in range(4):
+        scales.move_codes(gradient, 0.05)
+    after = scales.weights()
+    moved = after != before
+    assert moved.any()
+    assert not moved[~chosen].any()
+    assert (((after - before) * gradient)[moved] < 0).all()
+    for _ in range(400):
+        scales.move_codes(gradient, 0.5)
+    data = scales.stored(0, ROWS)
+    np.testing.assert_array_equal(scales.weights(), scales.tensor.format.decode(data, COLS))
+    assert np.abs(scales.weights() - after).max() > 0  # to the end of the levels, and no further
 
 
 def test_formats_without_blocks_have_no_scales(tmp_path: Path) -> None:
