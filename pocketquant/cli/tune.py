@@ -1,16 +1,13 @@
-"""`pocketquant tune`: the scales of a finished file's blocks, moved by runs of the whole model."""
+"""`pocketquant tune`: scales and codes of a finished file, moved by runs of the whole model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pocketquant.cli.screen import print_json, say, size, step_progress
-
-if TYPE_CHECKING:
-    from pocketquant.model import Model
 
 
 def tune(
@@ -34,7 +31,10 @@ def tune(
     ] = 0,
     epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="How often each window is used.")] = 2.0,
     rate: Annotated[float, typer.Option("--rate", min=1e-6, max=0.1, help="Of the steps, in parts of a scale.")] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", help="Of the order of the windows.")] = 0,
+    code_rate: Annotated[
+        float, typer.Option("--code-rate", min=0, max=0.1, help="Of codes, in levels' distances; 0 leaves them alone.")
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", help="Of the windows' order, and of what is sampled.")] = 0,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where gradients are computed.")] = "cpu",
     threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that compute.")] = None,
     gpu_layers: Annotated[int, typer.Option("--gpu-layers", metavar="N", help="Layers llama.cpp runs on a GPU.")] = 0,
@@ -42,27 +42,37 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
-    """Tune the block scales of a quantized file by runs of the whole model (extra `curvature`: torch, transformers)."""
+    """Tune scales and codes of a quantized file by runs of the whole model (extra `curvature`: torch, transformers)."""
     from pocketquant.cli.planning import as_gguf
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
     from pocketquant.files import refuse_overwriting
     from pocketquant.quant.calibrating import cut_texts
+    from pocketquant.quant.collect import SELF
     from pocketquant.quant.torch_layers import require_torch
     from pocketquant.quant.tuning import check_file, go_on, sampled_text, tune_file
 
     texts = text or [str(text_path("calibration"))]
+    if SELF in texts:
+        raise typer.BadParameter("give a text, and --sampled for what the model writes", param_hint="--text")
     refuse_overwriting([out], [str(file), reference, *texts])
     model = open_model(reference)
-    n_scales = check_file(file, model)
+    n_scales, n_codes = check_file(file, model)
+    if not code_rate:
+        n_codes = 0
     if not dry_run:
         require_torch()  # before the texts are read
     windows, about = cut_texts(file, texts, context, chunks, threads, 0, seed)
     tokens = windows.size + sampled * context
-    _say_cost(model, n_scales, tokens, epochs, quiet=quiet)
+    disk = 4 * tokens * model.sizes["n_embd"] + 8 * n_codes
+    say(
+        f"{n_scales} scales, {n_codes} codes, {tokens} tokens {epochs:g} times, each forwards and backwards through "
+        f"the model; meanwhile {size(disk)} of disk",
+        quiet=quiet,
+    )
     if dry_run:
         if json:
-            print_json({"scales": n_scales, "tokens": tokens, "disk_bytes": _disk(model, tokens)})
+            print_json({"scales": n_scales, "codes": n_codes, "tokens": tokens, "disk_bytes": disk})
         return
     more = None
     if sampled:
@@ -82,13 +92,14 @@ def tune(
             more=more,
             epochs=epochs,
             rate=rate,
+            code_rate=code_rate,
             device=device,
             threads=threads,
             seed=seed,
             progress=advance,
         )
     say(
-        f"{out}: {tuned.n_scales} scales tuned in {tuned.steps} steps; divergence on windows held back "
+        f"{out}: {tuned.steps} steps, {tuned.n_moved} codes moved; divergence on windows held back "
         f"{tuned.before:.6f} before, {tuned.after:.6f} after ({tuned.after / tuned.before:.3f})",
         quiet=quiet,
     )
@@ -98,20 +109,10 @@ def tune(
                 "out": str(out),
                 "file_bytes": out.stat().st_size,
                 "scales": tuned.n_scales,
+                "codes": tuned.n_codes,
+                "moved": tuned.n_moved,
                 "steps": tuned.steps,
                 "tokens": tokens,
                 "held_back_kld": {"before": tuned.before, "after": tuned.after},
             }
         )
-
-
-def _disk(model: Model, tokens: int) -> int:
-    return 4 * tokens * model.sizes["n_embd"]
-
-
-def _say_cost(model: Model, n_scales: int, tokens: int, epochs: float, *, quiet: bool) -> None:
-    say(
-        f"{n_scales} scales, {tokens} tokens {epochs:g} times, each forwards and backwards through the model; "
-        f"meanwhile {size(_disk(model, tokens))} of disk",
-        quiet=quiet,
-    )

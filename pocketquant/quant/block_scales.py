@@ -94,6 +94,19 @@ class BlockScales:
         parts = [self._changed(i, min(i + _ROWS, n_rows)) for i in range(0, n_rows, _ROWS)]
         self.codes.move(gradient, np.concatenate([self.codes.lines(part)[0] for part in parts]), rate)
 
+    def n_moved(self) -> int:
+        """Codes that are others than the file's."""
+        moved, n_rows = 0, len(self.scales["d"])
+        for start in range(0, n_rows, _ROWS) if self.codes is not None else ():
+            stop = min(start + _ROWS, n_rows)
+            now, was = (each._blocks(start, stop) for each in (self, replace(self, codes=None)))
+            one, other = (
+                self.tensor.format.decode(blocks.view(np.uint8).reshape(stop - start, -1), self.n_cols)
+                for blocks in (now, was)
+            )
+            moved += int(np.count_nonzero(one != other))
+        return moved
+
     def _changed(self, start: int, stop: int) -> Blocks:
         blocks = self._blocks(start, stop)
         for field in self.fields:

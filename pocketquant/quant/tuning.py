@@ -71,12 +71,16 @@ class Tuned:
         before, after: mean KL divergence on held-back windows, nats a token, weights only.
         steps: changes of the scales and codes.
         n_scales: scales that were free.
+        n_codes: codes that were free; 0 if none.
+        n_moved: codes that came out other than they were.
     """
 
     before: float
     after: float
     steps: int
     n_scales: int
+    n_codes: int
+    n_moved: int
 
 
 def tune_file(
@@ -160,9 +164,11 @@ def tune_file(
             )
         about = ", ".join(text.name for text in texts)
         _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
+        n_codes = sum(0 if each.codes is None else each.codes.positions.size for each in scales.values())
+        n_moved = sum(each.n_moved() for each in scales.values())
     finally:
         shutil.rmtree(states, ignore_errors=True)
-    return Tuned(before, after, steps, sum(c.size for each in scales.values() for c in each.changes.values()))
+    return Tuned(before, after, steps, _count(scales), n_codes, n_moved)
 
 
 def split_windows(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -212,9 +218,13 @@ def sampled_text(more: npt.NDArray[np.int32]) -> Text:
     return Text(SELF, more.size, hashlib.sha256(more.astype("<i4").tobytes()).hexdigest())
 
 
-def check_file(file: Path, reference: Model) -> int:
-    """The number of scales that can be tuned; raises what `tune_file` does for a file that does not fit."""
+def check_file(file: Path, reference: Model) -> tuple[int, int]:
+    """How many scales and codes can be tuned; raises what `tune_file` does for a file that does not fit."""
     scales = _read_scales(file, read_header(file), reference)
+    return _count(scales), sum(math.prod(each.tensor.shape) for each in scales.values())
+
+
+def _count(scales: dict[str, BlockScales]) -> int:
     return sum(change.size for each in scales.values() for change in each.changes.values())
 
 

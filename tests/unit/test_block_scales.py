@@ -91,6 +91,7 @@ class Held:
 def test_free_codes_start_as_they_are(free: tuple[BlockScales, np.ndarray]) -> None:
     scales, _ = free
     assert scales.codes is not None
+    assert scales.n_moved() == 0
     np.testing.assert_array_equal(scales.stored(0, ROWS), original(scales))
     scales.changes["d"][:] = 0.5
     for start, stop in ((0, 2), (2, 5), (5, ROWS)):
@@ -109,7 +110,7 @@ def test_codes_move_against_the_gradient(free: tuple[BlockScales, np.ndarray]) -
         scales.move_codes(gradient, 0.05)
     after = scales.weights()
     moved = after != before
-    assert moved.any()
+    assert 0 < moved.sum() == scales.n_moved()
     assert not moved[~chosen].any()
     assert (((after - before) * gradient)[moved] < 0).all()
     for _ in range(400):
