@@ -18,7 +18,7 @@ LAYERS = [
     {"interrupts", "leftovers"},
     {"files"},
     {"gguf_file", "runtime"},
-    {"runtime_branches", "runtime_vision"},
+    {"runtime_branches", "runtime_sampling", "runtime_vision"},
     {"pipeline", "demo", "chat_template"},
     {"splits", "cluster"},
     {"convert", "quant", "eval", "check"},
