@@ -31,7 +31,7 @@ def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) 
     model, part = open_gguf(reference), np.arange(2)
     scales = tuning._read_scales(file, read_header(file), model)
     setting = tuning.set_up(model, "cpu", 1)
-    hidden = tuning._run_reference(setting, windows[:2], 2, folder, lambda: None)
+    hidden = tuning.run_reference(setting, windows[:2], [part], folder, lambda: None)
     tuner = tuning.Tuner(setting, open_gguf(file), scales, windows[:2], hidden)
     by_tensor = {name: scales[name].fold(gradient) for name, gradient in tuner.gradients(part)}
     gradients = {f"{name} {field}": float(g.sum()) for name, folded in by_tensor.items() for field, g in folded.items()}
@@ -54,7 +54,7 @@ def main(file: Path, reference: Path, folder: Path) -> None:
     texts = [Text("text.txt", windows.size, "")]
     tune = partial(tuning.tune_file, file, open_gguf(reference), windows, texts, threads=1)
     for name in ("tuned", "again"):
-        made = tune(folder / f"{name}.gguf", more=more, epochs=1, rate=2e-3)
+        made = tune(folder / f"{name}.gguf", more=more, epochs=1, rate=2e-3, code_rate=4e-3)
     tune(folder / "scales.gguf", epochs=0.5, code_rate=0)
     (folder / "tuned.json").write_text(json.dumps(asdict(made)))
     (folder / "derivatives.json").write_text(json.dumps(differences(file, reference, windows, folder)))
