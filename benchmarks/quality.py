@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [--source CHECKPOINT] [--calibration FILE...] [--evaluation NAME=FILE...]
                                  [--stats FILE] [--sensitivity FILE] [--chunks N] [--sizes Q4_K_M,...] [--ablation]
-                                 [--sampled N] [--keep FOLDER]
+                                 [--sampled N] [--epochs N] [--keep FOLDER]
 
 Without files of your own: the embedded model and its texts. Both sides calibrate on the same texts: the peer by an
 importance matrix (llama.cpp's own quantizer, in this process), ours by `pocketquant calibrate`. Every file is scored
@@ -72,6 +72,7 @@ class Bench:
     kinds: tuple[str, ...]
     calibration: tuple[Path, ...]
     sampled: int
+    epochs: float
 
     @property
     def model(self) -> Model:
@@ -248,7 +249,7 @@ def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
             read,
             path,
             more=more,
-            epochs=1 if bench.sampled else 2,
+            epochs=bench.epochs,
             threads=bench.threads,
         )
         seconds = time.process_time() - started
@@ -355,6 +356,7 @@ def prepare(asked: argparse.Namespace, folder: Path) -> Bench:
         ("native",) if asked.native_only else ("native", "weights only"),
         tuple(Path(path) for path in calibration),
         asked.sampled,
+        asked.epochs,
     )
 
 
@@ -416,6 +418,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="any")
     parser.add_argument("--methods", type=int, nargs="+", help="rows, by number")
     parser.add_argument("--sampled", type=int, default=2048, help="windows more for tuning, written by the model")
+    parser.add_argument("--epochs", type=float, default=2.0, help="of tuning")
     parser.add_argument("--native-only", action="store_true", help="leave out the runs of dequantized weights")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--keep", type=Path)
