@@ -136,8 +136,6 @@ def open_runtime(
         EvalError: llama-cpp-python is absent, or llama.cpp cannot load the file.
     """
     library = require_runtime()
-    if not Path(path).is_file():
-        raise EvalError(f"{path}: no such file; give the path of a GGUF")
     return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, rows, observe)
 
 
@@ -146,8 +144,6 @@ def open_sampler(
 ) -> AbstractContextManager[Sampler]:
     """Loads a GGUF to sample from; arguments and errors are those of `open_runtime`."""
     library = require_runtime()
-    if not Path(path).is_file():
-        raise EvalError(f"{path}: no such file; give the path of a GGUF")
     return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, None)
 
 
@@ -169,6 +165,8 @@ class _LlamaRuntime:
         sequences: int = 1,
         apart: bool = False,
     ) -> None:
+        if not path.is_file():
+            raise EvalError(f"{path}: no such file; give the path of a GGUF")
         self._library = library
         self._path = path
         self._model: Any = None

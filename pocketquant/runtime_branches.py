@@ -103,8 +103,6 @@ def open_branches(
 ) -> AbstractContextManager[BranchRuntime]:
     """Loads a GGUF; arguments and errors are those of `open_runtime`."""
     library = require_runtime()
-    if not Path(path).is_file():
-        raise EvalError(f"{path}: no such file; give the path of a GGUF")
     text = _LlamaRuntime(
         library, Path(path), context, threads or usable_threads(), gpu_layers, None, sequences=_SEQUENCES
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.runtime import _LlamaRuntime, require_runtime
 
@@ -53,8 +52,6 @@ def sample_on(
     if not 0 < start < context:
         raise ValueError(f"beginnings of {start} tokens for texts of {context}")
     library = require_runtime()
-    if not Path(path).is_file():
-        raise EvalError(f"{path}: no such file; give the path of a GGUF")
     texts = np.empty((n_texts, context), np.int32)
     texts[:, :start] = beginnings
     side_by_side, threads = min(n_texts, _SIDE_BY_SIDE, context), threads or usable_threads()

@@ -6,6 +6,7 @@ integer offsets, so a gradient of the weights gives that of the scales exactly (
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,82 +47,81 @@ class BlockScales:
 
     def stored(self, start: int, stop: int) -> U8Array:
         """Blocks u8[n, row_bytes] with the changed scales, in F16."""
-        blocks = self._changed(start, stop)
-        return blocks.view(np.uint8).reshape(stop - start, -1)
+        return _bytes(self._rescaled(self._coded(start, stop), start))
 
     def weights(self) -> F32Array:
         """All weights f32[n_rows, n_cols], by the changed scales."""
-        n_rows = len(self.scales["d"])
-        decode = self.tensor.format.decode
-        parts = [decode(self.stored(i, min(i + _ROWS, n_rows)), self.n_cols) for i in range(0, n_rows, _ROWS)]
-        return np.concatenate(parts)
+        return np.concatenate([self._values(self.stored(start, stop)) for start, stop in self._ranges()])
 
     def fold(self, gradient: F32Array) -> dict[str, F32Array]:
         """Gradient of the changes, field -> f32[n_rows, n_blocks], from that of the weights f32[n_rows, n_cols]."""
         folded = {field: np.empty_like(self.changes[field]) for field in self.fields}
-        n_rows, n_blocks = self.scales["d"].shape
-        for start in range(0, n_rows, _ROWS):
-            stop = min(start + _ROWS, n_rows)
+        n_blocks = self.scales["d"].shape[1]
+        for start, stop in self._ranges():
+            blocks, shape = self._coded(start, stop), (stop - start, n_blocks, -1)
             for field in self.fields:
-                blocks = self._blocks(start, stop)
-                blocks[field] = self.scales[field][start:stop].astype(np.float16).view(np.uint16)
+                alone = blocks.copy()
                 for other in self.fields:
                     if other != field:
-                        blocks[other] = 0
-                part = self.tensor.format.decode(blocks.view(np.uint8).reshape(stop - start, -1), self.n_cols)
-                shape = (stop - start, n_blocks, -1)
-                folded[field][start:stop] = np.einsum(
-                    "rbi,rbi->rb", part.reshape(shape), gradient[start:stop].reshape(shape)
-                )
+                        alone[other] = 0
+                part = self._values(_bytes(alone)).reshape(shape)
+                folded[field][start:stop] = np.einsum("rbi,rbi->rb", part, gradient[start:stop].reshape(shape))
         return folded
 
     def with_free_codes(self, original: Tensor, folder: Path) -> BlockScales:
         """The same with codes that can move, whose positions lie in `folder`; OSError where they cannot."""
         layout = layout_of(self.tensor.format)
         assert layout is not None
-        codes, n_rows = open_codes(layout, original, folder), len(self.scales["d"])
-        for start in range(0, n_rows, _ROWS):
-            stop = min(start + _ROWS, n_rows)
-            blocks = self._blocks(start, stop)
-            values = self.tensor.format.decode(blocks.view(np.uint8).reshape(stop - start, -1), self.n_cols)
-            codes.place(blocks, values, original.rows(start, stop), start)
+        codes = open_codes(layout, original, folder)
+        for start, stop in self._ranges():
+            blocks = self._read(start, stop)
+            codes.place(blocks, self._values(_bytes(blocks)), original.rows(start, stop), start)
         return replace(self, codes=codes)
 
     def move_codes(self, gradient: F32Array, rate: float) -> None:
         """One step of the codes' positions against the gradient of the weights f32[n_rows, n_cols]."""
         assert self.codes is not None
-        n_rows = len(self.scales["d"])
-        parts = [self._changed(i, min(i + _ROWS, n_rows)) for i in range(0, n_rows, _ROWS)]
+        parts = [self._rescaled(self._read(start, stop), start) for start, stop in self._ranges()]
         self.codes.move(gradient, np.concatenate([self.codes.lines(part)[0] for part in parts]), rate)
 
     def n_moved(self) -> int:
         """Codes that are others than the file's."""
-        moved, n_rows = 0, len(self.scales["d"])
-        for start in range(0, n_rows, _ROWS) if self.codes is not None else ():
-            stop = min(start + _ROWS, n_rows)
-            now, was = (each._blocks(start, stop) for each in (self, replace(self, codes=None)))
-            one, other = (
-                self.tensor.format.decode(blocks.view(np.uint8).reshape(stop - start, -1), self.n_cols)
-                for blocks in (now, was)
-            )
-            moved += int(np.count_nonzero(one != other))
+        if self.codes is None:
+            return 0
+        moved = 0
+        for start, stop in self._ranges():
+            now, was = (self._values(_bytes(read(start, stop))) for read in (self._coded, self._read))
+            moved += int(np.count_nonzero(now != was))
         return moved
 
-    def _changed(self, start: int, stop: int) -> Blocks:
-        blocks = self._blocks(start, stop)
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Rows that are worked on at a time."""
+        n_rows = len(self.changes["d"])
+        return ((start, min(start + _ROWS, n_rows)) for start in range(0, n_rows, _ROWS))
+
+    def _values(self, data: U8Array) -> F32Array:
+        return self.tensor.format.decode(data, self.n_cols)
+
+    def _rescaled(self, blocks: Blocks, start: int) -> Blocks:
+        """Blocks of rows from `start` on, their scales changed in place."""
+        rows = slice(start, start + len(blocks))
         for field in self.fields:
-            changed = self.scales[field][start:stop] * (1 + self.changes[field][start:stop])
+            changed = self.scales[field][rows] * (1 + self.changes[field][rows])
             blocks[field] = changed.astype(np.float16).view(np.uint16)
         return blocks
 
-    def _blocks(self, start: int, stop: int) -> Blocks:
+    def _coded(self, start: int, stop: int) -> Blocks:
         """As in the file, but for codes that have moved."""
+        blocks = self._read(start, stop)
+        return blocks if self.codes is None else self.codes.with_codes(blocks, start)
+
+    def _read(self, start: int, stop: int) -> Blocks:
+        """As in the file."""
         layout = layout_of(self.tensor.format)
         assert layout is not None
         row_bytes = self.tensor.format.row_bytes(self.n_cols)
         data = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes)
-        blocks: Blocks = data.copy().view(layout.dtype).reshape(stop - start, -1)
-        return blocks if self.codes is None else self.codes.with_codes(blocks, start)
+        return data.copy().view(layout.dtype).reshape(stop - start, -1)
 
 
 def read_block_scales(path: Path, tensor: GgufTensor) -> BlockScales | None:
@@ -134,6 +134,14 @@ def read_block_scales(path: Path, tensor: GgufTensor) -> BlockScales | None:
     shape = (n_rows, tensor.shape[-1] // tensor.format.block_len)
     found = BlockScales(path, tensor, fields, {}, {field: np.zeros(shape, np.float32) for field in fields})
     for field in fields:
-        parts = [found._blocks(i, min(i + _ROWS, n_rows))[field] for i in range(0, n_rows, _ROWS)]
-        found.scales[field] = np.concatenate(parts).view(np.float16).astype(np.float32)
+        found.scales[field] = np.empty(shape, np.float32)
+    for start, stop in found._ranges():
+        blocks = found._read(start, stop)
+        for field in fields:
+            found.scales[field][start:stop] = blocks[field].view(np.float16)
     return found
+
+
+def _bytes(blocks: Blocks) -> U8Array:
+    """u8[n_rows, row_bytes]"""
+    return blocks.view(np.uint8).reshape(len(blocks), -1)
