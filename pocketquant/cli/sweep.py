@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from pocketquant.cli.planning import encoding_on, open_source, read_rounding
 from pocketquant.cli.report import command_words
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
 from pocketquant.cli.sizing import choice_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def sweep(
