@@ -12,7 +12,7 @@ from pocketquant.cli.planning import as_gguf
 from pocketquant.cli.screen import print_json, say, size, step_progress
 
 if TYPE_CHECKING:
-    from pocketquant.model import Model
+    pass
 
 
 def calibrate(
@@ -168,6 +168,7 @@ def _collect_both(gguf: Path, task: _Task) -> None:
 def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
     from pocketquant.convert.sources import open_model
     from pocketquant.quant.calibrating import plan_calibration
+    from pocketquant.quant.curvature import cost_of_gradients
 
     model = open_model(source)
     calibration = plan_calibration(model, memory_bytes=task.memory_bytes)
@@ -177,8 +178,9 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         "file_bytes": calibration.file_bytes,
     }
     if curvature:
-        outputs = _output_bytes(model, set(calibration.shared))
+        outputs, largest = cost_of_gradients(model, set(calibration.shared))
         cost |= {
+            "gradient_memory_bytes": largest,
             "file_bytes": cost["file_bytes"] + outputs,
             "disk_bytes": 2 * (cost["file_bytes"] + outputs),
             "disk_bytes_per_1000_tokens": 4000 * (model.sizes["n_layer"] + 2) * model.sizes["n_embd"],
@@ -188,17 +190,12 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
     )
     if curvature:
         line += (
-            f"; meanwhile {size(cost['disk_bytes'])} of disk and {size(cost['disk_bytes_per_1000_tokens'])} for every "
-            "1000 tokens"
+            f"; gradients: {size(cost['gradient_memory_bytes'])} of memory for the largest layer, and meanwhile "
+            f"{size(cost['disk_bytes'])} of disk and {size(cost['disk_bytes_per_1000_tokens'])} for every 1000 tokens"
         )
     say(line, quiet=task.quiet)
     if json:
         print_json(cost)
-
-
-def _output_bytes(model: Model, linears: set[str]) -> int:
-    rows = [tensor.n_rows for tensor in model.tensors if tensor.name in linears]
-    return sum(2 * m * (m + 1) for m in [*rows, model.sizes["n_embd"]])
 
 
 def _report(out: Path, *, json: bool, quiet: bool) -> None:

@@ -12,7 +12,7 @@ in memory at a time, whatever the size of the model, and work that was interrupt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pocketquant.quant.torch_layers import (
     positions_of,
     read_whole,
     set_up,
+    watch_outputs,
 )
 
 Progress = Callable[[int, int], None]
@@ -72,17 +73,17 @@ def collect_curvature(
 
     Raises:
         EvalError: torch or transformers is absent, or the unfinished work is of another run.
-        ArchitectureError: a mixture of experts, or a model whose positions are scaled.
+        ArchitectureError: no text model, or one whose positions are scaled.
     """
     setting = set_up(model, device, threads)
     linears = [linears_of(setting, layer) for layer in range(model.sizes["n_layer"])]
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, side in [
-        *((tensor.name + OUTPUT, tensor.n_rows) for layer in linears for _, tensor in layer),
-        (EMBED_OUTPUT, model.sizes["n_embd"]),
+    for name, n_matrix, side in [
+        *((tensor.name + OUTPUT, _n_matrix(tensor), tensor.shape[-2]) for layer in linears for _, tensor in layer),
+        (EMBED_OUTPUT, 1, model.sizes["n_embd"]),
     ]:
-        arrays[name + COUNT] = ("I64", (1,))
-        arrays[name] = triangles(1, side)
+        arrays[name + COUNT] = ("I64", (n_matrix,))
+        arrays[name] = triangles(n_matrix, side)
     layout = lay_out(About(0, fingerprint(model), tuple(texts), {}), arrays)
     tokens = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
     run = {"header": hashlib.sha256(layout.header).hexdigest(), "tokens": tokens, "seed": seed, "batch": batch}
@@ -115,8 +116,25 @@ def collect_curvature(
         for part in batches:
             rows = gradient[part].reshape(-1, gradient.shape[2])
             moment += rows.T @ rows
-    layout.put(states.unfinished, _pieces(EMBED_OUTPUT, moment, windows.size))
+    layout.put(states.unfinished, _pieces(EMBED_OUTPUT, moment[None], windows.size))
     states.finish(out)
+
+
+def cost_of_gradients(model: Model, linears: Collection[str]) -> tuple[int, int]:
+    """Bytes of the matrices in a file, and of the largest layer's weights and matrices in memory.
+
+    Args:
+        model: the opened model.
+        linears: names of the tensors that get matrices.
+    """
+    of_file, of_layer = 2 * model.sizes["n_embd"] * (model.sizes["n_embd"] + 1), dict[int | None, int]()
+    for tensor in model.tensors:
+        if tensor.name in linears:
+            n_matrix, m = _n_matrix(tensor), tensor.shape[-2]
+            of_file += n_matrix * 2 * m * (m + 1)
+            weights = tensor.n_rows * tensor.n_cols
+            of_layer[tensor.layer] = of_layer.get(tensor.layer, 0) + 4 * (weights + n_matrix * m * m)
+    return of_file, max(of_layer.values(), default=0)
 
 
 # ---------------------------------------------------------------- forwards and backwards
@@ -195,22 +213,16 @@ def _backward(
     layout: Layout,
 ) -> None:
     torch, module = setting.torch, build_layer(setting, layer)
-    moments: dict[str, Any] = {}
+    moments = {
+        tensor.name: torch.zeros(_n_matrix(tensor), tensor.shape[-2], tensor.shape[-2], device=setting.device)
+        for _, tensor in linears
+    }
 
-    def add(name: str, gradient: Any) -> None:
+    def add(name: str, expert: int, gradient: Any) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
-        if name not in moments:
-            moments[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        moments[name].addmm_(rows.T, rows)
+        moments[name][expert].addmm_(rows.T, rows)
 
-    def watch(name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:  # what a hook returns would replace the output
-            output.register_hook(lambda gradient: add(name, gradient))
-
-        return hook
-
-    for rule, _ in linears:
-        module.get_submodule(rule.source.removesuffix(".weight")).register_forward_hook(watch(rule.source))
+    watch_outputs(setting, module, linears, add)
     with states.reading("hidden", layer) as hidden, states.reading("gradient", layer + 1) as above:
         positions = positions_of(setting, hidden.shape[1])
         n_tokens = hidden.shape[0] * hidden.shape[1]
@@ -222,19 +234,26 @@ def _backward(
                 output.backward(torch.from_numpy(np.array(above[part])).to(setting.device))
                 yield part, given.grad.cpu().numpy()
             for rule, tensor in linears:
-                moment = moments.pop(rule.source).cpu().numpy()
+                found = moments.pop(tensor.name).cpu().numpy()
                 if rule.rows is not None:
                     order = rule.rows(setting.model.sizes)
-                    moment = moment[np.ix_(order, order)]
-                layout.put(states.unfinished, _pieces(tensor.name + OUTPUT, moment, n_tokens))
+                    found = found[:, order[:, None], order]
+                layout.put(states.unfinished, _pieces(tensor.name + OUTPUT, found, n_tokens))
 
         states.write("gradient", layer, gradients())
     states.drop("hidden", layer + 1)
     states.drop("gradient", layer + 1)
 
 
-def _pieces(name: str, moment: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:
-    if not np.isfinite(moment).all():
+def _n_matrix(tensor: Tensor) -> int:
+    """Matrices of a linear layer: one, or one for each expert."""
+    return tensor.n_rows // tensor.shape[-2]
+
+
+def _pieces(name: str, moments: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:
+    """Sums f32[n_matrix, m, m] over the text's tokens, as means over all of them: an expert's too."""
+    if not np.isfinite(moments).all():
         raise EvalError(f"{name}: its gradients are not finite; the model is damaged")
-    yield name + COUNT, None, np.array([n_tokens])
-    yield name, 0, moment / np.float32(n_tokens)
+    yield name + COUNT, None, np.full(len(moments), n_tokens)
+    for index, moment in enumerate(moments):
+        yield name, index, moment / np.float32(n_tokens)

@@ -3,13 +3,14 @@
 The weights come out of the opened model, put back into the order and form of a checkpoint, so that every source that
 can be quantized can be differentiated. One layer is in memory at a time, whatever the size of the model.
 
-Source: transformers' `models/qwen3_5` (5.23).
+Source: transformers' `models/qwen3_5` and `models/qwen3_5_moe` (5.23).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,30 +25,43 @@ from pocketquant.model import Model, Role, Tensor
 
 _ROWS = 1 << 14
 
+_DENSE = {"intermediate_size": "n_ff"}
+_EXPERTS = {
+    "num_experts": "n_expert",
+    "num_experts_per_tok": "n_expert_used",
+    "moe_intermediate_size": "n_ff_exp",
+    "shared_expert_intermediate_size": "n_ff_shared",
+}
+_CLASSES = {"qwen35": ("Qwen3_5", _DENSE), "qwen35moe": ("Qwen3_5Moe", _EXPERTS)}
+"""Architecture -> what the names of transformers' classes begin with, and the feed-forward's keys -> sizes."""
+
+_OF_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and what computes it."""
+    """A model and what computes it; `part("DecoderLayer")` is transformers' class of that name for this model."""
 
     torch: Any
-    modeling: Any
+    part: Callable[[str], Any]
     config: Any
     model: Model
     device: str
     rules: tuple[TensorRule, ...]
 
 
-def require_torch() -> tuple[Any, Any]:
-    """torch and transformers' Qwen3.5; EvalError where one of them is not installed."""
+def require_torch() -> tuple[Any, Any, Any]:
+    """torch, transformers' Qwen3.5 and its mixture of experts; EvalError where one of them is not installed."""
     try:
         import torch
-        import transformers.models.qwen3_5.modeling_qwen3_5 as modeling
+        import transformers.models.qwen3_5.modeling_qwen3_5 as dense
+        import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe
     except ImportError as error:
         raise EvalError(
             f"gradients need torch and transformers, which cannot be imported here ({error}); "
             "pip install 'pocketquant[curvature]', or calibrate without gradients"
         ) from error
-    return torch, modeling
+    return torch, dense, moe
 
 
 def set_up(model: Model, device: str, threads: int | None) -> Setting:
@@ -55,24 +69,24 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
 
     Raises:
         EvalError: torch or transformers is absent.
-        ArchitectureError: a mixture of experts, or a model whose positions are scaled.
+        ArchitectureError: no text model, or one whose positions are scaled.
     """
-    if model.architecture != "qwen35":
-        raise ArchitectureError(
-            f"{model.architecture}: gradients are known of the dense model only; calibrate without gradients"
-        )
-    torch, modeling = require_torch()
+    if model.architecture not in _CLASSES:
+        raise ArchitectureError(f"{model.architecture}: gradients are known of text models; calibrate without them")
+    torch, dense, moe = require_torch()
+    prefix, feed_forward = _CLASSES[model.architecture]
+    modeling = dense if feed_forward is _DENSE else moe
     torch.set_num_threads(threads or usable_threads())
-    keys = {key.split(".", 1)[1]: value.value for key, value in model.metadata.items() if key.startswith("qwen35.")}
+    start = f"{model.architecture}."
+    keys = {key.removeprefix(start): value.value for key, value in model.metadata.items() if key.startswith(start)}
     if "rope.scaling.type" in keys:
         raise ArchitectureError(f"positions scaled by {keys['rope.scaling.type']}: calibrate without gradients")
     sizes = model.sizes
     roles = {(tensor.layer, tensor.role) for tensor in model.tensors}
     n_layer, sections = sizes["n_layer"], list(keys.get("rope.dimension_sections", (11, 11, 10, 0)))[:3]
-    config = modeling.Qwen3_5TextConfig(
+    config = getattr(modeling, f"{prefix}TextConfig")(
         vocab_size=sizes["n_vocab"],
         hidden_size=sizes["n_embd"],
-        intermediate_size=sizes["n_ff"],
         num_hidden_layers=n_layer,
         num_attention_heads=sizes["n_head"],
         num_key_value_heads=sizes["n_kv"],
@@ -93,12 +107,13 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
             "mrope_interleaved": True,
             "mrope_section": sections,
         },
+        **{key: sizes[word] for key, word in feed_forward.items()},
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation, config._experts_implementation = "sdpa", "eager"
     rules = tuple(
         rule for rule in architecture_named(model.architecture).tensors if rule.where in (BLOCK, DELTA, ATTENTION)
     )
-    return Setting(torch, modeling, config, model, device, rules)
+    return Setting(torch, lambda name: getattr(modeling, prefix + name), config, model, device, rules)
 
 
 def tensors_of(setting: Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
@@ -129,11 +144,13 @@ def source_weights(rule: TensorRule, tensor: Tensor, setting: Setting, values: F
         raise ArchitectureError(f"{tensor.name}: its transform {rule.each.__name__} is not known backwards")
     source = np.empty_like(values)
     source[_places(rule, tensor, setting)] = values
-    return source
+    return source.reshape(tensor.shape)
 
 
 def gguf_weights(rule: TensorRule, tensor: Tensor, setting: Setting, source: F32Array) -> F32Array:
-    """Numbers of a checkpoint's matrix, such as its gradients, in GGUF's order of rows and columns."""
+    """Numbers of a checkpoint's matrix, such as its gradients, in GGUF's order: f32[n_rows, n_cols]."""
+    if rule.half is not None:
+        source = np.split(source, 2, axis=1)[rule.half]
     return source.reshape(tensor.n_rows, tensor.n_cols)[_places(rule, tensor, setting)]
 
 
@@ -150,20 +167,79 @@ def build_layer(setting: Setting, layer: int, read: Callable[[Tensor], F32Array]
     """transformers' decoder layer in f32; `read` gives each tensor's values f32[n_rows, n_cols] in GGUF's order."""
     torch = setting.torch
     with torch.device("meta"):
-        module = setting.modeling.Qwen3_5DecoderLayer(setting.config, layer)
+        module = setting.part("DecoderLayer")(setting.config, layer)
     shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    parts: dict[str, list[F32Array]] = {}
+    for rule, tensor in tensors_of(setting, layer):  # of two that are one in the checkpoint, the upper comes first
+        parts.setdefault(rule.source, []).append(source_weights(rule, tensor, setting, read(tensor)))
     weights = {
-        rule.source: torch.from_numpy(source_weights(rule, tensor, setting, read(tensor))).reshape(shapes[rule.source])
-        for rule, tensor in tensors_of(setting, layer)
+        name: torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found, axis=1)).reshape(shapes[name])
+        for name, found in parts.items()
     }
     module.load_state_dict(weights, strict=True, assign=True)
     return module.to(setting.device).requires_grad_(False).eval()
 
 
+def watch_outputs(
+    setting: Setting,
+    module: Any,
+    linears: Sequence[tuple[TensorRule, Tensor]],
+    add: Callable[[str, int, Any], None],
+) -> None:
+    """Has `add` called on the way back through a layer, for every product of a linear layer.
+
+    It gets the tensor's name, the number of the expert (0 where there are none), and the gradient at the output,
+    [..., rows of one matrix], in the checkpoint's order.
+    """
+
+    def watch(name: str, expert: int, output: Any) -> None:
+        output.register_hook(lambda gradient: add(name, expert, gradient))
+
+    def watched(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:  # what a hook returns would replace the output
+            watch(name, 0, output)
+
+        return hook
+
+    for rule, tensor in linears:
+        if tensor.role not in _OF_EXPERTS:
+            module.get_submodule(rule.source.removesuffix(".weight")).register_forward_hook(watched(tensor.name))
+    names = {tensor.role: tensor.name for _, tensor in linears}
+    if names.keys() & set(_OF_EXPERTS):
+        seen = partial(_run_experts, setting.torch, module.mlp.experts, [names[role] for role in _OF_EXPERTS], watch)
+        module.mlp.experts.forward = seen
+
+
+def _run_experts(
+    torch: Any,
+    experts: Any,
+    names: Sequence[str],
+    watch: Callable[[str, int, Any], None],
+    hidden: Any,
+    index: Any,
+    weights: Any,
+) -> Any:
+    """The experts' sum [n, n_embd] as transformers computes it, with every product in sight.
+
+    Args:
+        hidden: [n, n_embd].
+        index, weights: [n, n_used], which experts a token is sent to, and how much each counts.
+    """
+    total, multiply = torch.zeros_like(hidden), torch.nn.functional.linear
+    for expert in torch.unique(index).tolist():
+        tokens, places = torch.where(index == expert)
+        gate, up = multiply(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        down = multiply(experts.act_fn(gate) * up, experts.down_proj[expert])
+        for name, output in zip(names, (gate, up, down), strict=True):
+            watch(name, expert, output)
+        total.index_add_(0, tokens, down * weights[tokens, places, None])
+    return total
+
+
 def positions_of(setting: Setting, context: int) -> Any:
     """Cosines and sines of a window's positions."""
     torch = setting.torch
-    rotary = setting.modeling.Qwen3_5TextRotaryEmbedding(setting.config).to(setting.device)
+    rotary = setting.part("TextRotaryEmbedding")(setting.config).to(setting.device)
     numbers = torch.arange(context, device=setting.device).view(1, 1, -1).expand(3, 1, -1)
     return rotary(torch.zeros(1, context, 1, device=setting.device), numbers)
 
@@ -171,6 +247,6 @@ def positions_of(setting: Setting, context: int) -> Any:
 def build_norm(setting: Setting) -> Any:
     """The norm before the output head."""
     tensor = next(tensor for tensor in setting.model.tensors if tensor.role is Role.NORM and tensor.layer is None)
-    norm = setting.modeling.Qwen3_5RMSNorm(setting.model.sizes["n_embd"], eps=setting.config.rms_norm_eps)
+    norm = setting.part("RMSNorm")(setting.model.sizes["n_embd"], eps=setting.config.rms_norm_eps)
     norm.weight.data = setting.torch.from_numpy(read_whole(tensor)[0] - np.float32(1))
     return norm.to(setting.device).requires_grad_(False)

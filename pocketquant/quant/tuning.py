@@ -108,7 +108,7 @@ def tune_file(
         EvalError: torch or transformers is absent, too few windows, or the divergence on the windows held back did not
             fall: `out` is not written.
         RecipeError: the file was made from another model, is split, tuned already, or has nothing to tune.
-        ArchitectureError: a mixture of experts, or a model whose positions are scaled.
+        ArchitectureError: no text model, or one whose positions are scaled.
         OutputError: `out` cannot be written.
     """
     check_target(out)

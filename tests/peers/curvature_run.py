@@ -4,7 +4,8 @@
 
 Started with an interpreter that has torch. FOLDER/gradients is the statistics file; FOLDER/whole.npz holds, over the
 first N_WHOLE windows, E[x x^T] and E[g g^T] of every linear layer of the blocks under the checkpoint's names and in its
-order, as `input NAME` and `output NAME`, and `output embed`. FOLDER/few is the statistics file of those windows.
+order, as `input NAME` and `output NAME`, and `output embed`; of experts, `NAME N` for expert N, summed over the tokens
+that it got and divided by all. FOLDER/few is the statistics file of those windows.
 """
 
 import sys
@@ -57,7 +58,7 @@ collect_curvature(model, windows[: int(n_whole)], texts, out / "again", threads=
 assert (out / "again").read_bytes() == (out / "few").read_bytes()
 assert not (out / ".again.states").exists()
 
-whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, experts_implementation="eager")
 inputs, outputs = {}, {}
 
 
@@ -78,6 +79,21 @@ def watch(name):
 for name, module in whole.named_modules():
     if isinstance(module, torch.nn.Linear) and ".layers." in name:
         module.register_forward_hook(watch(name[name.index("layers.") :]))
+fused = {id(p): name[name.index("layers.") :] for name, p in whole.named_parameters() if ".experts." in name}
+multiply = torch.nn.functional.linear
+
+
+def watching(rows, weight, bias=None):
+    """An expert's weight is a view of the parameter of all of them, and lies so many matrices behind its start."""
+    output = multiply(rows, weight, bias)
+    if id(weight._base) in fused:
+        name = f"{fused[id(weight._base)]} {weight.storage_offset() // weight.numel()}"
+        add(inputs, name, rows)
+        output.register_hook(lambda gradient: add(outputs, name, gradient))
+    return output
+
+
+torch.nn.functional.linear = watching
 whole.get_input_embeddings().register_forward_hook(watch("embed"))
 whole.get_input_embeddings().weight.requires_grad_(True)
 for i, window in enumerate(windows[: int(n_whole)]):

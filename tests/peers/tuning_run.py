@@ -1,10 +1,10 @@
 """Runs in the interpreter with torch: tunes a file, and finds derivatives by differences.
 
-    python tuning_run.py ROOT FILE REFERENCE FOLDER
+    python tuning_run.py ROOT FILE REFERENCE FOLDER WATCHED...
 
 FOLDER has `windows.npy` and `more.npy`, and gets `tuned.gguf`, `again.gguf` (the same once more), `scales.gguf` (codes
 left alone), `tuned.json`, and `derivatives.json`: tensor and field -> the derivative of the divergence as all its
-scales grow, by gradients and by central differences.
+scales grow, by gradients and by central differences, of tensors whose names begin with one of WATCHED.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pocketquant.quant import tuning
 from pocketquant.quant.statistics import Text
 
 STEP = 2.0**-7
-WATCHED = ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta")
 
 
-def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) -> dict[str, tuple[float, float]]:
+def differences(
+    file: Path, reference: Path, windows: np.ndarray, folder: Path, watched: tuple[str, ...]
+) -> dict[str, tuple[float, float]]:
     model, part = open_gguf(reference), np.arange(2)
     scales = tuning._read_scales(file, read_header(file), model)
     setting = tuning.set_up(model, "cpu", 1)
@@ -37,7 +38,7 @@ def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) 
     gradients = {f"{name} {field}": float(g.sum()) for name, folded in by_tensor.items() for field, g in folded.items()}
     found = {}
     for name, each in scales.items():
-        if not name.startswith(WATCHED):
+        if not name.startswith(watched):
             continue
         for field in each.fields:
             sides = []
@@ -49,7 +50,7 @@ def differences(file: Path, reference: Path, windows: np.ndarray, folder: Path) 
     return found
 
 
-def main(file: Path, reference: Path, folder: Path) -> None:
+def main(file: Path, reference: Path, folder: Path, watched: tuple[str, ...]) -> None:
     windows, more = np.load(folder / "windows.npy"), np.load(folder / "more.npy")
     texts = [Text("text.txt", windows.size, "")]
     tune = partial(tuning.tune_file, file, open_gguf(reference), windows, texts, threads=1)
@@ -57,7 +58,7 @@ def main(file: Path, reference: Path, folder: Path) -> None:
         made = tune(folder / f"{name}.gguf", more=more, epochs=1, rate=2e-3, code_rate=4e-3)
     tune(folder / "scales.gguf", epochs=0.5, code_rate=0)
     (folder / "tuned.json").write_text(json.dumps(asdict(made)))
-    (folder / "derivatives.json").write_text(json.dumps(differences(file, reference, windows, folder)))
+    (folder / "derivatives.json").write_text(json.dumps(differences(file, reference, windows, folder, watched)))
     refused = {}
     for kind, given, base in (("tuned", folder / "tuned.gguf", reference), ("plain", reference, reference)):
         try:
@@ -73,4 +74,4 @@ def main(file: Path, reference: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[2:]))
+    main(*map(Path, sys.argv[2:5]), tuple(sys.argv[5:]))
