@@ -22,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +344,7 @@ def prepare(asked: argparse.Namespace, folder: Path) -> Bench:
     if not stats.exists():
         make_statistics(reference, calibration, stats, asked.context)
     statistics = open_statistics(stats)
+    sensitivity = asked.sensitivity or without_this_model(open_gguf(reference), folder / "sensitivity.toml")
     return Bench(
         folder,
         reference,
@@ -351,13 +354,25 @@ def prepare(asked: argparse.Namespace, folder: Path) -> Bench:
         asked.threads,
         importance_of(statistics),
         statistics,
-        asked.sensitivity,
+        sensitivity,
         asked.device,
         ("native",) if asked.native_only else ("native", "weights only"),
         tuple(Path(path) for path in calibration),
         asked.sampled,
         asked.epochs,
     )
+
+
+def without_this_model(model: Model, out: Path) -> Path | None:
+    """The package's table without the figures of a model with as many weights as this one; None if it has none."""
+    table = (resources.files("pocketquant.quant") / "sensitivity.toml").read_text(encoding="utf-8")
+    head, *entries = table.split("\n[[measured]]")
+    own = f"n_weights = {sum(prod(tensor.shape) for tensor in model.tensors)}\n"
+    others = [entry for entry in entries if own not in entry]
+    if len(others) == len(entries):
+        return None
+    out.write_text("\n[[measured]]".join([head, *others]), encoding="utf-8")
+    return out
 
 
 def importance_of(statistics: Statistics) -> Importance:
