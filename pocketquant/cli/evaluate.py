@@ -37,6 +37,7 @@ def evaluate(
     """Measures and prints the report."""
     from pocketquant.eval import compare
     from pocketquant.eval.compare import SCORERS
+    from pocketquant.eval.markdown import to_markdown
     from pocketquant.eval.reference import open_reference
     from pocketquant.eval.texts import read_texts
 
@@ -63,7 +64,7 @@ def evaluate(
     if json:
         print_json(report.to_json())
     else:
-        print(report.to_markdown(), end="")
+        print(to_markdown(report), end="")
 
 
 def _tensors(gguf: Path, reference: Path, *, quiet: bool) -> tuple[TensorState, ...]:

@@ -148,12 +148,6 @@ class Report:
         """Plain values for `json.dumps`; a number that JSON cannot write is None."""
         return {"schema": SCHEMA, **_plain(asdict(self))}
 
-    def to_markdown(self) -> str:
-        """Tables of the metrics and a line on where they come from."""
-        from pocketquant.eval.markdown import to_markdown
-
-        return to_markdown(self)
-
 
 def summarize(
     positions: Positions,

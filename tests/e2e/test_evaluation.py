@@ -17,6 +17,7 @@ from pocketquant.errors import EvalError
 from pocketquant.eval import compare
 from pocketquant.eval.conversations import TEMPLATE, read_conversations, render_chat
 from pocketquant.eval.corpus import Text, cut_corpus
+from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.texts import domain_texts, read_texts
 from pocketquant.gguf_file import open_gguf
 from pocketquant.runtime import open_runtime
@@ -145,7 +146,7 @@ def test_the_noise_floor_is_far_below_the_loss(demo_gguf: Recipe, demo_text: Pat
     assert 0 < floor.metrics.kld.mean < report.metrics.kld.mean / 5
     assert floor.metrics.bpb is not None
     assert steps == [(i + 1, 12) for i in range(12)]
-    assert "| noise floor |" in report.to_markdown()
+    assert "| noise floor |" in to_markdown(report)
 
 
 def test_texts_are_named_by_stem_or_on_request(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pocketquant.cli.app import app
 from pocketquant.errors import EvalError
 from pocketquant.eval import compare
 from pocketquant.eval.corpus import Text
+from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.pack import read_pack
 from pocketquant.eval.reference import MAX_FLOOR, base_file_bytes, make_reference, plan_reference
 
@@ -90,8 +91,8 @@ def test_top_tokens_give_a_lower_bound_of_the_stated_share(demo_gguf: Recipe, de
             assert report.metrics.top5 == live.top5
             assert report.metrics.ppl.reference == pytest.approx(live.ppl.reference, rel=1e-4)
             assert report.to_json()["provenance"]["reference_pack"]["is_lower_bound"] is True
-            assert f"{top} most likely tokens" in report.to_markdown()
-            assert "lower bounds" in report.to_markdown()
+            assert f"{top} most likely tokens" in to_markdown(report)
+            assert "lower bounds" in to_markdown(report)
     assert 0.4 < bounds[16] < bounds[64] < 1
 
 

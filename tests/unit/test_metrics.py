@@ -16,6 +16,7 @@ from pocketquant.errors import EvalError
 from pocketquant.eval import bootstrap
 from pocketquant.eval.compare import compare
 from pocketquant.eval.corpus import cut_corpus, read_text
+from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.metrics import score_rows
 from pocketquant.eval.report import Report
 from pocketquant.eval.weights import CHUNK_WEIGHTS, weight_errors
@@ -354,7 +355,7 @@ def test_positions_without_numbers_are_counted_apart(table: F32Array, text: Path
     assert (report.non_finite, report.non_finite_model, report.non_finite_reference) == (count, count, 0)
     assert report.tokens == len(scored)
     assert report.metrics.kld.max == 0
-    assert f"Not finite at {count} positions" in report.to_markdown()
+    assert f"Not finite at {count} positions" in to_markdown(report)
     broken[:] = np.inf
     with pytest.raises(EvalError, match="none of 217 positions has finite logits"):
         compare_tables(text, LetterRuntime(broken), LetterRuntime(table), context=16)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.metrics import POSITION, Positions
 from pocketquant.eval.report import (
     FileIdentity,
@@ -93,8 +94,8 @@ def test_broken_positions_move_no_metric() -> None:
     assert report.metrics.kld.mean == pytest.approx(kld.mean())
     assert (report.tokens, report.non_finite) == (930, 35)
     assert (report.non_finite_model, report.non_finite_reference) == (30, 6)
-    assert "Not finite at 35 positions" in report.to_markdown()
-    assert "Not finite" not in summarize(make_positions(30), FROM).to_markdown()
+    assert "Not finite at 35 positions" in to_markdown(report)
+    assert "Not finite" not in to_markdown(summarize(make_positions(30), FROM))
     positions["is_finite_reference"] = False
     with pytest.raises(EvalError, match="none of 930 positions"):
         summarize(positions, FROM)
@@ -134,7 +135,7 @@ def test_one_window_gets_errors_from_blocks_and_one_position_none() -> None:
     alone = summarize(make_positions(1, 1), FROM)
     assert alone.metrics.kld.se is None
     assert alone.metrics.ppl.ratio_se is None
-    assert "| perplexity, ratio |" in alone.to_markdown()
+    assert "| perplexity, ratio |" in to_markdown(alone)
 
 
 def test_numbers_beyond_json_become_none() -> None:
@@ -185,7 +186,7 @@ def test_position_buckets_double_and_see_a_drift() -> None:
     assert klds == sorted(klds)
     assert klds[0] == pytest.approx(curve["kld_nats"][:, :16].mean())
     assert report.tokens == 30 * 50
-    assert "| 64 to 99 | 1080 |" in report.to_markdown()
+    assert "| 64 to 99 | 1080 |" in to_markdown(report)
 
 
 def test_domains_are_their_own_windows() -> None:
@@ -198,7 +199,7 @@ def test_domains_are_their_own_windows() -> None:
     assert first.metrics == summarize(positions[:10], FROM).metrics
     assert last.metrics.kld.mean == pytest.approx(positions["kld_nats"][13:].mean())
     assert (broken.metrics, broken.non_finite, broken.tokens) == (None, 93, 93)
-    assert "| broken | 93 |  |" in report.to_markdown()
+    assert "| broken | 93 |  |" in to_markdown(report)
     (alone,) = summarize(positions[:10], FROM, texts=texts[:1]).by_domain
     assert alone.metrics == first.metrics
 
@@ -209,7 +210,7 @@ def test_a_noise_floor_stands_beside_the_numbers() -> None:
     floor = measure_noise(quiet, 48, 0)
     assert floor is not None
     report = summarize(make_positions(25), FROM, noise_floor=floor)
-    (line,) = [line for line in report.to_markdown().splitlines() if line.startswith("| KL divergence, mean")]
+    (line,) = [line for line in to_markdown(report).splitlines() if line.startswith("| KL divergence, mean")]
     assert line.endswith(f"| {quiet['kld_nats'].mean():.6g} |")
     assert json.loads(json.dumps(report.to_json()))["noise_floor"]["metrics"]["kld"]["mean"] == floor.metrics.kld.mean
     quiet["is_finite_model"] = False
@@ -222,7 +223,7 @@ def test_lengths_that_are_not_known_leave_out_bits_per_byte() -> None:
     report = summarize(positions, FROM)
     assert report.metrics.bpb is None
     assert report.to_json()["metrics"]["bpb"] is None
-    assert "bits per byte" not in report.to_markdown()
+    assert "bits per byte" not in to_markdown(report)
 
 
 def test_several_files_are_one_by_the_digest_of_their_digests() -> None:
