@@ -167,6 +167,7 @@ _IN_GGUF = {
 }
 _EPSILON = 1e-6  # of RMSNorm, where config.json has none
 _LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
+_LARGEST_THETA, _LARGEST_FACTOR = 1e15, 1e6
 _LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
 _LIMITS = {"n_layer": 512, "n_expert": 1024}
 """What llama.cpp has room for (LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of src/llama-hparams.h)."""
@@ -222,6 +223,7 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         problems.append("attention_bias is set: no Qwen3.5 model has attention biases and llama.cpp reads none")
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r}: llama.cpp computes silu")
+    problems += _rope_problems(config, sizes)
     if problems:
         raise ArchitectureError(f"config.json asks for what the runtimes cannot do:\n{listing(problems)}")
     return sizes
@@ -294,10 +296,32 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}, **rope}
 
 
+def _rope_problems(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
+    """What is no rotation: numbers that are none, or out of all proportion."""
+    limits = {"rope_theta": _LARGEST_THETA, "partial_rotary_factor": 1.0}
+    if _rope_kind(config) in ("linear", "yarn"):
+        limits["factor"] = _LARGEST_FACTOR
+    rope = _rope(config)
+    problems = [
+        f"{key}: {rope[key]!r:.80}, expected a number above 0 and at most {limit:g}"
+        for key, limit in limits.items()
+        if key in rope and (type(rope[key]) not in (int, float) or not 0 < rope[key] <= limit)  # NaN is not, either
+    ]
+    if not problems and (dimensions := _rope_dimensions(config, sizes)) % 2 + (dimensions < 2):
+        problems.append(f"partial_rotary_factor: turns {dimensions} of {sizes['head_dim']} dimensions: no pairs")
+    return problems
+
+
 def _rope_sections(config: Mapping[str, Any], sizes: Sizes) -> list[int]:
     sections = _rope(config).get("mrope_section", [11, 11, 10])  # transformers' default where the config has none
-    if not isinstance(sections, list) or not 1 <= len(sections) <= 4 or any(type(n) is not int for n in sections):
-        raise ArchitectureError(f"config.json mrope_section: {sections!r}, expected up to four integers")
+    if (
+        not isinstance(sections, list)
+        or not 1 <= len(sections) <= 4
+        or any(type(n) is not int or not 0 <= n <= sizes["head_dim"] for n in sections)
+    ):
+        raise ArchitectureError(
+            f"config.json mrope_section: {str(sections)[:80]}, expected up to four integers, none above head_dim"
+        )
     return [*sections, 0, 0, 0, 0][:4]
 
 
