@@ -432,7 +432,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--device", default="any")
     parser.add_argument("--methods", type=int, nargs="+", help="rows, by number")
-    parser.add_argument("--sampled", type=int, default=2048, help="windows more for tuning, written by the model")
+    parser.add_argument("--sampled", type=int, default=4096, help="windows more for tuning, written by the model")
     parser.add_argument("--epochs", type=float, default=2.0, help="of tuning")
     parser.add_argument("--native-only", action="store_true", help="leave out the runs of dequantized weights")
     parser.add_argument("--ablation", action="store_true")
