@@ -13,6 +13,7 @@ from typing import Any
 from pocketquant.eval import compare, weight_errors
 from pocketquant.eval.html import to_card, to_html, to_sheet
 from pocketquant.eval.report import identify
+from pocketquant.files import replacing_together
 from pocketquant.gguf_file import open_gguf
 from pocketquant.pipeline import Run, write
 from pocketquant.quant.collect import SELF, Calibration, collect_importance
@@ -149,11 +150,16 @@ def describe_importance(release: Release, calibration: Calibration | None) -> di
 
 
 def write_reports(result: dict[str, Any], folder: Path) -> list[str]:
-    """report.json and the same for people, in Markdown and HTML; gives their names."""
+    """report.json and the same for people, in Markdown and HTML, all of one run; gives their names.
+
+    Raises:
+        OutputError: they cannot be written; those of an earlier run stay.
+    """
     sheet = to_sheet([("report.json", result)])
-    (folder / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(to_card(sheet), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(sheet), encoding="utf-8")
+    pages = [json.dumps(result, indent=2, ensure_ascii=False) + "\n", to_card(sheet), to_html(sheet)]
+    with replacing_together([folder / name for name in REPORTS]) as temporaries:
+        for temporary, page in zip(temporaries, pages, strict=True):
+            temporary.write_text(page, encoding="utf-8")
     return list(REPORTS)
 
 

@@ -82,6 +82,13 @@ def test_the_numbers_are_those_of_a_comparison(demo_gguf: Any, tmp_path: Path) -
     assert entry["evaluation"]["by_position"] is not None
     assert entry["is_kept"] is False
     assert not list(tmp_path.glob("*.gguf"))
+    # the three pages of a report are of one run: where one cannot be replaced, none is
+    before = (tmp_path / "report.json").read_bytes()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    again = run("sweep", checkpoint_dir(), "-o", tmp_path, *SMALL, "-r", "q5_k_s", "--keep", "none", code=2)
+    assert "report.html" in again.stderr
+    assert (tmp_path / "report.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
