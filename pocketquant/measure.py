@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def describe_source(release: Release) -> dict[str, Any]:
     return {
         "name": release.name,
         "given": source.name if source.exists() else release.source,
-        "n_weights": sum(prod(tensor.shape) for tensor in release.model.tensors),
+        "n_weights": release.model.n_weights,
         "notes": list(release.model.notes),
         "files": [asdict(identify(path)) for path in files],
     }

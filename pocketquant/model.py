@@ -111,6 +111,11 @@ class Tensor:
     def n_rows(self) -> int:
         return prod(self.shape[:-1])
 
+    @property
+    def n_matrix(self) -> int:
+        """Matrices of a linear layer: one, or one for each expert."""
+        return prod(self.shape[:-2])
+
     def rows(self, start: int, stop: int) -> F32Array:
         """Rows [start, stop) as f32[n, n_cols]. A tensor of one dimension is one row."""
         return self.source.rows(start, stop)
@@ -133,6 +138,11 @@ class Model:
     tensors: tuple[Tensor, ...]
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+
+    @property
+    def n_weights(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(prod(tensor.shape) for tensor in self.tensors)
 
     @property
     def is_tied(self) -> bool:

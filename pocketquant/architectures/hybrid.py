@@ -138,7 +138,7 @@ HYBRID_TENSORS = (
 
 # ---------------------------------------------------------------- sizes
 
-_FROM_CONFIG = {
+FROM_CONFIG = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -197,7 +197,7 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
     config = dict(config)
     if "head_dim" not in config and isinstance(config.get("hidden_size"), int):
         config["head_dim"] = config["hidden_size"] // max(1, int(config.get("num_attention_heads") or 1))
-    keys = {**_FROM_CONFIG, **feed_forward}
+    keys = {**FROM_CONFIG, **feed_forward}
     problems = []
     for word, key in keys.items():
         limit = _LIMITS.get(word, _LARGEST)
@@ -307,7 +307,7 @@ def _rope_problems(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
         for key, limit in limits.items()
         if key in rope and (type(rope[key]) not in (int, float) or not 0 < rope[key] <= limit)  # NaN is not, either
     ]
-    if not problems and (dimensions := _rope_dimensions(config, sizes)) % 2 + (dimensions < 2):
+    if not problems and ((dimensions := _rope_dimensions(config, sizes)) % 2 or dimensions < 2):
         problems.append(f"partial_rotary_factor: turns {dimensions} of {sizes['head_dim']} dimensions: no pairs")
     return problems
 

@@ -21,9 +21,12 @@ _FEED_FORWARD = (
 )
 
 
+_FROM_CONFIG = {"n_ff": "intermediate_size"}
+
+
 def read_sizes(config: Mapping[str, Any]) -> Sizes:
     """Text config -> the number of every dimension word; ArchitectureError as `hybrid.read_sizes`."""
-    return hybrid.read_sizes(config, {"n_ff": "intermediate_size"})
+    return hybrid.read_sizes(config, _FROM_CONFIG)
 
 
 def sizes_from_gguf(metadata: Mapping[str, Value]) -> Sizes:
@@ -40,4 +43,5 @@ QWEN35 = Architecture(
     layer_kinds=hybrid.layer_kinds,
     sizes_from_gguf=sizes_from_gguf,
     dropped=hybrid.DROPPED,
+    config_keys={**hybrid.FROM_CONFIG, **_FROM_CONFIG},
 )

@@ -63,6 +63,12 @@ _FEED_FORWARD = (
 )
 
 
+_FROM_CONFIG = {
+    "n_expert": "num_experts",
+    "n_expert_used": "num_experts_per_tok",
+    "n_ff_exp": "moe_intermediate_size",
+    "n_ff_shared": "shared_expert_intermediate_size",
+}
 _N_SHARED = 1
 """Shared experts of a block; the gate of the shared one keeps its single row in GGUF, as in llama.cpp's converter."""
 
@@ -73,15 +79,7 @@ def read_sizes(config: Mapping[str, Any]) -> Sizes:
     Raises:
         ArchitectureError: as `hybrid.read_sizes`, or more experts in use than there are.
     """
-    sizes = hybrid.read_sizes(
-        config,
-        {
-            "n_expert": "num_experts",
-            "n_expert_used": "num_experts_per_tok",
-            "n_ff_exp": "moe_intermediate_size",
-            "n_ff_shared": "shared_expert_intermediate_size",
-        },
-    )
+    sizes = hybrid.read_sizes(config, _FROM_CONFIG)
     if sizes["n_expert_used"] > sizes["n_expert"]:
         raise ArchitectureError(
             f"config.json: num_experts_per_tok {sizes['n_expert_used']} is more than num_experts {sizes['n_expert']}"
@@ -120,4 +118,5 @@ QWEN35MOE = Architecture(
     layer_kinds=hybrid.layer_kinds,
     sizes_from_gguf=sizes_from_gguf,
     dropped=hybrid.DROPPED,
+    config_keys={**hybrid.FROM_CONFIG, **_FROM_CONFIG},
 )

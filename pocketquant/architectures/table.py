@@ -8,7 +8,7 @@ is to say about its tensor and every tensor can be streamed in row chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,7 @@ class Architecture:
         sizes_from_gguf: metadata of a GGUF -> the same sizes.
         dropped: checkpoint name prefixes that are left out -> what they are.
         blocks: what a block's names begin with in GGUF, before its number.
+        config_keys: dimension words -> the text config's keys of the same number.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Architecture:
     sizes_from_gguf: Callable[[Mapping[str, Value]], Sizes]
     dropped: Mapping[str, str]
     blocks: str = "blk"
+    config_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def shape_words(rule: TensorRule, *, one_by_one: bool = False) -> tuple[str, ...]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pocketquant.cli.planning import as_gguf
 from pocketquant.cli.screen import print_json, say, size, step_progress
-
-if TYPE_CHECKING:
-    pass
 
 
 def calibrate(
@@ -168,7 +165,6 @@ def _collect_both(gguf: Path, task: _Task) -> None:
 def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
     from pocketquant.convert.sources import open_model
     from pocketquant.quant.calibrating import plan_calibration
-    from pocketquant.quant.curvature import cost_of_gradients
 
     model = open_model(source)
     calibration = plan_calibration(model, memory_bytes=task.memory_bytes)
@@ -178,6 +174,8 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         "file_bytes": calibration.file_bytes,
     }
     if curvature:
+        from pocketquant.quant.curvature import cost_of_gradients
+
         outputs, largest = cost_of_gradients(model, set(calibration.shared))
         cost |= {
             "gradient_memory_bytes": largest,

@@ -214,7 +214,7 @@ def _recipe(
 
 def _budget(model: Model, target: Target, header: int, kept: int, options: list[Options]) -> int:
     """Bytes for the tensors that have a choice, each one padded; `header` and `kept` are the bytes of the rest."""
-    n_weights = sum(prod(tensor.shape) for tensor in model.tensors)
+    n_weights = model.n_weights
     least, most = (sum(option.nbytes[i] for option in options) for i in (0, -1))
     if target.file_bytes is not None:
         budget = target.file_bytes - header - kept

@@ -102,7 +102,7 @@ def plan_calibration(model: Model, *, memory_bytes: int = 2 << 30, n_group: int 
         group = next((i for i, roles in enumerate(_SAME_INPUT) if tensor.role in roles), None)
         shared[tensor.name] = tensor.name if group is None else first_of.setdefault((tensor.layer, group), tensor.name)
     by_name = {tensor.name: tensor for tensor in wanted}
-    inputs = {key: (_n_matrix(by_name[key]), by_name[key].n_cols) for key in dict.fromkeys(shared.values())}
+    inputs = {key: (by_name[key].n_matrix, by_name[key].n_cols) for key in dict.fromkeys(shared.values())}
     n_embd, n_vocab = model.sizes["n_embd"], next(t.n_rows for t in model.tensors if t.role is Role.EMBED)
     largest = max([4 * k * k for _, k in inputs.values()] + [4 * n_embd**2])
     if 2 * largest > memory_bytes:
@@ -142,10 +142,6 @@ def _as_pass(shares: Sequence[Share], layers: Mapping[str, int]) -> Pass:
 def _has_inputs(tensor: Tensor, n_layer: int) -> bool:
     # blocks behind the last layer predict further tokens; they are not run over a text here
     return tensor.layer is not None and tensor.layer < n_layer and len(tensor.shape) > 1 and not tensor.keep_f32
-
-
-def _n_matrix(tensor: Tensor) -> int:
-    return tensor.shape[0] if len(tensor.shape) == 3 else 1
 
 
 def calibrate(

@@ -60,7 +60,12 @@ class Calibration:
     @property
     def sha256(self) -> str:
         """Digest of the tokens."""
-        return hashlib.sha256(self.windows.astype("<i4").tobytes()).hexdigest()
+        return digest_of_tokens(self.windows)
+
+
+def digest_of_tokens(windows: npt.NDArray[np.int32]) -> str:
+    """SHA-256 of tokens i32[n_window, context], in hexadecimal digits."""
+    return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
 
 
 def collect_importance(

@@ -12,7 +12,9 @@ in memory at a time, whatever the size of the model, and work that was interrupt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pocketquant.architectures.table import TensorRule
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
+from pocketquant.quant.collect import digest_of_tokens
 from pocketquant.quant.curvature_states import States
 from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, OUTPUT, Text, fingerprint
 from pocketquant.quant.statistics_writing import About, Layout, lay_out, triangles
@@ -78,15 +81,12 @@ def collect_curvature(
     setting = set_up(model, device, threads)
     linears = [linears_of(setting, layer) for layer in range(model.sizes["n_layer"])]
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, n_matrix, side in [
-        *((tensor.name + OUTPUT, _n_matrix(tensor), tensor.shape[-2]) for layer in linears for _, tensor in layer),
-        (EMBED_OUTPUT, 1, model.sizes["n_embd"]),
-    ]:
-        arrays[name + COUNT] = ("I64", (n_matrix,))
-        arrays[name] = triangles(n_matrix, side)
+    for name, stated in _matrices(model, (tensor for layer in linears for _, tensor in layer)):
+        arrays[name + COUNT] = ("I64", stated[1][:1])
+        arrays[name] = stated
     layout = lay_out(About(0, fingerprint(model), tuple(texts), {}), arrays)
-    tokens = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
-    run = {"header": hashlib.sha256(layout.header).hexdigest(), "tokens": tokens, "seed": seed, "batch": batch}
+    header, tokens = hashlib.sha256(layout.header).hexdigest(), digest_of_tokens(windows)
+    run = {"header": header, "tokens": tokens, "seed": seed, "batch": batch}
     states = States(out.with_name(f".{out.name}.states"), (*windows.shape, model.sizes["n_embd"]))
     states.begin(layout, run, resume)
     n_layer, steps = model.sizes["n_layer"], iter(range(1, 2 * model.sizes["n_layer"] + 2))
@@ -127,14 +127,18 @@ def cost_of_gradients(model: Model, linears: Collection[str]) -> tuple[int, int]
         model: the opened model.
         linears: names of the tensors that get matrices.
     """
-    of_file, of_layer = 2 * model.sizes["n_embd"] * (model.sizes["n_embd"] + 1), dict[int | None, int]()
-    for tensor in model.tensors:
-        if tensor.name in linears:
-            n_matrix, m = _n_matrix(tensor), tensor.shape[-2]
-            of_file += n_matrix * 2 * m * (m + 1)
-            weights = tensor.n_rows * tensor.n_cols
-            of_layer[tensor.layer] = of_layer.get(tensor.layer, 0) + 4 * (weights + n_matrix * m * m)
-    return of_file, max(of_layer.values(), default=0)
+    chosen = [tensor for tensor in model.tensors if tensor.name in linears]
+    of_layer: Counter[int | None] = Counter()
+    for tensor in chosen:  # a matrix has as many rows and columns as a weight's has rows
+        of_layer[tensor.layer] += 4 * tensor.n_rows * (tensor.n_cols + tensor.shape[-2])
+    return sum(4 * prod(shape) for _, (_, shape) in _matrices(model, chosen)), max(of_layer.values(), default=0)
+
+
+def _matrices(model: Model, linears: Iterable[Tensor]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Name, dtype and shape of every array of second moments."""
+    for tensor in linears:
+        yield tensor.name + OUTPUT, triangles(tensor.n_matrix, tensor.shape[-2])
+    yield EMBED_OUTPUT, triangles(1, model.sizes["n_embd"])
 
 
 # ---------------------------------------------------------------- forwards and backwards
@@ -214,7 +218,7 @@ def _backward(
 ) -> None:
     torch, module = setting.torch, build_layer(setting, layer)
     moments = {
-        tensor.name: torch.zeros(_n_matrix(tensor), tensor.shape[-2], tensor.shape[-2], device=setting.device)
+        tensor.name: torch.zeros(tensor.n_matrix, tensor.shape[-2], tensor.shape[-2], device=setting.device)
         for _, tensor in linears
     }
 
@@ -243,11 +247,6 @@ def _backward(
         states.write("gradient", layer, gradients())
     states.drop("hidden", layer + 1)
     states.drop("gradient", layer + 1)
-
-
-def _n_matrix(tensor: Tensor) -> int:
-    """Matrices of a linear layer: one, or one for each expert."""
-    return tensor.n_rows // tensor.shape[-2]
 
 
 def _pieces(name: str, moments: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +198,7 @@ def measure_sensitivity(
             progress(done, total)
     least = min((value for value in figures.values() if value > 0), default=1.0) / 1000
     lines = ["schema = 1", f"source = {json.dumps(source)}", "", "[[measured]]", f"model = {json.dumps(source)}"]
-    lines += [f"n_weights = {sum(prod(t.shape) for t in model.tensors)}", f"n_layer = {model.sizes['n_layer']}"]
+    lines += [f"n_weights = {model.n_weights}", f"n_layer = {model.sizes['n_layer']}"]
     lines += [f'probe = "{PROBE}"', "", "[measured.whole_model]"]
     lines += [f"{name} = {value:.6g}" for name, value in whole.items() if value > 0]
     for role in dict.fromkeys(group.role for group in groups):

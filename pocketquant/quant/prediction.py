@@ -150,7 +150,7 @@ class _Meter:
     def error(self, tensor: Tensor, name: str, encoder: RowEncoder | None) -> float:
         if tensor.role in (Role.EMBED, Role.HEAD):
             return self._vocabulary(tensor, name, encoder)
-        n_matrix = int(np.prod(tensor.shape[:-2]))
+        n_matrix = tensor.n_matrix
         return sum(self._matrix(tensor, expert if n_matrix > 1 else None, name, encoder) for expert in range(n_matrix))
 
     def _matrix(self, tensor: Tensor, expert: int | None, name: str, encoder: RowEncoder | None) -> float:
@@ -168,7 +168,7 @@ class _Meter:
             if outputs is not None:
                 return 0.5 * float(np.sum(outputs * (right @ d.T), dtype=np.float64))
             return float(np.sum(right * d, dtype=np.float64))
-        wanted = max(_CHUNK_ROWS // 16, SAMPLE_WEIGHTS // (tensor.n_cols * max(1, int(np.prod(tensor.shape[:-2])))))
+        wanted = max(_CHUNK_ROWS // 16, SAMPLE_WEIGHTS // (tensor.n_cols * max(1, tensor.n_matrix)))
         total, seen = 0.0, 0
         for first, last in _sample(rows, wanted):
             d = _difference(tensor, start + first, start + last, name, encoder)
@@ -185,7 +185,7 @@ class _Meter:
         name = statistics.shared.get(tensor.name, tensor.name) + "/input"
         if name not in statistics.entries:
             return 0.0, 0.0
-        n_matrix = int(np.prod(tensor.shape[:-2]))
+        n_matrix = tensor.n_matrix
         for number in range(n_matrix):
             expert = number if n_matrix > 1 else None
             inputs = statistics.input(tensor.name, expert)

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
-from math import exp, isfinite, log, prod
+from math import exp, isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class Sensitivity:
         missing = sorted({tensor.role.value for tensor in weights if self._measured_role(tensor) is None})
         if missing:
             raise RecipeError(f"{self.source}: no sensitivity for roles of this model\n{listing(missing)}")
-        n_weights = sum(prod(tensor.shape) for tensor in model.tensors)
+        n_weights = model.n_weights
         figures = {tensor.name: self._figure(tensor, model, n_weights) for tensor in weights}
         names = set.intersection(*(set(item.whole_model) for item in self.measured))
         whole = {name: self._between([item.whole_model[name] for item in self.measured], n_weights) for name in names}

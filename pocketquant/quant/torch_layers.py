@@ -25,15 +25,8 @@ from pocketquant.model import Model, Role, Tensor
 
 _ROWS = 1 << 14
 
-_DENSE = {"intermediate_size": "n_ff"}
-_EXPERTS = {
-    "num_experts": "n_expert",
-    "num_experts_per_tok": "n_expert_used",
-    "moe_intermediate_size": "n_ff_exp",
-    "shared_expert_intermediate_size": "n_ff_shared",
-}
-_CLASSES = {"qwen35": ("Qwen3_5", _DENSE), "qwen35moe": ("Qwen3_5Moe", _EXPERTS)}
-"""Architecture -> what the names of transformers' classes begin with, and the feed-forward's keys -> sizes."""
+_CLASSES = {"qwen35": "Qwen3_5", "qwen35moe": "Qwen3_5Moe"}
+"""Architecture -> what the names of transformers' classes begin with."""
 
 _OF_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
@@ -50,8 +43,8 @@ class Setting:
     rules: tuple[TensorRule, ...]
 
 
-def require_torch() -> tuple[Any, Any, Any]:
-    """torch, transformers' Qwen3.5 and its mixture of experts; EvalError where one of them is not installed."""
+def require_torch() -> tuple[Any, dict[str, Any]]:
+    """torch, and architecture -> transformers' module of it; EvalError where one of them is not installed."""
     try:
         import torch
         import transformers.models.qwen3_5.modeling_qwen3_5 as dense
@@ -61,7 +54,7 @@ def require_torch() -> tuple[Any, Any, Any]:
             f"gradients need torch and transformers, which cannot be imported here ({error}); "
             "pip install 'pocketquant[curvature]', or calibrate without gradients"
         ) from error
-    return torch, dense, moe
+    return torch, {"qwen35": dense, "qwen35moe": moe}
 
 
 def set_up(model: Model, device: str, threads: int | None) -> Setting:
@@ -73,9 +66,12 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
     """
     if model.architecture not in _CLASSES:
         raise ArchitectureError(f"{model.architecture}: gradients are known of text models; calibrate without them")
-    torch, dense, moe = require_torch()
-    prefix, feed_forward = _CLASSES[model.architecture]
-    modeling = dense if feed_forward is _DENSE else moe
+    torch, modeling = require_torch()
+    architecture = architecture_named(model.architecture)
+
+    def part(name: str) -> Any:
+        return getattr(modeling[architecture.name], _CLASSES[architecture.name] + name)
+
     torch.set_num_threads(threads or usable_threads())
     start = f"{model.architecture}."
     keys = {key.removeprefix(start): value.value for key, value in model.metadata.items() if key.startswith(start)}
@@ -84,18 +80,7 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
     sizes = model.sizes
     roles = {(tensor.layer, tensor.role) for tensor in model.tensors}
     n_layer, sections = sizes["n_layer"], list(keys.get("rope.dimension_sections", (11, 11, 10, 0)))[:3]
-    config = getattr(modeling, f"{prefix}TextConfig")(
-        vocab_size=sizes["n_vocab"],
-        hidden_size=sizes["n_embd"],
-        num_hidden_layers=n_layer,
-        num_attention_heads=sizes["n_head"],
-        num_key_value_heads=sizes["n_kv"],
-        head_dim=sizes["head_dim"],
-        linear_num_key_heads=sizes["n_k"],
-        linear_num_value_heads=sizes["n_v"],
-        linear_key_head_dim=sizes["head_k_dim"],
-        linear_value_head_dim=sizes["head_v_dim"],
-        linear_conv_kernel_dim=sizes["n_conv"],
+    config = part("TextConfig")(
         layer_types=[
             "linear_attention" if (layer, Role.DELTA_QKV) in roles else "full_attention" for layer in range(n_layer)
         ],
@@ -107,13 +92,11 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
             "mrope_interleaved": True,
             "mrope_section": sections,
         },
-        **{key: sizes[word] for key, word in feed_forward.items()},
+        **{key: sizes[word] for word, key in architecture.config_keys.items()},
     )
     config._attn_implementation, config._experts_implementation = "sdpa", "eager"
-    rules = tuple(
-        rule for rule in architecture_named(model.architecture).tensors if rule.where in (BLOCK, DELTA, ATTENTION)
-    )
-    return Setting(torch, lambda name: getattr(modeling, prefix + name), config, model, device, rules)
+    rules = tuple(rule for rule in architecture.tensors if rule.where in (BLOCK, DELTA, ATTENTION))
+    return Setting(torch, part, config, model, device, rules)
 
 
 def tensors_of(setting: Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:

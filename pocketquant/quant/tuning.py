@@ -27,7 +27,7 @@ from pocketquant.formats import U8Array
 from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
 from pocketquant.model import Model, Tensor, Value, padded
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
-from pocketquant.quant.collect import SELF, Calibration
+from pocketquant.quant.collect import SELF, digest_of_tokens
 from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import read_whole, set_up
 from pocketquant.quant.tuner import Numbers, Tuner, run_reference
@@ -201,7 +201,7 @@ def go_on(
 
 def sampled_text(more: npt.NDArray[np.int32]) -> Text:
     """What windows of `go_on` are called among the texts."""
-    return Text(SELF, more.size, Calibration(SELF, more).sha256)
+    return Text(SELF, more.size, digest_of_tokens(more))
 
 
 def check_file(file: Path, reference: Model) -> tuple[int, int]:

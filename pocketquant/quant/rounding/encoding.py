@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -198,7 +197,7 @@ def _describe_unseen(experts: list[int]) -> str:
 
 
 def _check_side(tensor: Tensor, name: str, side: int, statistics: Statistics, n_matrix: int | None = None) -> None:
-    expected = prod(tensor.shape[:-2]) if n_matrix is None else n_matrix
+    expected = tensor.n_matrix if n_matrix is None else n_matrix
     if statistics.entries[name].shape != (expected, side * (side + 1) // 2):
         raise RecipeError(
             f"{statistics.path}: {name} is not of the size of {tensor.name} {list(tensor.shape)}; the statistics are "
