@@ -15,7 +15,6 @@ Q4_K_M's bytes. `--keep` holds what was made, and an interrupted run goes on the
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import tempfile
@@ -23,12 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from quality_peer import SIZES, importance_of, quantize_peer
 
 from pocketquant.convert.sources import open_model
 from pocketquant.demo import checkpoint_dir, text_path
@@ -50,9 +52,6 @@ from pocketquant.quant.rounding.rows import Rounding
 from pocketquant.quant.sensitivity import Sensitivity
 from pocketquant.quant.statistics import Statistics, open_statistics
 from pocketquant.quant.statistics_writing import merge_statistics
-
-SIZES = {"Q3_K_M": 12, "IQ4_XS": 30, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
-"""llama.cpp's file types (include/llama.h) that are compared with."""
 
 RECIPES = {"IQ4_XS": "iq4_xs", "Q4_K_S": "q4_k_s", "Q4_K_M": "q4_k_m", "Q5_K_M": "q5_k_m", "Q6_K": "q6_k"}
 
@@ -105,32 +104,6 @@ class Bench:
         found = read_figures(path)
         assert isinstance(found, LossTable)
         return found
-
-
-def quantize_peer(bench: Bench, file_type: int, out: Path) -> None:
-    """llama.cpp's own file of a type, with the importance matrix."""
-    import llama_cpp.llama_cpp as llama
-
-    llama.llama_log_set(_silent(llama), ctypes.c_void_p(0))
-    weights = bench.importance.weights
-    entries = (llama.llama_model_imatrix_data * (len(weights) + 1))()
-    for entry, (name, values) in zip(entries, weights.items(), strict=False):
-        entry.name, entry.size = name.encode(), values.size
-        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    params = llama.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.imatrix = file_type, bench.threads, entries
-    source, target = str(bench.reference).encode(), str(out).encode()
-    if llama.llama_model_quantize(source, target, ctypes.byref(params)):
-        raise SystemExit(f"llama.cpp could not quantize to file type {file_type}")
-
-
-_kept: list[Any] = []
-
-
-def _silent(llama: Any) -> Any:
-    if not _kept:
-        _kept.append(llama.llama_log_callback(lambda level, text, data: None))
-    return _kept[0]
 
 
 def plan_ours(bench: Bench, nbytes: int, steps: str, gradients: bool) -> Plan:
@@ -194,7 +167,7 @@ def make(bench: Bench, name: str, maker: Callable[[], Plan] | None, file_type: i
         started = time.process_time()
         if maker is None:
             unfinished = path.with_suffix(".part")
-            quantize_peer(bench, file_type, unfinished)
+            quantize_peer(bench.reference, bench.importance, file_type, unfinished, bench.threads)
             unfinished.rename(path)
         else:
             write(maker(), path, threads=bench.threads)
@@ -367,25 +340,12 @@ def without_this_model(model: Model, out: Path) -> Path | None:
     """The package's table without the figures of a model with as many weights as this one; None if it has none."""
     table = (resources.files("pocketquant.quant") / "sensitivity.toml").read_text(encoding="utf-8")
     head, *entries = table.split("\n[[measured]]")
-    own = f"n_weights = {sum(prod(tensor.shape) for tensor in model.tensors)}\n"
+    own = f"n_weights = {model.n_weights}\n"
     others = [entry for entry in entries if own not in entry]
     if len(others) == len(entries):
         return None
     out.write_text("\n[[measured]]".join([head, *others]), encoding="utf-8")
     return out
-
-
-def importance_of(statistics: Statistics) -> Importance:
-    """What llama-imatrix makes of the same text: the mean squared inputs of the blocks' weights, the diagonal of H."""
-    weights = {}
-    for name in statistics.shared:
-        if name.startswith("blk."):
-            n_expert = statistics.entries[statistics.shared[name] + "/input"].shape[0]
-            found = [statistics.input(name, expert if n_expert > 1 else None) for expert in range(n_expert)]
-            side = next(len(moment) for moment in found if moment is not None)
-            rows = [np.ones(side) if moment is None else moment.diagonal() for moment in found]
-            weights[name] = np.ascontiguousarray(np.squeeze(np.stack(rows)), np.float32)
-    return Importance(weights, "calibration", tuple(text.name for text in statistics.texts))
 
 
 def has_torch() -> bool:
