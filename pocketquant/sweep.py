@@ -35,7 +35,7 @@ from pocketquant.measure import (
 from pocketquant.quant import read_importance
 from pocketquant.quant.collect import SELF, digest_file
 from pocketquant.release import Release, Variant, plan_again
-from pocketquant.runtime import require_runtime
+from pocketquant.llama.runtime import require_runtime
 
 SCHEMA = "pocketquant.sweep/1"
 KEEP = ("front", "all", "none")

@@ -20,7 +20,7 @@ import numpy as np
 
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
-from pocketquant.runtime_branches import CHUNK, BranchRuntime
+from pocketquant.llama.branches import CHUNK, BranchRuntime
 
 DEFAULT_TOKENS = 256
 """Tokens that an answer may have where the task does not say; the harness's own default."""

@@ -37,7 +37,7 @@ from pocketquant.eval.report import (
 )
 from pocketquant.eval.windows import MIN_LANE_WINDOWS, Progress, score_windows
 from pocketquant.files import usable_threads
-from pocketquant.runtime import Runtime, TextRuntime, open_runtime
+from pocketquant.llama.runtime import Runtime, TextRuntime, open_runtime
 
 NOISE_WINDOWS = 32
 """Windows that the noise floor is measured on, at most: more change its first digits no more."""

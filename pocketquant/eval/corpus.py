@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import EvalError
-from pocketquant.runtime import Runtime
+from pocketquant.llama.runtime import Runtime
 
 MIN_CONTEXT = 8
 CHAT_SUFFIX = ".jsonl"

@@ -37,7 +37,7 @@ from pocketquant.files import replacing
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import open_gguf
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.runtime import Runtime, open_runtime
+from pocketquant.llama.runtime import Runtime, open_runtime
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""

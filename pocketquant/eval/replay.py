@@ -22,7 +22,7 @@ from pocketquant.eval.top import MIN_TOP, decode_top, row_dtype
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import GgufRows, GgufTensor, open_gguf
 from pocketquant.model import Role, Tensor
-from pocketquant.runtime import default_rows
+from pocketquant.llama.runtime import default_rows
 
 
 class PackRuntime:

@@ -20,7 +20,7 @@ from pocketquant.eval.answering import write_answer
 from pocketquant.eval.paired import Paired, pair_answers
 from pocketquant.eval.report import FileIdentity, identify, list_versions
 from pocketquant.eval.tasks import Progress, chat_renderer, context_of
-from pocketquant.runtime_branches import open_branches
+from pocketquant.llama.branches import open_branches
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256

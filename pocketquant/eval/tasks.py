@@ -25,7 +25,7 @@ from pocketquant.eval.report import FileIdentity, identify, list_versions
 from pocketquant.eval.tasks_loading import Settings, explain, load_tasks, quiet_harness
 from pocketquant.files import replacing
 from pocketquant.gguf_file import open_gguf
-from pocketquant.runtime_branches import open_branches
+from pocketquant.llama.branches import open_branches
 
 SCHEMA = "pocketquant.tasks/1"
 DEFAULT_CONTEXT = 4096

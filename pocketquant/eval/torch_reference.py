@@ -24,7 +24,7 @@ from pocketquant.eval.states import Head
 from pocketquant.files import sha256_of, usable_threads
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.model import Role, Tensor
-from pocketquant.runtime import Runtime, default_rows
+from pocketquant.llama.runtime import Runtime, default_rows
 
 _FILES = ("config.json", "tokenizer.json", "*.safetensors")
 

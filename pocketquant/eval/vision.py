@@ -22,7 +22,7 @@ from pocketquant.eval.report import FileIdentity, identify, list_versions
 from pocketquant.eval.tasks import Progress, context_of
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import open_gguf
-from pocketquant.runtime_vision import open_vision_runtime
+from pocketquant.llama.vision import open_vision_runtime
 
 SCHEMA = "pocketquant.vision/1"
 QUESTION = "Describe this image."

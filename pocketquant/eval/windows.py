@@ -17,7 +17,7 @@ from pocketquant.eval.corpus import Corpus
 from pocketquant.eval.metrics import POSITION, Positions, Scorer, score_rows
 from pocketquant.eval.top import TopRows
 from pocketquant.formats import F32Array
-from pocketquant.runtime import Runtime
+from pocketquant.llama.runtime import Runtime
 
 MIN_LANE_WINDOWS = 4
 """With fewer windows one lane would often have nothing to do."""

@@ -31,7 +31,7 @@ from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, g
 from pocketquant.quant.observing import Observer
 from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
-from pocketquant.runtime import default_rows, open_runtime
+from pocketquant.llama.runtime import default_rows, open_runtime
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all, those of every pass."""

@@ -28,7 +28,7 @@ from pocketquant.files import replacing
 from pocketquant.quant.drafting import Block, block_beside, find_block, open_block
 from pocketquant.quant.importance import ImportanceSums
 from pocketquant.quant.observing import InputSums, Observer
-from pocketquant.runtime import Runtime, open_runtime, open_sampler
+from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""

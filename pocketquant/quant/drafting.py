@@ -25,7 +25,7 @@ from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.gguf_file import read_shards
-from pocketquant.runtime import Observe, require_runtime
+from pocketquant.llama.runtime import Observe, require_runtime
 
 RunBlock = Callable[[npt.NDArray[np.int32], F32Array], None]
 """Runs the block, memory empty at the start: i32[n] tokens and f32[n, n_embd], the hidden state before each."""

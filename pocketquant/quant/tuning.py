@@ -31,7 +31,7 @@ from pocketquant.quant.collect import SELF, digest_of_tokens
 from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import read_whole, set_up
 from pocketquant.quant.tuner import Numbers, Tuner, run_reference
-from pocketquant.runtime_sampling import sample_on
+from pocketquant.llama.sampling import sample_on
 
 Progress = Callable[[int, int], None]
 """Called with batches done and batches in all: those that look at held-back windows, too."""

@@ -29,7 +29,7 @@ from pocketquant.eval import compare
 from pocketquant.quant.calibrating import calibrate, cut_texts, plan_calibration
 from pocketquant.quant.collect import collect_importance
 from pocketquant.quant.observing import Observer, Product
-from pocketquant.runtime import open_runtime
+from pocketquant.llama.runtime import open_runtime
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 TEXT = text_path("calibration")

@@ -13,7 +13,7 @@ import pytest
 from pocketquant.errors import EvalError
 from pocketquant.eval import compare, weight_errors
 from pocketquant.gguf_file import open_gguf
-from pocketquant.runtime import open_runtime
+from pocketquant.llama.runtime import open_runtime
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

@@ -17,7 +17,7 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import EvalError
 from pocketquant.eval.vision import compare_towers
-from pocketquant.runtime_vision import check_image, open_vision_runtime
+from pocketquant.llama.vision import check_image, open_vision_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))

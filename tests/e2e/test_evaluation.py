@@ -20,7 +20,7 @@ from pocketquant.eval.corpus import Text, cut_corpus
 from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.texts import domain_texts, read_texts
 from pocketquant.gguf_file import open_gguf
-from pocketquant.runtime import open_runtime
+from pocketquant.llama.runtime import open_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 Recipe = Callable[[str], Path]

@@ -30,7 +30,7 @@ from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.model import Value
 from pocketquant.quant.recipe import Rule
-from pocketquant.runtime import open_runtime
+from pocketquant.llama.runtime import open_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

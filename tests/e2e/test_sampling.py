@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pocketquant.errors import EvalError
-from pocketquant.runtime import open_runtime
-from pocketquant.runtime_sampling import sample_on
+from pocketquant.llama.runtime import open_runtime
+from pocketquant.llama.sampling import sample_on
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 START, CONTEXT = 20, 48

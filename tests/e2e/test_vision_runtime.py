@@ -19,7 +19,7 @@ from vision_maker import (
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import EvalError
-from pocketquant.runtime_vision import open_vision_runtime
+from pocketquant.llama.vision import open_vision_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 WIDE = vision_config(hidden_size=256, intermediate_size=512)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pocketquant.demo import checkpoint_dir
-from pocketquant.runtime import open_runtime
+from pocketquant.llama.runtime import open_runtime
 
 HERE = Path(__file__).parent
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

@@ -15,7 +15,7 @@ from checkpoint_maker import make_checkpoint, one_by_one
 from moe_checkpoint import golden_checkpoint, golden_weights
 
 from pocketquant import open_model, open_recipe, plan, write
-from pocketquant.runtime import open_runtime
+from pocketquant.llama.runtime import open_runtime
 
 GOLDEN = Path(__file__).with_name("moe_logits.npz")
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

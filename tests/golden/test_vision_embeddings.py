@@ -15,7 +15,7 @@ from vision_maker import AFTER, BEFORE, PICTURES, make_vision_checkpoint, pictur
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.vision import open_vision
-from pocketquant.runtime_vision import VisionRuntime, open_vision_runtime
+from pocketquant.llama.vision import VisionRuntime, open_vision_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 GOLDEN = np.load(Path(__file__).with_name("vision.npz"))

@@ -11,7 +11,7 @@ import pytest
 from pocketquant.errors import EvalError
 from pocketquant.eval.answering import AnsweringModel
 from pocketquant.formats import F32Array
-from pocketquant.runtime_branches import IsOver
+from pocketquant.llama.branches import IsOver
 
 N_VOCAB = 128
 

@@ -17,8 +17,8 @@ LAYERS = [
     {"architectures"},
     {"interrupts", "leftovers"},
     {"files"},
-    {"gguf_file", "runtime"},
-    {"runtime_branches", "runtime_sampling", "runtime_vision"},
+    {"gguf_file"},
+    {"llama"},
     {"pipeline", "demo", "chat_template"},
     {"splits", "cluster"},
     {"convert", "quant", "eval", "check"},
@@ -30,7 +30,7 @@ LAYERS = [
 ]
 ONLY_IN = {
     "gguf": {"gguf_file", "formats/grids"},
-    "llama_cpp": {"runtime", "runtime_vision"},
+    "llama_cpp": {"llama"},
     "lm_eval": {"eval/tasks", "eval/tasks_loading"},
     "typer": {"cli"},
     "rich": {"cli"},

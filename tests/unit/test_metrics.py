@@ -23,7 +23,7 @@ from pocketquant.eval.weights import CHUNK_WEIGHTS, weight_errors
 from pocketquant.eval.windows import score_windows
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.runtime import batch_bounds, default_rows
+from pocketquant.llama.runtime import batch_bounds, default_rows
 
 F64Array = npt.NDArray[np.float64]
 

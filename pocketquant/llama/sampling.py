@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.files import usable_threads
-from pocketquant.runtime import _LlamaRuntime, require_runtime
+from pocketquant.llama.runtime import _LlamaRuntime, require_runtime
 
 I32Array = npt.NDArray[np.int32]
 Progress = Callable[[int, int], None]

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant import runtime
+from pocketquant.llama import runtime
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.runtime import _LlamaRuntime, require_runtime
+from pocketquant.llama.runtime import _LlamaRuntime, require_runtime
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64 << 20

@@ -1,0 +1,1 @@
+"""All that knows llama.cpp's library; the only place that imports `llama_cpp`."""
