@@ -23,6 +23,10 @@ class PocketquantError(Exception):
     """Base of the tree; the command line prints its message and exits with 2."""
 
 
+class PocketquantWarning(UserWarning):
+    """What a user should know and nothing can be done about; the command line prints it as a note."""
+
+
 class SourceError(PocketquantError):
     """The source cannot be read: missing, truncated, lying about itself, or not supported."""
 

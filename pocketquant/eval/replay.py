@@ -21,8 +21,8 @@ from pocketquant.eval.states import Head, codings_for, decode_states, row_bytes
 from pocketquant.eval.top import MIN_TOP, decode_top, row_dtype
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import GgufRows, GgufTensor, open_gguf
-from pocketquant.model import Role, Tensor
 from pocketquant.llama.runtime import default_rows
+from pocketquant.model import Role, Tensor
 
 
 class PackRuntime:

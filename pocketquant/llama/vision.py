@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.llama import runtime
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.llama.runtime import _LlamaRuntime, require_runtime
+from pocketquant.llama.library import log_callback, require_runtime
+from pocketquant.llama.runtime import _LlamaRuntime
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64 << 20
@@ -64,7 +64,7 @@ class VisionRuntime:
         self._text, self._mtmd, self._library = text, mtmd_cpp, text._library
         self.n_vocab = text.n_vocab
         self.n_embd: int = self._library.llama_model_n_embd_inp(text._model)
-        mtmd_cpp.mtmd_helper_log_set(runtime._log_callback, ctypes.c_void_p(0))
+        mtmd_cpp.mtmd_helper_log_set(log_callback(), ctypes.c_void_p(0))
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu = text._gpu_layers != 0
         params.n_threads = threads

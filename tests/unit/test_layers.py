@@ -11,7 +11,7 @@ import pocketquant
 
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "activity"},
     {"formats"},
     {"model"},
     {"architectures"},
@@ -61,7 +61,7 @@ def test_layers_import_downwards_only() -> None:
     for path in ROOT.rglob("*.py"):
         inside = path.relative_to(ROOT).with_suffix("").as_posix()
         part = inside.split("/")[0]
-        if part == "__init__":
+        if part in ("__init__", "__main__"):
             continue
         for imported in imports_of(path):
             names = imported.split(".")
@@ -79,7 +79,7 @@ def test_torch_is_imported_inside_functions_only() -> None:
 
 
 def test_every_module_has_a_layer() -> None:
-    known = {name for names in LAYERS for name in names} | {"__init__", "__pycache__", "py"}
+    known = {name for names in LAYERS for name in names} | {"__init__", "__main__", "__pycache__", "py"}
     assert {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.name != "py.typed"} <= known
 
 
