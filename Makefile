@@ -6,10 +6,14 @@ WORKERS ?= auto
 .PHONY: setup demo test check docs bench bench-quality peers build clean
 setup: .venv/ready
 
-.venv/ready: pyproject.toml
+# llama-cpp-python is built here, with the flags that this compiler needs to build it right. pip may take a build of its
+# own cache instead, made with others; so llama.cpp's kernels are tried before they are trusted (`doctor`).
+.venv/ready: pyproject.toml tools/llama_build_flags.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	flags="$$($(BIN)/python tools/llama_build_flags.py)" && \
+	CFLAGS="$$CFLAGS $$flags" CXXFLAGS="$$CXXFLAGS $$flags" $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/pocketquant doctor
 	touch $@
 
 demo: setup

@@ -28,7 +28,7 @@ class LastSeen:
     """What a process left behind.
 
     Attributes:
-        doing: what was being done, in words that follow "while"; "" for nothing in particular.
+        doing: what was being done, the newest first, in words that follow "while"; "" for nothing in particular.
         last_words: what native code said when it gave up; "" if it said nothing.
         held: temporary files it made, those that are gone included.
         placed: files it put in place.
@@ -49,22 +49,22 @@ def share() -> None:
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Says what is being done while the block runs: "llama.cpp was loading x.gguf"."""
-    begin(what)
+    begin_doing(what)
     try:
         yield
     finally:
-        end(what)
+        end_doing(what)
 
 
-def begin(what: str) -> None:
-    """As `doing`, for what has no block; `end` must follow."""
+def begin_doing(what: str) -> None:
+    """As `doing`, for what has no block; `end_doing` must follow."""
     with _lock:
         _current.append(what)
         _show()
 
 
-def end(what: str) -> None:
-    """Takes back what `begin` said; nothing if it is not there."""
+def end_doing(what: str) -> None:
+    """Takes back what `begin_doing` said; nothing if it is not there."""
     with _lock:
         if what in _current:
             _current.remove(what)
@@ -99,7 +99,7 @@ def last_seen() -> LastSeen:
 
 
 def _show() -> None:
-    _put(_NOW, " and ".join(dict.fromkeys(_current[-3:])))
+    _put(_NOW, ", and ".join(dict.fromkeys(reversed(_current[-3:]))))
 
 
 def _put(start: int, text: str) -> None:

@@ -117,9 +117,10 @@ def _say_error(error: Exception) -> int:
     if isinstance(error, MemoryError):
         print_error("memory ran out; `pocketquant doctor` shows how much is free, --threads 1 needs least")
         return 2
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        print_error(f"{place}{error.strerror}")
+    if isinstance(error, OSError | ImportError):
+        place = f"{getattr(error, 'filename', None)}: " if getattr(error, "filename", None) else ""
+        what = getattr(error, "strerror", None) or str(error)
+        print_error(f"{place}{what}; `pocketquant doctor` examines this machine")
         return 2
     print_error(
         f"a fault of pocketquant itself, please report it: {type(error).__name__}: {str(error)[:200]}\n"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pocketquant.cli.calibrate import calibrate
+from pocketquant.cli.doctor import doctor
 from pocketquant.cli.encoding import convert, quantize
 from pocketquant.cli.gate import gate
 from pocketquant.cli.making import demo, make
@@ -41,6 +42,7 @@ app.command()(calibrate)
 app.command()(tune)
 app.command("sensitivity")(measure_sensitivity)
 app.command()(gate)
+app.command()(doctor)
 app.command()(tasks)
 app.command()(smoke)
 app.command("eval-vision")(eval_vision)

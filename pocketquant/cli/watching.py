@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -116,7 +117,8 @@ def _advice(number: int, seen: LastSeen) -> str:
             "if it does not help, build the library here: "
             "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
         )
-    if number == signal.SIGKILL or (number == signal.SIGABRT and not seen.last_words):
+    is_memory = not seen.last_words or re.search("mem|alloc", seen.last_words)
+    if number == signal.SIGKILL or (number == signal.SIGABRT and is_memory):
         return (
             "`pocketquant doctor` shows the memory that is free; use a smaller --context, fewer --threads or a smaller "
             "file"

@@ -50,7 +50,14 @@ class Opener(Protocol):
     """Opens the file to judge; `open_runtime` is one."""
 
     def __call__(
-        self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int, rows: int | None = None
+        self,
+        path: str | Path,
+        *,
+        context: int,
+        threads: int | None,
+        gpu_layers: int,
+        rows: int | None = None,
+        flash_attention: bool = False,
     ) -> AbstractContextManager[TextRuntime]: ...
 
 
@@ -58,7 +65,7 @@ class ReferenceOpener(Protocol):
     """Opens what it is judged by; `open_runtime` is one."""
 
     def __call__(
-        self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int
+        self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int, flash_attention: bool = False
     ) -> AbstractContextManager[Runtime]: ...
 
 
@@ -101,7 +108,8 @@ def compare(
         seed: of the bootstrap behind the standard errors.
         positions: score the first half of each window, too, for the numbers by position; no other number contains it.
         noise_floor: run the model against itself at another batch size, on `NOISE_WINDOWS` windows at most.
-        like: "llama-perplexity" to round what that program rounds.
+        like: "llama-perplexity" to round what that program rounds, and to compute attention as it does; else without
+            llama.cpp's flash attention, which makes logits depend on how a window is cut into batches.
         progress: told after each window.
         opener: what opens the model.
         reference_opener: what opens the reference; None for `open_reference` where `opener` is the usual one, too.
@@ -122,11 +130,14 @@ def compare(
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
     if is_pack(reference):  # replaying one is little work beside the model's
         half = n_threads
-    with opener(model, context=context, threads=half, gpu_layers=gpu_layers) as model_run:
+    flash = like is not None
+    with opener(model, context=context, threads=half, gpu_layers=gpu_layers, flash_attention=flash) as model_run:
         reference_opener = reference_opener or (open_reference if opener is open_runtime else opener)
         with ExitStack() as stack:
             reference_run = stack.enter_context(
-                reference_opener(reference, context=context, threads=other_half, gpu_layers=gpu_layers)
+                reference_opener(
+                    reference, context=context, threads=other_half, gpu_layers=gpu_layers, flash_attention=flash
+                )
             )
             cuts = _cut_for_both(model, model_run, reference, reference_run, texts, context, chunks, positions)
             count = _Count(progress, sum(len(cut.corpus.windows) for cut in cuts), noise_floor)
@@ -155,7 +166,9 @@ def compare(
         noise = None
         if noise_floor:
             rows = _other_rows(context)
-            with opener(model, context=context, threads=other_half, gpu_layers=gpu_layers, rows=rows) as other_run:
+            with opener(
+                model, context=context, threads=other_half, gpu_layers=gpu_layers, rows=rows, flash_attention=flash
+            ) as other_run:
                 noise = _measure_noise(model_run, other_run, cuts, rows, n_threads, seed, count.step)
         versions = list_versions() | dict(model_run.versions)
         vocabulary = model_run.vocabulary

@@ -247,11 +247,13 @@ def open_reference(
     context: int,
     threads: int | None,
     gpu_layers: int,
+    flash_attention: bool = False,
     head: Path | None = None,
 ) -> AbstractContextManager[Runtime]:
     """Opens a GGUF, a checkpoint's folder or a pack as a `Runtime`.
 
     Args:
+        flash_attention: for a GGUF, as in `open_runtime`.
         head: for a pack without its output matrix: the GGUF that it was made from; None to look beside the pack.
 
     Raises:
@@ -263,7 +265,7 @@ def open_reference(
         return open_torch_runtime(Path(path), context=context, threads=threads)
     if is_pack(path):
         return open_pack(path, context=context, head=head)
-    return open_runtime(path, context=context, threads=threads, gpu_layers=gpu_layers)
+    return open_runtime(path, context=context, threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention)
 
 
 # ---------------------------------------------------------------- making

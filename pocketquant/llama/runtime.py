@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pocketquant.activity import begin, doing, end
+from pocketquant.activity import begin_doing, doing, end_doing
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
@@ -230,7 +230,7 @@ class _LlamaRuntime:
             )
             self.close()
             raise error
-        begin(self._activity)
+        begin_doing(self._activity)
         self._batch = library.llama_batch_init(self._batch_tokens, 0, 1)
         for i in range(self._batch_tokens):  # one sequence, always the same
             self._batch.n_seq_id[i] = 1
@@ -345,7 +345,7 @@ class _LlamaRuntime:
             self._library.llama_batch_free(self._batch)
             self._library.llama_free(self._context)
             self._context = None
-            end(self._activity)
+            end_doing(self._activity)
         if self._model and self._owns_model:
             self._library.llama_model_free(self._model)
         self._model = None

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -26,8 +27,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from pocketquant.errors import EvalError, OutputError, PocketquantWarning
-from pocketquant.files import replacing, sha256_of
+from pocketquant.errors import EvalError, PocketquantWarning
+from pocketquant.files import sha256_of
 
 VERSION = 1
 """Of the trial: another number tries every machine anew."""
@@ -88,10 +89,11 @@ def renew(command: Sequence[str] = _COMMAND) -> Trial:
     """Tries the kernels now, and remembers what is found; a cache that cannot be written is no fault."""
     trial = _try(command)
     if trial.is_lasting and (path := record_path()) is not None:
-        with contextlib.suppress(OSError, OutputError):
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(asdict(trial)), encoding="utf-8")
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(asdict(trial)), encoding="utf-8")
+            temporary.replace(path)
     return trial
 
 
@@ -116,7 +118,12 @@ def record_path() -> Path | None:
     digest = hashlib.sha256(f"{VERSION}\n{processor()}\n".encode())
     for path in libraries:
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-    return user_cache_path("pocketquant", appauthor=False) / f"kernels-{digest.hexdigest()[:24]}.json"
+    return cache_folder() / f"kernels-{digest.hexdigest()[:24]}.json"
+
+
+def cache_folder() -> Path:
+    """The user's cache of pocketquant."""
+    return user_cache_path("pocketquant", appauthor=False)
 
 
 def library_files() -> list[Path]:

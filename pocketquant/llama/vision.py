@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,11 @@ class VisionRuntime:
             )
             text.close()
             raise error
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """As `Runtime.versions`."""
+        return self._text.versions
 
     def embeddings(self, image: U8Array) -> F32Array:
         """What the tower makes of an image: f32[n_tokens, n_embd], one token for each 32 x 32 pixels, line by line."""

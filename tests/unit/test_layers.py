@@ -25,7 +25,7 @@ LAYERS = [
     {"outputs"},
     {"release"},
     {"measure"},
-    {"make", "sweep"},
+    {"make", "sweep", "doctor"},
     {"cli"},
 ]
 ONLY_IN = {
