@@ -28,8 +28,9 @@ def say(message: str, *, quiet: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    """One JSON document on stdout; letters that its encoding lacks are escaped as JSON escapes them."""
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=not is_unicode)
     sys.stdout.write("\n")
 
 
