@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from pocketquant.errors import EvalError
 from pocketquant.eval import intervals
 from pocketquant.eval.comparable import changed_metadata, check_comparable, error_ratio
 from pocketquant.eval.intervals import Share
+from pocketquant.eval.kernels import FLOOR, differing
 from pocketquant.eval.limits import AT_LEAST, FAIL, Limits
 from pocketquant.eval.readback import Evidence, parse_report, same_tokens
 from pocketquant.files import read_json
@@ -164,6 +165,7 @@ class _Sampled:
     Attributes:
         degrees: of freedom of its variance.
         interval: standard errors on either side -> its ends.
+        slack: what is added on either side for what no text averages out.
         factor: standard errors on either side -> how many times as much text would decide it.
     """
 
@@ -176,10 +178,13 @@ class _Sampled:
     interval: Callable[[float], tuple[float, float]]
     factor: Callable[[float], float]
     note: str = ""
+    slack: float = 0.0
 
     def decide(self, tail: float) -> Decision:
         t = intervals.student_quantile(tail, self.degrees)
         low, high = self.interval(t)
+        is_decided = not low < self.bound < high
+        low, high = low - self.slack, high + self.slack
         if self.is_least:
             outcome = PASS if low >= self.bound else FAILED if high < self.bound else UNDECIDED
         else:
@@ -188,7 +193,7 @@ class _Sampled:
         if outcome == UNDECIDED:
             factor = self.factor(t)
             # a factor near 1 is what is left between an interval and its approximation
-            needed = _round_up(self.tokens * max(factor, 1.1)) if factor < 1e6 else None
+            needed = _round_up(self.tokens * max(factor, 1.1)) if factor < 1e6 and not is_decided else None
         return Decision(
             limit=self.limit,
             outcome=outcome,
@@ -228,6 +233,7 @@ def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
 
 def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decision | _Sampled]:
     pending: list[Decision | _Sampled] = []
+    kernels = differing(*(each.provenance.get("versions") or {} for each in (report, baseline)))
     for key, bound in limits.baseline.items():
         name = f"baseline.{key}"
         if key in _SHARES:
@@ -242,10 +248,20 @@ def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decis
             pending.append(_compare_p99(name, bound, report, baseline))
         else:
             pending.append(_worst_tensor(name, key, bound, report, baseline))
+    if kernels:
+        pending = [_widened(each, kernels) if isinstance(each, _Sampled) else each for each in pending]
     changed = [key for key in changed_metadata(report, baseline) if key not in limits.allow_metadata]
     note = f"changed: {', '.join(changed)}; accept with allow_metadata in [baseline]" if changed else ""
     pending.append(_exact("baseline.metadata", 0, len(changed), note))
     return pending
+
+
+def _widened(sampled: _Sampled, kernels: list[str]) -> _Sampled:
+    """A comparison of two figures from different kernels: what these alone may make of it is no regression."""
+    key = sampled.limit.removeprefix("baseline.").split("[")[0]
+    slack = FLOOR[key] * (sampled.found if key.endswith("_ratio") else 1.0)
+    note = f"other kernels than the baseline's ({', '.join(kernels)}): wider by {slack:.2g}"
+    return replace(sampled, slack=slack, note="; ".join(filter(None, [sampled.note, note])))
 
 
 def compare_kld(report: Evidence, baseline: Evidence, domain: str | None, tail: float) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pocketquant.eval.kernels import describe_kernels, differing
 from pocketquant.eval.measures import Bucket, Metrics
 from pocketquant.eval.report import Domain, Report
 
@@ -29,6 +30,8 @@ def to_markdown(report: Report) -> str:
     parts.append(f"{where}{how}; errors from {report.clusters} {report.cluster_unit}s, seed {from_.seed}.")
     if from_.reference_pack is not None:
         parts.append(_pack_note(from_.reference_pack))
+        if other := differing(from_.versions, from_.reference_pack["versions"]):
+            parts.append(describe_kernels(from_.model.name, "the pack", other))
     if noise is not None:
         parts.append(
             f"Noise floor: the model against itself, {noise.rows} rows at a time, on {noise.tokens} tokens in "

@@ -127,7 +127,7 @@ def _note(decision: Decision) -> str:
     if decision.outcome == UNDECIDED:
         needed = decision.tokens_needed
         parts.append(
-            "no amount of text will decide it: the estimate lies at the limit, or has no error to go by"
+            "no amount of text will decide it: the limit lies within the floor, or the estimate has no error to go by"
             if needed is None
             else f"about {needed:,} scored tokens would decide it; there are {decision.tokens:,}"
         )

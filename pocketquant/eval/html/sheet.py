@@ -73,7 +73,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a variant was measured with: enough to do it again."""
+    """What a variant was measured with: enough to do it again.
+
+    Attributes:
+        reference_versions: what made the pack that was the reference; empty where it was no pack.
+    """
 
     model: Identity
     reference: Identity
@@ -85,6 +89,7 @@ class Origin:
     has_floor: bool
     has_tensors: bool
     versions: Mapping[str, str]
+    reference_versions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,6 @@ def _origin(
 ) -> Origin:
     pack = mapping(from_.get("reference_pack"))
     texts = [(words(each.get("domain")), _identity(each.get("file"))) for each in domains]
-    versions = mapping(from_.get("versions"))
     return Origin(
         model=model,
         reference=_identity(pack.get("model") or from_.get("reference")),
@@ -255,8 +259,14 @@ def _origin(
         has_positions=found.get("by_position") is not None,
         has_floor=found.get("noise_floor") is not None,
         has_tensors=found.get("tensors") is not None,
-        versions={words(key): words(versions[key]) for key in list(versions)[:20]},
+        versions=_versions(from_.get("versions")),
+        reference_versions=_versions(pack.get("versions")),
     )
+
+
+def _versions(given: Any) -> dict[str, str]:
+    found = mapping(given)
+    return {words(key): words(found[key]) for key in list(found)[:20]}
 
 
 def _identity(given: Any) -> Identity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pocketquant.eval.html.published import Published
 from pocketquant.eval.html.sheet import Sheet, Value, Variant
+from pocketquant.eval.kernels import describe_kernels, differing
 
 
 def describe_lead(sheet: Sheet) -> str:
@@ -20,12 +21,20 @@ def describe_lead(sheet: Sheet) -> str:
 
 def warnings(sheet: Sheet) -> list[str]:
     """What a reader has to know before the numbers."""
-    return [
+    found = [
         f"{variant.file} gave numbers that are not finite at {variant.non_finite:,} of {variant.tokens:,} positions; "
         "they are in none of the figures."
         for variant in sheet.variants
         if variant.non_finite
     ]
+    first = sheet.variants[0]
+    for variant in sheet.variants:
+        origin = variant.origin
+        if other := differing(origin.versions, first.origin.versions):
+            found.append(describe_kernels(variant.file, first.file, other))
+        if origin.reference_versions and (other := differing(origin.versions, origin.reference_versions)):
+            found.append(describe_kernels(variant.file, "its reference pack", other))
+    return found
 
 
 def describe_table(sheet: Sheet) -> str:
