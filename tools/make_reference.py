@@ -24,11 +24,8 @@ PAGES = Path(__file__).parent.parent / "docs/reference"
 
 
 def commands_page() -> str:
-    lines = [
-        "# Commands",
-        "",
-        "stdout is data, stderr is talk. Exit codes: 0 fine, 1 a gate failed or `check` found an error, 2 bad input, 70 a fault of pocketquant, 130 interrupted, 141 nobody reads stdout.",
-    ]
+    codes = "0 fine, 1 a gate failed or a check found an error, 2 bad input, 70 a fault of pocketquant, 130 interrupted"
+    lines = ["# Commands", "", f"stdout is data, stderr is talk. Exit codes: {codes}, 141 nobody reads stdout."]
     lines.append("`--debug` anywhere shows the traceback of an error.")
     for name, command in _commands(typer.main.get_command(app)):
         positional = [p for p in command.params if p.param_type_name == "argument"]
