@@ -108,12 +108,14 @@ class Adapter:
         changes: what is added to which module, in the order of their names.
         base_weights: module -> weight of the base model as it was in training, saved along.
         trained_weights: module -> weight that was trained whole (`modules_to_save`).
+        folder: where it lies.
     """
 
     name: str
     changes: tuple[LowRank, ...]
     base_weights: Mapping[str, StoredTensor]
     trained_weights: Mapping[str, StoredTensor]
+    folder: Path | None = None
 
 
 def open_adapter(folder: Path | str) -> Adapter:
@@ -161,6 +163,7 @@ def open_adapter(folder: Path | str) -> Adapter:
         tuple(changes),
         {module: tensor for (module, _), tensor in base.items()},
         {module: tensor for (module, _), tensor in trained.items()},
+        folder.resolve(),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocketquant.convert.folder import refuse_versions
 from pocketquant.errors import TokenizerError, listing
 from pocketquant.files import read_json
 from pocketquant.model import Value
@@ -51,6 +52,7 @@ def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dic
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
         raise TokenizerError(f"{path}: no tokenizer")
     settings = _optional_object(folder / "tokenizer_config.json")
+    refuse_versions(folder / "tokenizer_config.json", settings.get("fast_tokenizer_files"), "tokenizer")
     generation = _optional_object(folder / "generation_config.json")
     pre = _recognise(tokenizer, path)
     added = _added_tokens(tokenizer, settings, path)
