@@ -102,7 +102,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     described = describe_folder(folder, n_weights, sizes.get("n_expert", 0), expert_weights)
     metadata = {
         **model_metadata(architecture, text_config, sizes, described),
-        **read_tokenizer(folder, sizes["n_vocab"], config),
+        **read_tokenizer(folder, sizes["n_vocab"], config, notes),
     }
     return Model(architecture.name, metadata, tensors, sizes, tuple(notes))
 
