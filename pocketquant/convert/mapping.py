@@ -62,14 +62,15 @@ def is_tied(
     if not is_stated:
         return False
     embedding = next((tensor for name, tensor in stored.items() if name.endswith("embed_tokens.weight")), None)
-    if embedding is not None and _is_same_data(head, embedding):
+    if embedding is not None and is_same_data(head, embedding):
         notes.append(f"{head.name}: equal to the tied embedding, left out")
         return True
     notes.append(f"{head.name}: config.json ties it to the embedding but it differs, kept as output head")
     return False
 
 
-def _is_same_data(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+def is_same_data(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+    """Whether two tensors hold the same bytes in the same shape and type."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     n_rows, step = prod(first.shape[:-1]), max(1, _COMPARE_WEIGHTS // first.shape[-1])
