@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from pocketquant.convert.folder import top_level
 from pocketquant.convert.http_ranges import MODELSCOPE, HttpFile, fetch_whole
 from pocketquant.convert.remote_file import BLOCK_BYTES, RemoteFile
 from pocketquant.convert.repository import (
@@ -68,7 +69,7 @@ def modelscope_snapshot(repo: str, revision: str | None, keep_source: Path | Non
         with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
             list(pool.map(lambda name: _store(files[name], Path(temporary) / name), small))
         ranged = {name: RemoteFile(files[name]) for name in weights}
-        with named_snapshot(Path(temporary), model_name, label, ranged) as snapshot:
+        with named_snapshot(Path(temporary), model_name, label, ranged, top_level(files)) as snapshot:
             yield snapshot
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocketquant.convert.folder import INDEX, SINGLE, list_entries
 from pocketquant.convert.safetensors import LocalFile, RangeFile
 from pocketquant.errors import SourceError
 from pocketquant.files import read_json
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,14 @@ class Snapshot:
         folder: config.json, tokenizer, README and the index, as files; its name is the model's. For a repository it
             exists only while the checkpoint is being opened.
         weights: name -> every `*.safetensors` file there is. Tensors keep these, so they outlive the folder.
+        entries: names of everything in the folder or repository, from `list_entries` or `top_level`.
+        is_one_file: the source was one safetensors file by its name, so nobody asked for others beside it.
     """
 
     folder: Path
     weights: Mapping[str, RangeFile]
+    entries: tuple[str, ...] = ()
+    is_one_file: bool = False
 
 
 def local_snapshot(path: Path) -> Snapshot:
@@ -34,21 +37,24 @@ def local_snapshot(path: Path) -> Snapshot:
         SourceError: neither, or the file is one shard of several.
     """
     if path.is_dir():
-        return Snapshot(path, {file.name: LocalFile(file) for file in sorted(path.glob("*.safetensors"))})
+        entries = list_entries(path)
+        weights = {name: LocalFile(path / name) for name in entries if name.endswith(".safetensors")}
+        return Snapshot(path, weights, entries)
     if path.suffix != ".safetensors" or not path.is_file():
         raise SourceError(
             f"{path}: no such folder; give a checkpoint folder (config.json, tokenizer.json, *.safetensors), one "
             ".safetensors file beside its config.json, a repository (org/name, hf://org/name@revision, "
             "ms://org/name@revision) or a GGUF file"
         )
+    snapshot = Snapshot(path.parent, {path.name: LocalFile(path)}, list_entries(path.parent), is_one_file=True)
     index = path.parent / INDEX
-    if index.is_file():
+    if index.is_file() and path.name != SINGLE:
         content = read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         shards = {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else ()
         if path.name in shards:
             if len(shards) > 1:
                 raise SourceError(f"{path}: is one of {len(shards)} shards; give the folder {path.parent}")
-            return Snapshot(path.parent, {path.name: LocalFile(path)})
+            return snapshot
         raise SourceError(f"{path}: {INDEX} beside it does not name this file; move it to a folder of its own")
-    return Snapshot(path.parent, {path.name: LocalFile(path)})
+    return snapshot

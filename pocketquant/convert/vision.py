@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from pocketquant.architectures.qwen35_vision import PREFIXES, QWEN35_VISION
 from pocketquant.architectures.table import BLOCK, Sizes, TensorRule, shape_of
-from pocketquant.convert.checkpoint import read_tensor_table
 from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.quantized import DequantizedTensor, dequantize_table
 from pocketquant.convert.rows import CheckpointRows
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
+from pocketquant.convert.tensor_table import choose_weights, read_tensor_table
 from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files import read_json
 from pocketquant.gguf_file import describe_folder, is_gguf
@@ -103,12 +103,13 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
         if path.is_file() and is_gguf(path):
             return None
         source = local_snapshot(path)
-    folder, table = source.folder, read_tensor_table(source)
+    folder = source.folder
+    config = _object(read_json(folder / "config.json"), folder / "config.json")
+    table = read_tensor_table(source, choose_weights(source, config))
     prefix = _prefix_of(folder, table)
     if prefix is None:
         return None
     part = {name: tensor for name, tensor in table.items() if name.startswith(prefix)}
-    config = _object(read_json(folder / "config.json"), folder / "config.json")
     if "vision_config" not in config:
         raise ArchitectureError(
             f"{folder}: {len(part)} tensors under {prefix!r}, and config.json has no vision_config; add the one of the "
