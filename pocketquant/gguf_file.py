@@ -26,6 +26,7 @@ from pocketquant.files import read_at
 from pocketquant.formats import BY_GGML_ID, F32Array, QuantFormat, U8Array
 from pocketquant.formats.plain import is_finite
 from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value, padded
+from pocketquant.small_files import open_regular
 
 _KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")
 _PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"} | {
@@ -120,7 +121,7 @@ class _Cursor:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file starts with GGUF's magic."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == b"GGUF"
 
 

@@ -24,9 +24,9 @@ from pocketquant.convert.safetensors import StoredTensor, read_safetensors_heade
 from pocketquant.convert.snapshot import INDEX, Snapshot, local_snapshot
 from pocketquant.convert.tokenizer import read_tokenizer
 from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.files import read_json
 from pocketquant.gguf_file import describe_folder
 from pocketquant.model import Model
+from pocketquant.small_files import is_present, read_object
 
 _HEADERS_AT_ONCE = 8  # a hub takes a moment to answer, and a big model has a hundred shards
 
@@ -67,7 +67,7 @@ def open_mtp(source: Path | str | Snapshot, *, adapter: Adapter | None = None) -
 def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None, *, sidecar: bool) -> Model | None:
     snapshot = source if isinstance(source, Snapshot) else local_snapshot(Path(source))
     folder = snapshot.folder
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     text_config = config.get("text_config", config)
     if not isinstance(text_config, dict):
         raise SourceError(f"{folder / 'config.json'}: text_config is no object")
@@ -103,13 +103,6 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     return Model(architecture.name, metadata, tensors, sizes, tuple(notes))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: no JSON object")
-    return value
-
-
 def _class_name(config: Mapping[str, Any], folder: Path) -> str:
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
@@ -125,12 +118,12 @@ def read_tensor_table(snapshot: Snapshot) -> dict[str, StoredTensor]:
     """
     folder, files = snapshot.folder, snapshot.weights
     index_path = folder / INDEX
-    if not index_path.exists():
+    if not is_present(index_path):
         if len(files) != 1:
             found = "no *.safetensors file" if not files else f"{len(files)} *.safetensors files and no index"
             raise SourceError(f"{folder}: {found}; expected model.safetensors, or shards with {index_path.name}")
         return {tensor.name: tensor for file in files.values() for tensor in read_safetensors_header(file)}
-    weight_map = _read_object(index_path).get("weight_map")
+    weight_map = read_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{index_path}: weight_map is missing or no object of names")
     names = sorted(set(weight_map.values()))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import TokenizerError, listing
-from pocketquant.files import read_json
 from pocketquant.model import Value
+from pocketquant.small_files import is_present, read_object, read_optional_object, read_text
 
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -43,15 +43,15 @@ def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dic
         TokenizerError: missing, unlike anything the runtimes implement, or larger than the embedding.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_present(path):
         raise TokenizerError(
             f"{path}: missing; save the tokenizer in this format (a 'fast' tokenizer's save_pretrained does)"
         )
-    tokenizer = read_json(path)
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+    tokenizer = read_object(path)
+    if not isinstance(tokenizer.get("model"), dict):
         raise TokenizerError(f"{path}: no tokenizer")
-    settings = _optional_object(folder / "tokenizer_config.json")
-    generation = _optional_object(folder / "generation_config.json")
+    settings = read_optional_object(folder / "tokenizer_config.json")
+    generation = read_optional_object(folder / "generation_config.json")
     pre = _recognise(tokenizer, path)
     added = _added_tokens(tokenizer, settings, path)
     tokens, types = _token_list(tokenizer["model"], added, n_vocab, path)
@@ -69,13 +69,6 @@ def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dic
     metadata["tokenizer.ggml.add_bos_token"] = Value("bool", bool(settings.get("add_bos_token", False)))
     metadata.update(_chat_templates(folder, settings))
     return metadata
-
-
-def _optional_object(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: no JSON object")
-    return value
 
 
 def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
@@ -259,9 +252,8 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
     """`chat_template.jinja` before `chat_template.json` before tokenizer_config.json, as transformers loads them."""
     named: dict[str, str] = {}
     template = settings.get("chat_template")
-    if (folder / "chat_template.json").is_file():
-        template = _optional_object(folder / "chat_template.json").get("chat_template", template)
-    if (folder / "chat_template.jinja").is_file():
+    template = read_optional_object(folder / "chat_template.json").get("chat_template", template)
+    if is_present(folder / "chat_template.jinja"):
         template = _read_template(folder / "chat_template.jinja")
         for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
             named[path.stem] = _read_template(path)
@@ -279,9 +271,4 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
 
 
 def _read_template(path: Path) -> str:
-    if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-        raise TokenizerError(f"{path}: larger than {_MAX_TEMPLATE_BYTES} bytes; no chat template is")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    return read_text(path, _MAX_TEMPLATE_BYTES, TokenizerError)

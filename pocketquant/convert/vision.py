@@ -25,9 +25,9 @@ from pocketquant.convert.rows import CheckpointRows
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.files import read_json
 from pocketquant.gguf_file import describe_folder, is_gguf
 from pocketquant.model import Model, Tensor, Value
+from pocketquant.small_files import is_present, kind_of, read_object
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     """
     if not isinstance(source, Snapshot):
         path = Path(source)
-        if path.is_file() and is_gguf(path):
+        if kind_of(path) == "file" and is_gguf(path):
             return None
         source = local_snapshot(path)
     folder, table = source.folder, read_tensor_table(source)
@@ -108,7 +108,7 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     if prefix is None:
         return None
     part = {name: tensor for name, tensor in table.items() if name.startswith(prefix)}
-    config = _object(read_json(folder / "config.json"), folder / "config.json")
+    config = read_object(folder / "config.json")
     if "vision_config" not in config:
         raise ArchitectureError(
             f"{folder}: {len(part)} tensors under {prefix!r}, and config.json has no vision_config; add the one of the "
@@ -141,8 +141,8 @@ def read_pixel_scaling(folder: Path) -> dict[str, list[float]]:
     """
     found: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            settings = _object(read_json(folder / name), folder / name)
+        if is_present(folder / name):
+            settings = read_object(folder / name)
             found |= settings
             found |= _object(settings.get("image_processor", {}), f"{folder / name} image_processor")
     problems = []

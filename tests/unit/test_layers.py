@@ -11,11 +11,12 @@ import pocketquant
 
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
+    {"escaping"},
     {"errors", "activity"},
     {"formats"},
     {"model"},
     {"architectures"},
-    {"interrupts", "leftovers"},
+    {"interrupts", "leftovers", "small_files"},
     {"files"},
     {"gguf_file"},
     {"llama"},
