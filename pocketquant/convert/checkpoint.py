@@ -15,6 +15,7 @@ from typing import Any
 from pocketquant.architectures import architecture_of_class
 from pocketquant.convert.adapter import Adapter
 from pocketquant.convert.adapter_merge import merge_adapter
+from pocketquant.convert.description import describe_folder
 from pocketquant.convert.mapping import is_tied, map_tensors
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.mlx import refuse_mlx_quantized, undo_mlx_layout
@@ -24,7 +25,6 @@ from pocketquant.convert.safetensors import StoredTensor, read_safetensors_heade
 from pocketquant.convert.snapshot import INDEX, Snapshot, local_snapshot
 from pocketquant.convert.tokenizer import read_tokenizer
 from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.gguf_file import describe_folder
 from pocketquant.model import Model
 from pocketquant.small_files import is_present, read_object
 
@@ -95,7 +95,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     tensors = map_tensors(architecture, sizes, kinds, stored, tied, notes, taken)
     n_weights = sum(prod(tensor.shape) for tensor in tensors)
     expert_weights = sum(prod(tensor.shape[1:]) for tensor in tensors if len(tensor.shape) == 3)
-    described = describe_folder(folder, n_weights, sizes.get("n_expert", 0), expert_weights)
+    described = describe_folder(folder, n_weights, notes, sizes.get("n_expert", 0), expert_weights)
     metadata = {
         **model_metadata(architecture, text_config, sizes, described),
         **read_tokenizer(folder, sizes["n_vocab"], config),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pocketquant.architectures.qwen35_vision import PREFIXES, QWEN35_VISION
 from pocketquant.architectures.table import BLOCK, Sizes, TensorRule, shape_of
 from pocketquant.convert.checkpoint import read_tensor_table
+from pocketquant.convert.description import describe_folder
 from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.quantized import DequantizedTensor, dequantize_table
@@ -25,7 +26,7 @@ from pocketquant.convert.rows import CheckpointRows
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.gguf_file import describe_folder, is_gguf
+from pocketquant.gguf_file import is_gguf
 from pocketquant.model import Model, Tensor, Value
 from pocketquant.small_files import is_present, kind_of, read_object
 
@@ -125,7 +126,7 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     if any(isinstance(rows, KernelFrame) and rows.channels_last for rows in map(_stored_of, tensors)):
         notes.append("vision tower saved by MLX (its kernel's channels are last): put back in their place")
     settings = {**vision_config, **read_pixel_scaling(folder)}
-    described = describe_folder(folder, sum(prod(tensor.shape) for tensor in tensors))
+    described = describe_folder(folder, sum(prod(tensor.shape) for tensor in tensors), notes)
     metadata = model_metadata(QWEN35_VISION, settings, sizes, described) | {"general.type": Value("str", "mmproj")}
     return Model(QWEN35_VISION.name, metadata, tensors, sizes, tuple(notes))
 
