@@ -1,4 +1,4 @@
-"""GGUF files: read one as a `Model`, turn a plan's metadata and tensors into a header. The only importer of `gguf`.
+"""GGUF files: read one as a `Model`, turn a plan's metadata and tensors into a header.
 
 Reading is bounded (a file comes from anywhere). Writing gives the bytes of gguf-py's `GGUFWriter`, which takes most of
 a second for the 250,000 tokens and as many merges of a real model.
@@ -25,15 +25,10 @@ from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files import read_at
 from pocketquant.formats import BY_GGML_ID, F32Array, QuantFormat, U8Array
 from pocketquant.formats.plain import is_finite
+from pocketquant.gguf_values import KINDS, PACKED, encode_text, encode_value, refuse_unwritable
 from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value, padded
+from pocketquant.small_files import open_regular
 
-_KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")
-_PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"} | {
-    "bool": "?",
-    "u64": "Q",
-    "i64": "q",
-    "f64": "d",
-}
 _MAX_TENSORS = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_DIMS = 4
@@ -84,7 +79,7 @@ class _Cursor:
         return piece
 
     def number(self, kind: str) -> Any:
-        return struct.unpack("<" + _PACKED[kind], self.take(struct.calcsize("<" + _PACKED[kind])))[0]
+        return struct.unpack("<" + PACKED[kind], self.take(struct.calcsize("<" + PACKED[kind])))[0]
 
     def string(self) -> str:
         try:
@@ -105,22 +100,22 @@ class _Cursor:
             if count > len(self.data) - self.at:
                 raise self.fail(f"an array of {count} strings")
             return Value("str[]", [self.string() for _ in range(count)])
-        width = struct.calcsize("<" + _PACKED[item])
+        width = struct.calcsize("<" + PACKED[item])
         if count > len(self.data):
             raise self.fail(f"an array of {count} numbers")
         raw = self.take(count * width)
-        return Value(f"{item}[]", list(struct.unpack(f"<{count}{_PACKED[item]}", raw)))
+        return Value(f"{item}[]", list(struct.unpack(f"<{count}{PACKED[item]}", raw)))
 
     def kind(self) -> str:
         number = self.number("u32")
-        if number >= len(_KINDS):
+        if number >= len(KINDS):
             raise self.fail(f"metadata type {number}")
-        return _KINDS[number]
+        return KINDS[number]
 
 
 def is_gguf(path: Path) -> bool:
     """Whether a file starts with GGUF's magic."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == b"GGUF"
 
 
@@ -325,7 +320,11 @@ def _rule_for(
 
 
 def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> bytes:
-    """Metadata and tensor table as the bytes before the data section, padded to the alignment."""
+    """Metadata and tensor table as the bytes before the data section, padded to the alignment.
+
+    Raises:
+        SourceError: metadata that GGUF cannot hold (all of it).
+    """
     entries = [GgufTensor(item.tensor.name, item.tensor.shape, item.format, 0, item.nbytes) for item in tensors]
     header = encode_table(metadata, entries)
     return header.ljust(padded(len(header)), b"\0")
@@ -333,33 +332,17 @@ def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor
 
 def encode_table(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:
     """The same from entries of a tensor table, whose offsets are counted anew, and without the padding."""
+    refuse_unwritable(metadata)
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        parts += [_string(key), *_encode_value(value)]
+        parts += [encode_text(key), *encode_value(value)]
     offset = 0
     for tensor in tensors:
         shape = tensor.shape[::-1]
         place = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.format.ggml_id, offset)
-        parts += [_string(tensor.name), place]
+        parts += [encode_text(tensor.name), place]
         offset += padded(tensor.nbytes)
     return b"".join(parts)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _encode_value(value: Value) -> list[bytes]:
-    if not value.kind.endswith("[]"):
-        kind, items = value.kind, [value.value]
-        parts = [struct.pack("<I", _KINDS.index(kind))]
-    else:
-        kind, items = value.kind[:-2], value.value
-        parts = [struct.pack("<IIQ", _KINDS.index("[]"), _KINDS.index(kind), len(items))]
-    if kind == "str":
-        return parts + [_string(item) for item in items]
-    return [*parts, struct.pack(f"<{len(items)}{_PACKED[kind]}", *items)]
 
 
 def file_name(metadata: Mapping[str, Value], recipe: str) -> str:
@@ -374,41 +357,3 @@ def file_name(metadata: Mapping[str, Value], recipe: str) -> str:
         known("name"), known("basename"), known("finetune"), known("version"), known("size_label"), recipe
     )
     return re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".gguf"
-
-
-def describe_folder(folder: Path, n_weights: int, n_expert: int = 0, expert_weights: int = 0) -> dict[str, Value]:
-    """The `general.*` keys that gguf-py finds out from a checkpoint's model card, config and folder name.
-
-    Args:
-        folder: of the checkpoint.
-        n_weights: in all.
-        n_expert: experts of a block, 0 where there are none.
-        expert_weights: of one expert, summed over the blocks.
-    """
-    import gguf
-
-    described = gguf.Metadata.load(None, folder, None, n_weights)
-    if described.name is None:
-        described.name = folder.name
-    if described.size_label is None:
-        described.size_label = gguf.size_label(
-            n_weights, n_weights - n_expert * expert_weights, expert_weights, n_expert
-        )
-    writer = gguf.GGUFWriter(None, "")
-    writer.kv_data[0].clear()
-    described.set_gguf_meta_model(writer)
-    return {
-        key: Value(_KINDS[item.type] if item.sub_type is None else f"{_KINDS[item.sub_type]}[]", item.value)
-        for key, item in _with_item_types(writer.kv_data[0]).items()
-    }
-
-
-def _with_item_types(items: Mapping[str, Any]) -> dict[str, Any]:
-    """gguf-py leaves an array's item type out until it writes it; every array here is one of strings."""
-    import gguf
-
-    kinds = gguf.GGUFValueType
-    return {
-        key: gguf.GGUFValue(item.value, item.type, kinds.STRING) if item.type is kinds.ARRAY else item
-        for key, item in items.items()
-    }

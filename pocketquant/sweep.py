@@ -22,7 +22,7 @@ from pocketquant.errors import OutputError, SourceError
 from pocketquant.eval.html.sheet import find_front
 from pocketquant.eval.reference import make_reference
 from pocketquant.eval.report import identify, list_versions
-from pocketquant.files import read_json, replacing
+from pocketquant.files import replacing
 from pocketquant.llama.library import require_runtime
 from pocketquant.measure import (
     Means,
@@ -36,6 +36,7 @@ from pocketquant.measure import (
 from pocketquant.quant import read_importance
 from pocketquant.quant.collect import SELF, digest_file
 from pocketquant.release import Release, Variant, plan_again
+from pocketquant.small_files import read_json
 
 SCHEMA = "pocketquant.sweep/1"
 KEEP = ("front", "all", "none")

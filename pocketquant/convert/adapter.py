@@ -22,7 +22,7 @@ from typing import Any
 from pocketquant.convert.adapter_whole import sort_whole
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
-from pocketquant.files import read_json
+from pocketquant.small_files import is_present, read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"} | {
@@ -132,17 +132,15 @@ def open_adapter(folder: Path | str) -> Adapter:
     """
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
-    if not config_path.is_file():
+    if not is_present(config_path):
         raise SourceError(f"{folder}: no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise SourceError(f"{config_path}: no JSON object")
+    config = read_object(config_path)
     if "peft_type" not in config and _OF_MLX & config.keys():
         raise SourceError(
             f"{folder}: an adapter of mlx-lm, whose matrices and scale mean something else than PEFT's; merge it with "
             "mlx_lm.fuse and convert the result"
         )
-    if not weights_path.is_file():
+    if not is_present(weights_path):
         found = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise SourceError(f"{folder}: no {WEIGHTS}{found}; save the adapter as safetensors")
     problems = _config_problems(config)

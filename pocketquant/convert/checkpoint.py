@@ -15,6 +15,7 @@ from pocketquant.architectures import architecture_of_class
 from pocketquant.architectures.qwen35_vision import PREFIXES as VISION_PREFIXES
 from pocketquant.convert.adapter import Adapter
 from pocketquant.convert.adapter_merge import merge_adapter
+from pocketquant.convert.description import describe_folder
 from pocketquant.convert.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, note_passed_over, refuse_versions
 from pocketquant.convert.mapping import is_tied, map_tensors
 from pocketquant.convert.metadata import model_metadata
@@ -26,9 +27,8 @@ from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.tensor_table import WeightFiles, choose_weights, read_tensor_table
 from pocketquant.convert.tokenizer import read_tokenizer
 from pocketquant.errors import ArchitectureError, SourceError
-from pocketquant.files import read_json
-from pocketquant.gguf_file import describe_folder
 from pocketquant.model import Model
+from pocketquant.small_files import read_object
 
 
 def open_checkpoint(
@@ -68,7 +68,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     snapshot = source if isinstance(source, Snapshot) else local_snapshot(Path(source))
     folder = snapshot.folder
     _refuse_adapter_inside(snapshot, adapter)
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     refuse_versions(folder / "config.json", config.get("configuration_files"), "config")
     text_config = config.get("text_config", config)
     if not isinstance(text_config, dict):
@@ -99,7 +99,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     tensors = map_tensors(architecture, sizes, kinds, stored, tied, notes, taken)
     n_weights = sum(prod(tensor.shape) for tensor in tensors)
     expert_weights = sum(prod(tensor.shape[1:]) for tensor in tensors if len(tensor.shape) == 3)
-    described = describe_folder(folder, n_weights, sizes.get("n_expert", 0), expert_weights)
+    described = describe_folder(folder, n_weights, notes, sizes.get("n_expert", 0), expert_weights)
     metadata = {
         **model_metadata(architecture, text_config, sizes, described),
         **read_tokenizer(folder, sizes["n_vocab"], config, notes),
@@ -117,7 +117,7 @@ def _refuse_adapter_inside(snapshot: Snapshot, adapter: Adapter | None) -> None:
     if adapter is not None or snapshot.is_one_file or ADAPTER_CONFIG not in entries or not weights:
         return
     if "config.json" not in entries:
-        base = _read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise SourceError(
             f"{folder}: an adapter (of {base!r:.120}) and no model; give its base model as the source and this folder "
             f"as the adapter: --adapter {folder}"
@@ -142,13 +142,6 @@ def _read_from(
     if adapter is not None and adapter.folder == snapshot.folder.resolve():
         read |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS[0]}
     return read
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: no JSON object")
-    return value
 
 
 def _class_name(config: Mapping[str, Any], folder: Path) -> str:

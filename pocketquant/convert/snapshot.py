@@ -9,7 +9,7 @@ from pathlib import Path
 from pocketquant.convert.folder import INDEX, SINGLE, list_entries
 from pocketquant.convert.safetensors import LocalFile, RangeFile
 from pocketquant.errors import SourceError
-from pocketquant.files import read_json
+from pocketquant.small_files import is_present, kind_of, read_object
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ def local_snapshot(path: Path) -> Snapshot:
     Raises:
         SourceError: neither, or the file is one shard of several.
     """
-    if path.is_dir():
+    if kind_of(path) == "folder":
         entries = list_entries(path)
         weights = {name: LocalFile(path / name) for name in entries if name.endswith(".safetensors")}
         return Snapshot(path, weights, entries)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix != ".safetensors" or kind_of(path) != "file":
         raise SourceError(
             f"{path}: no such folder; give a checkpoint folder (config.json, tokenizer.json, *.safetensors), one "
             ".safetensors file beside its config.json, a repository (org/name, hf://org/name@revision, "
@@ -48,9 +48,8 @@ def local_snapshot(path: Path) -> Snapshot:
         )
     snapshot = Snapshot(path.parent, {path.name: LocalFile(path)}, list_entries(path.parent), is_one_file=True)
     index = path.parent / INDEX
-    if index.is_file() and path.name != SINGLE:
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if path.name != SINGLE and is_present(index):
+        weight_map = read_object(index).get("weight_map")
         shards = {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else ()
         if path.name in shards:
             if len(shards) > 1:

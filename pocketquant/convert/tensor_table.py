@@ -17,7 +17,7 @@ from pocketquant.convert.folder import ADAPTER_WEIGHTS, INDEX, SINGLE, named
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.convert.snapshot import Snapshot
 from pocketquant.errors import SourceError, listing
-from pocketquant.files import read_json
+from pocketquant.small_files import is_present, read_object
 
 _HEADERS_AT_ONCE = 8  # a hub takes a moment to answer, and a big model has a hundred shards
 
@@ -82,10 +82,9 @@ def _chosen_by_config(snapshot: Snapshot, name: Any) -> WeightFiles:
 def _index_beside(snapshot: Snapshot) -> tuple[str | None, None, tuple[str, ...]]:
     """The index beside a single file if it is the file's own, and a note if it is another save's."""
     path = snapshot.folder / INDEX
-    if not path.exists() or snapshot.is_one_file:
+    if not is_present(path) or snapshot.is_one_file:
         return None, None, ()
-    content = read_json(path)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(path).get("weight_map")
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if shards == [SINGLE]:
         return INDEX, None, ()
@@ -99,8 +98,7 @@ def _index_beside(snapshot: Snapshot) -> tuple[str | None, None, tuple[str, ...]
 
 def _shards_of(snapshot: Snapshot, index: str) -> WeightFiles:
     folder, path = snapshot.folder, snapshot.folder / index
-    content = read_json(path)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{path}: weight_map is missing or no object of names")
     names = tuple(sorted(set(weight_map.values())))

@@ -14,8 +14,8 @@ from typing import Any
 from pocketquant.convert.added_tokens import DEFAULT, AddedTokens, read_added_tokens
 from pocketquant.convert.folder import refuse_versions
 from pocketquant.errors import TokenizerError, listing
-from pocketquant.files import read_json
 from pocketquant.model import Value
+from pocketquant.small_files import is_present, read_object, read_optional_object, read_text
 
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -50,20 +50,22 @@ def read_tokenizer(
     """
     notes = [] if notes is None else notes
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_present(path):
         raise TokenizerError(
             f"{path}: missing; save the tokenizer in this format (a 'fast' tokenizer's save_pretrained does)"
         )
-    tokenizer = read_json(path)
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+    tokenizer = read_object(path)
+    if not isinstance(tokenizer.get("model"), dict):
         raise TokenizerError(f"{path}: no tokenizer")
-    settings = _optional_object(folder / "tokenizer_config.json")
+    settings = read_optional_object(folder / "tokenizer_config.json")
     refuse_versions(folder / "tokenizer_config.json", settings.get("fast_tokenizer_files"), "tokenizer")
-    generation = _optional_object(folder / "generation_config.json")
+    generation = read_optional_object(folder / "generation_config.json")
     pre = _recognise(tokenizer, path)
     _check_vocabulary(tokenizer["model"], path)
-    special_map = _optional_object(folder / "special_tokens_map.json")
-    added = read_added_tokens(tokenizer, settings, special_map, _optional_object(folder / "added_tokens.json"), path)
+    special_map = read_optional_object(folder / "special_tokens_map.json")
+    added = read_added_tokens(
+        tokenizer, settings, special_map, read_optional_object(folder / "added_tokens.json"), path
+    )
     notes += added.notes
     tokens, types = _token_list(tokenizer["model"]["vocab"], added.by_id, n_vocab, path)
     merges = _merges(tokenizer["model"], path)
@@ -80,13 +82,6 @@ def read_tokenizer(
     metadata["tokenizer.ggml.add_bos_token"] = Value("bool", bool(settings.get("add_bos_token", False)))
     metadata.update(_chat_templates(folder, settings))
     return metadata
-
-
-def _optional_object(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: no JSON object")
-    return value
 
 
 def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
@@ -298,9 +293,8 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
     """`chat_template.jinja` before `chat_template.json` before tokenizer_config.json, as transformers loads them."""
     named: dict[str, str] = {}
     template = settings.get("chat_template")
-    if (folder / "chat_template.json").is_file():
-        template = _optional_object(folder / "chat_template.json").get("chat_template", template)
-    if (folder / "chat_template.jinja").is_file():
+    template = read_optional_object(folder / "chat_template.json").get("chat_template", template)
+    if is_present(folder / "chat_template.jinja"):
         template = _read_template(folder / "chat_template.jinja")
         for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
             named[path.stem] = _read_template(path)
@@ -318,9 +312,4 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
 
 
 def _read_template(path: Path) -> str:
-    if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-        raise TokenizerError(f"{path}: larger than {_MAX_TEMPLATE_BYTES} bytes; no chat template is")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    return read_text(path, _MAX_TEMPLATE_BYTES, TokenizerError)

@@ -25,7 +25,7 @@ from pocketquant.eval.intervals import Share
 from pocketquant.eval.kernels import FLOOR, differing
 from pocketquant.eval.limits import AT_LEAST, FAIL, Limits
 from pocketquant.eval.readback import Evidence, parse_report, same_tokens
-from pocketquant.files import read_json
+from pocketquant.small_files import read_json
 
 PASS, FAILED, UNDECIDED = "pass", "fail", "undecided"
 

@@ -20,6 +20,7 @@ from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.llama.library import log_callback, require_runtime
 from pocketquant.llama.runtime import _LlamaRuntime
+from pocketquant.small_files import read_bytes
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64 << 20
@@ -229,14 +230,7 @@ def check_image(path: Path) -> None:
 
     Source: PNG specification (2003), 11.2.2; ITU-T T.81, B.2.2.
     """
-    try:
-        nbytes = path.stat().st_size
-        data = path.read_bytes() if nbytes <= MAX_IMAGE_BYTES else b""
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); give a PNG or JPEG") from error
-    if not data:
-        raise EvalError(f"{path}: {nbytes} bytes; give a PNG or JPEG of at most {MAX_IMAGE_BYTES >> 20} MiB")
-    width, height = _size_of(data)
+    width, height = _size_of(read_bytes(path, MAX_IMAGE_BYTES, EvalError))
     if not 0 < width * height <= MAX_IMAGE_PIXELS:
         said = f"{width} x {height} pixels, at most {MAX_IMAGE_PIXELS} in all" if width * height else "no PNG or JPEG"
         raise EvalError(f"{path}: {said}; scale it, or save it again as PNG or JPEG")

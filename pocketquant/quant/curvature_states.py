@@ -17,6 +17,7 @@ from pocketquant.files import check_target, replacing
 from pocketquant.formats import F32Array
 from pocketquant.interrupts import put_in_place
 from pocketquant.quant.statistics_writing import Layout
+from pocketquant.small_files import read_object
 
 
 class States:
@@ -33,7 +34,7 @@ class States:
         """Makes the folder anew, unless it is to be taken up."""
         about = self._folder / "run.json"
         if resume and about.exists():
-            stated = json.loads(about.read_text())
+            stated = read_object(about, EvalError)
             if stated != run:
                 differs = ", ".join(key for key in run if stated.get(key) != run[key])
                 raise EvalError(

@@ -25,6 +25,7 @@ from pocketquant.files import replacing
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.gguf_file import GgufTensor, encode_table, read_header
 from pocketquant.model import Model, Value, padded
+from pocketquant.small_files import open_regular
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
@@ -236,7 +237,7 @@ def _mtp_prefix(model: Model) -> str:
 
 def _check_is_gguf(path: Path) -> None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path, RecipeError) as file:
             magic = file.read(4)
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the importance matrix: {error.strerror}") from error

@@ -91,7 +91,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     old.write_bytes(b"\x01\x00\x00\x00")
     with pytest.raises(RecipeError, match=r"llama-imatrix --in-file old\.dat"):
         read_importance(old)
-    with pytest.raises(RecipeError, match="cannot read"):
+    with pytest.raises(RecipeError, match="cannot be read"):
         read_importance(tmp_path / "missing.gguf")
     whole = write_matrix(tmp_path / "m.gguf", entry("a", np.ones(64, np.float32), f32(1))).read_bytes()
     for length in (4, 40, len(whole) // 2, len(whole) - 64):

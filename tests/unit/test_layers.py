@@ -11,12 +11,14 @@ import pocketquant
 
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
+    {"escaping"},
     {"errors", "activity"},
     {"formats"},
     {"model"},
     {"architectures"},
-    {"interrupts", "leftovers"},
+    {"interrupts", "leftovers", "small_files"},
     {"files"},
+    {"gguf_values"},
     {"gguf_file"},
     {"llama"},
     {"pipeline", "demo", "chat_template"},
@@ -29,7 +31,8 @@ LAYERS = [
     {"cli"},
 ]
 ONLY_IN = {
-    "gguf": {"gguf_file", "formats/grids"},
+    "gguf": {"gguf_file", "formats/grids", "convert/description"},
+    "yaml": {"convert/description"},
     "llama_cpp": {"llama"},
     "lm_eval": {"eval/tasks", "eval/tasks_loading"},
     "typer": {"cli"},

@@ -17,7 +17,7 @@ from pocketquant.errors import EvalError, listing
 from pocketquant.eval.html.drift import TaskDrift, is_drift, read_drift
 from pocketquant.eval.html.taking import MAX_ROWS, items, listed, mapping, number, whole, words
 from pocketquant.eval.report import SCHEMA as EVALUATION
-from pocketquant.files import read_json
+from pocketquant.small_files import read_json
 
 RELEASES = ("pocketquant.make/1", "pocketquant.sweep/1")
 MAX_VARIANTS = 64
