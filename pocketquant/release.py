@@ -16,11 +16,11 @@ from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.eval.corpus import Text
 from pocketquant.gguf_file import file_name
+from pocketquant.llama.runtime import require_runtime
 from pocketquant.model import Model, Plan
 from pocketquant.outputs import default_mmproj_recipe, plan_outputs
 from pocketquant.quant import Importance, Recipe, open_recipe, plan, read_importance
 from pocketquant.quant.collect import SELF
-from pocketquant.llama.runtime import require_runtime
 from pocketquant.splits import check_whole, split_plan
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")

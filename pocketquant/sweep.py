@@ -23,6 +23,7 @@ from pocketquant.eval.html.sheet import find_front
 from pocketquant.eval.reference import make_reference
 from pocketquant.eval.report import identify, list_versions
 from pocketquant.files import read_json, replacing
+from pocketquant.llama.runtime import require_runtime
 from pocketquant.measure import (
     Means,
     calibrate,
@@ -35,7 +36,6 @@ from pocketquant.measure import (
 from pocketquant.quant import read_importance
 from pocketquant.quant.collect import SELF, digest_file
 from pocketquant.release import Release, Variant, plan_again
-from pocketquant.llama.runtime import require_runtime
 
 SCHEMA = "pocketquant.sweep/1"
 KEEP = ("front", "all", "none")

@@ -36,8 +36,8 @@ from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
 from pocketquant.files import replacing
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import open_gguf
-from pocketquant.model import Model, Role, Tensor
 from pocketquant.llama.runtime import Runtime, open_runtime
+from pocketquant.model import Model, Role, Tensor
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""

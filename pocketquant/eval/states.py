@@ -23,8 +23,8 @@ from pocketquant.errors import EvalError
 from pocketquant.eval.floor import mean_divergence
 from pocketquant.eval.pack import HeadIdentity
 from pocketquant.formats import FORMATS, F32Array, U8Array
-from pocketquant.model import Tensor
 from pocketquant.llama.runtime import require_runtime
+from pocketquant.model import Tensor
 
 CODINGS = ("f24", "bf16", "f16", "q8_0")
 """f24 is F32 without its last 8 bits, rounded to nearest; the others are GGML's types."""

@@ -23,8 +23,8 @@ from pocketquant.eval.report import FileIdentity
 from pocketquant.eval.states import Head
 from pocketquant.files import sha256_of, usable_threads
 from pocketquant.formats import FORMATS, F32Array
-from pocketquant.model import Role, Tensor
 from pocketquant.llama.runtime import Runtime, default_rows
+from pocketquant.model import Role, Tensor
 
 _FILES = ("config.json", "tokenizer.json", "*.safetensors")
 

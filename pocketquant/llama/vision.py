@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.llama import runtime
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array, U8Array
+from pocketquant.llama import runtime
 from pocketquant.llama.runtime import _LlamaRuntime, require_runtime
 
 MAX_IMAGE_BYTES = 64 << 20

@@ -25,13 +25,13 @@ from pocketquant.errors import ArchitectureError, EvalError
 from pocketquant.files import check_target, replacing
 from pocketquant.gguf_file import open_gguf
 from pocketquant.interrupts import put_in_place
+from pocketquant.llama.runtime import default_rows, open_runtime
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.collect import SELF, SELF_CHUNKS, cut_windows, digest_file, read_text, sample_windows
 from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, group_rows
 from pocketquant.quant.observing import Observer
 from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
-from pocketquant.llama.runtime import default_rows, open_runtime
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all, those of every pass."""

@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError
 from pocketquant.files import replacing
+from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 from pocketquant.quant.drafting import Block, block_beside, find_block, open_block
 from pocketquant.quant.importance import ImportanceSums
 from pocketquant.quant.observing import InputSums, Observer
-from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""

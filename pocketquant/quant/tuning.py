@@ -25,13 +25,13 @@ from pocketquant.errors import EvalError, OutputError, RecipeError, listing
 from pocketquant.files import check_target, read_at, replacing
 from pocketquant.formats import U8Array
 from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
+from pocketquant.llama.sampling import sample_on
 from pocketquant.model import Model, Tensor, Value, padded
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
 from pocketquant.quant.collect import SELF, digest_of_tokens
 from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import read_whole, set_up
 from pocketquant.quant.tuner import Numbers, Tuner, run_reference
-from pocketquant.llama.sampling import sample_on
 
 Progress = Callable[[int, int], None]
 """Called with batches done and batches in all: those that look at held-back windows, too."""

@@ -15,8 +15,8 @@ from pocketquant.quant.importance import ImportanceSums, importance_of, merge_su
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.quant import observing
 from pocketquant.llama.runtime import require_runtime
+from pocketquant.quant import observing
 
 
 def matrix(scale: float = 1.0, *, n_cols: int = 6, name: str = "text.txt") -> ImportanceSums:

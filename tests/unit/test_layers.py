@@ -17,6 +17,7 @@ LAYERS = [
     {"architectures"},
     {"interrupts", "leftovers"},
     {"files"},
+    {"gguf_tensors"},
     {"gguf_file"},
     {"llama"},
     {"pipeline", "demo", "chat_template"},
