@@ -27,6 +27,7 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
+from pocketquant.llama.normalization import as_trained
 
 _LOGIT_BYTES = 64 << 20
 _LOG_LINES = 8
@@ -70,7 +71,10 @@ class Runtime(Protocol):
     def versions(self) -> Mapping[str, str]: ...
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Tokens of `text`, without BOS; the names of special tokens count as text unless `special`."""
+        """Tokens of `text` as the model's own tokenizer gives them, without BOS.
+
+        The names of special tokens count as text unless `special`.
+        """
         ...
 
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
@@ -240,7 +244,7 @@ class _LlamaRuntime:
         return {"llama_cpp": metadata.version("llama_cpp_python"), "llama_cpp_features": features.strip(" |")}
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        data = text.encode()
+        data = as_trained(self._library, self._model, self._vocab, text, special=special).encode()
         # no vocabulary has more tokens than bytes, but for a prefix space
         buffer = (self._library.llama_token * (len(data) + 8))()
         count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), False, special)
