@@ -18,13 +18,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pocketquant.architectures import architecture_named
+from pocketquant.architectures.foreign import foreign_layout
 from pocketquant.architectures.gguf_names import MOST_BLOCKS, block_kinds, missing_names, rules_by_name
-from pocketquant.architectures.table import MODEL, TensorRule
+from pocketquant.architectures.table import ATTENTION, MODEL, TensorRule
 from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files import read_at
-from pocketquant.formats import BY_GGML_ID, F32Array, QuantFormat, U8Array
+from pocketquant.formats import BY_GGML_ID, F32Array, U8Array
 from pocketquant.formats.plain import is_finite
+from pocketquant.formats.unread import describe_unread
+from pocketquant.gguf_tensors import GgufTensor as GgufTensor
+from pocketquant.gguf_tensors import Placed, place_tensor
 from pocketquant.gguf_values import KINDS, PACKED, encode_text, encode_value, refuse_unwritable
 from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value, padded
 from pocketquant.small_files import open_regular
@@ -37,17 +43,6 @@ _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 OTHER_KINDS = {"adapter": "a LoRA adapter", "imatrix": "an importance matrix"}
 """`general.type` of GGUF files that are no models -> what they are, for people."""
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One entry of a GGUF's tensor table. `shape` is `[rows, cols]`, `offset` counts from the start of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: QuantFormat
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +132,11 @@ def read_header(path: Path | str) -> GgufHeader:
     cursor = _Cursor(path, memoryview(data))
     cursor.at = 4
     version = cursor.number("u32")
+    if version in (2 << 24, 3 << 24):
+        raise SourceError(
+            f"{path}: a big-endian GGUF, made for another kind of processor; turn it around first, with gguf-py's "
+            f"`gguf-convert-endian {path.name} little`, which rewrites the file in place"
+        )
     if version not in (2, 3):
         raise cursor.fail(f"GGUF version {version}")
     n_tensors, n_keys = cursor.number("u64"), cursor.number("u64")
@@ -165,13 +165,13 @@ def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: in
         shape = tuple(cursor.number("u64") for _ in range(n_dims))[::-1]
         entries.append((name, shape, cursor.number("u32"), cursor.number("u64")))
     data_offset = -(-cursor.at // alignment) * alignment
-    tensors, problems, seen = [], [], set()
+    tensors, problems, unread, seen = [], [], [], set()
     for name, shape, ggml_id, offset in entries:
         quant_format = BY_GGML_ID.get(ggml_id)
         if name in seen:
             problems.append(f"{name}: stands twice in the table")
         elif quant_format is None:
-            problems.append(f"{name}: GGML type {ggml_id} is not supported")
+            unread.append(f"{name}: {describe_unread(ggml_id)}")
         elif shape[-1] % quant_format.block_len or not all(0 < n < 1 << 40 for n in shape):
             problems.append(f"{name}: shape {list(shape)} is none that {quant_format.name} can have")
         else:
@@ -184,6 +184,11 @@ def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: in
         seen.add(name)
     if problems:
         raise SourceError(f"{cursor.path}: broken tensor table (a truncated download?):\n{listing(problems)}")
+    if unread:
+        raise SourceError(
+            f"{cursor.path}: tensors in types that are not read here; take the file in another type, or the "
+            f"checkpoint:\n{listing(unread)}"
+        )
     return tuple(tensors)
 
 
@@ -237,16 +242,15 @@ class GgufRows:
     """Rows of one tensor of a GGUF file; a `RowSource`."""
 
     path: Path
-    tensor: GgufTensor
+    tensor: Placed
 
     def stored(self, start: int, stop: int) -> U8Array:
         """Rows as the file holds them, u8[n, bytes]; SourceError if a plain number is not finite."""
         kind = self.tensor.format
-        row_bytes = kind.row_bytes(self.tensor.shape[-1])
-        raw = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        raw = read_rows(self.path, self.tensor, start, stop)
         if kind.block_len == 1:
             self._check_finite(is_finite(raw, kind.name), start, stop)
-        return raw.reshape(stop - start, row_bytes)
+        return raw
 
     def rows(self, start: int, stop: int) -> F32Array:
         """Rows decoded to f32[n, n_cols]; SourceError if a number is not finite."""
@@ -258,6 +262,16 @@ class GgufRows:
     def _check_finite(self, finite: bool, start: int, stop: int) -> None:
         if not finite:
             raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
+
+
+def read_rows(path: Path, tensor: Placed, start: int, stop: int) -> U8Array:
+    """Rows [start, stop) of a tensor as the file holds them, u8[n, bytes]."""
+    row_bytes = tensor.format.row_bytes(tensor.shape[-1])
+    runs = [
+        read_at(path, piece.offset + first * row_bytes, (last - first) * row_bytes)
+        for piece, first, last in tensor.runs(start, stop)
+    ]
+    return (runs[0] if len(runs) == 1 else np.concatenate(runs)).reshape(stop - start, row_bytes)
 
 
 def open_gguf(path: Path | str) -> Model:
@@ -277,33 +291,40 @@ def open_gguf(path: Path | str) -> Model:
     if kind in OTHER_KINDS:
         raise ArchitectureError(f"{path}: {OTHER_KINDS[kind]}, and no model; `inspect` shows what it holds")
     architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))
+    names = {entry.name for _, entry in entries}
+    if layout := foreign_layout(architecture.name, header.metadata, names) if architecture.blocks == "blk" else "":
+        raise ArchitectureError(f"{path}: {layout}")
     sizes = architecture.sizes_from_gguf(header.metadata)
-    at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
-    in_block = {rule.target: rule for rule in architecture.tensors if rule.where != MODEL}
-    tensors, unknown = [], []
-    for file, entry in entries:
-        n_blocks = sizes["n_layer"] + sizes.get("n_mtp", 0)
-        rule, layer = _rule_for(entry.name, architecture.blocks, at_model, in_block, n_blocks)
-        if rule is None:
-            unknown.append(f"{entry.name} {list(entry.shape)}")
-            continue
-        source = GgufRows(file, entry)
-        tensors.append(
-            Tensor(entry.name, rule.role, layer, entry.shape, entry.format.name, source, keep_f32=rule.keep_f32)
-        )
-    if not entries:
-        raise ArchitectureError(f"{path}: holds no tensors; whatever wrote it found none: convert the checkpoint again")
     n_layer, n_mtp = sizes["n_layer"], sizes.get("n_mtp", 0)
     if n_layer + n_mtp > MOST_BLOCKS:
         raise ArchitectureError(f"{path}: announces {n_layer + n_mtp} blocks; the file is broken")
-    rules = rules_by_name(architecture, block_kinds(architecture, header.metadata, n_layer), n_mtp)
-    missing = [name for name, _ in missing_names(rules, {entry.name for _, entry in entries}, n_layer, n_mtp)]
+    kinds = block_kinds(architecture, header.metadata, n_layer)
+    at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
+    in_block = {rule.target: rule for rule in architecture.tensors if rule.where != MODEL}
+    tensors, unknown, n_fused = [], [], 0
+    for file, entry in entries:
+        placed = place_tensor(entry, architecture, (*kinds, *[ATTENTION] * n_mtp), sizes)
+        n_fused += len(placed) > 1
+        for item in placed:
+            rule, layer = _rule_for(item.name, architecture.blocks, at_model, in_block, n_layer + n_mtp)
+            if rule is None:
+                unknown.append(f"{item.name} {list(item.shape)}")
+                continue
+            source = GgufRows(file, item)
+            tensors.append(
+                Tensor(item.name, rule.role, layer, item.shape, item.format.name, source, keep_f32=rule.keep_f32)
+            )
+    if not entries:
+        raise ArchitectureError(f"{path}: holds no tensors; whatever wrote it found none: convert the checkpoint again")
+    rules = rules_by_name(architecture, kinds, n_mtp)
+    missing = [name for name, _ in missing_names(rules, {tensor.name for tensor in tensors}, n_layer, n_mtp)]
     problems = [f"tensors that no {architecture.name} model has:\n{listing(unknown)}"] if unknown else []
     problems += [f"tensors of {architecture.name} that are missing:\n{listing(missing)}"] if missing else []
     if problems:
         raise ArchitectureError(f"{path}: {chr(10).join(problems)}\nconvert the checkpoint again, or `check` the file")
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith(_WRITTEN_BY_PLAN)}
-    return Model(architecture.name, metadata, tuple(tensors), sizes)
+    notes = (f"{n_fused} tensors that another tool had fused: taken apart",) if n_fused else ()
+    return Model(architecture.name, metadata, tuple(tensors), sizes, notes)
 
 
 def _rule_for(

@@ -166,10 +166,10 @@ _IN_GGUF = {
     "n_ctx": "context_length",
 }
 _EPSILON = 1e-6  # of RMSNorm, where config.json has none
-_LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
-_LARGEST_THETA, _LARGEST_FACTOR = 1e15, 1e6
+LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
+LARGEST_THETA, _LARGEST_FACTOR = 1e15, 1e6
 _LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
-_LIMITS = {"n_layer": 512, "n_expert": 1024}
+MOST = {"n_layer": 512, "n_expert": 1024}
 """What llama.cpp has room for (LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of src/llama-hparams.h)."""
 
 
@@ -200,12 +200,12 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
     keys = {**FROM_CONFIG, **feed_forward}
     problems = []
     for word, key in keys.items():
-        limit = _LIMITS.get(word, _LARGEST)
+        limit = MOST.get(word, _LARGEST)
         if type(config.get(key)) is not int or not 1 <= config[key] <= limit:
             expected = f"{config[key]!r}, expected an integer from 1 to {limit}" if key in config else "missing"
             problems.append(f"{key}: {expected}")
     epsilon = config.get("rms_norm_eps", _EPSILON)
-    if type(epsilon) not in (int, float) or not _LEAST_EPSILON <= epsilon <= 1:  # NaN is not, either
+    if type(epsilon) not in (int, float) or not LEAST_EPSILON <= epsilon <= 1:  # NaN is not, either
         problems.append(f"rms_norm_eps: {epsilon!r:.80}, expected a number above 0 and at most 1, like {_EPSILON}")
     if problems:
         raise ArchitectureError(f"config.json does not describe a Qwen3.5 text model:\n{listing(problems)}")
@@ -223,6 +223,8 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         problems.append("attention_bias is set: no Qwen3.5 model has attention biases and llama.cpp reads none")
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r}: llama.cpp computes silu")
+    if (gate := config.get("output_gate_type")) not in (None, "silu", "swish"):
+        problems.append(f"output_gate_type {str(gate)[:40]!r}: llama.cpp computes silu")
     problems += _rope_problems(config, sizes)
     if problems:
         raise ArchitectureError(f"config.json asks for what the runtimes cannot do:\n{listing(problems)}")
@@ -298,7 +300,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _rope_problems(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
     """What is no rotation: numbers that are none, or out of all proportion."""
-    limits = {"rope_theta": _LARGEST_THETA, "partial_rotary_factor": 1.0}
+    limits = {"rope_theta": LARGEST_THETA, "partial_rotary_factor": 1.0}
     if _rope_kind(config) in ("linear", "yarn"):
         limits["factor"] = _LARGEST_FACTOR
     rope = _rope(config)
@@ -344,10 +346,10 @@ def _interval(config: Mapping[str, Any]) -> int:
 
 
 def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool] | None:
-    """Written only where the interval does not say it all; older runtimes do not know the key."""
-    kinds, interval = layer_kinds(config), _interval(config)
-    regular = all((kind == DELTA) == bool((i + 1) % interval) for i, kind in enumerate(kinds))
-    return None if regular else [kind == DELTA for kind in kinds] + [False] * sizes.get("n_mtp", 0)
+    """Which blocks are Gated DeltaNet, where the config lists them; without the key, runtimes go by the interval."""
+    if config.get("layer_types") is None:
+        return None
+    return [kind == DELTA for kind in layer_kinds(config)] + [False] * sizes.get("n_mtp", 0)
 
 
 def _rope_dimensions(config: Mapping[str, Any], sizes: Sizes) -> int:
@@ -382,8 +384,8 @@ HYBRID_METADATA = (
     MetadataRule("ssm.group_count", "u32", lambda config, sizes: sizes["n_k"]),
     MetadataRule("ssm.time_step_rank", "u32", lambda config, sizes: sizes["n_v"]),
     MetadataRule("ssm.inner_size", "u32", lambda config, sizes: sizes["v_dim"]),
-    MetadataRule("full_attention_interval", "u32", lambda config, sizes: _interval(config)),
     MetadataRule("attention.recurrent_layers", "bool[]", _recurrent_layers),
+    MetadataRule("full_attention_interval", "u32", lambda config, sizes: _interval(config)),
     MetadataRule("rope.dimension_count", "u32", _rope_dimensions),
     MetadataRule("nextn_predict_layers", "u32", lambda config, sizes: sizes.get("n_mtp") or None),
 )

@@ -193,7 +193,7 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         )
     say(line, quiet=task.quiet)
     if json:
-        print_json(cost)
+        print_json(cost, of="plan")
 
 
 def _report(out: Path, *, json: bool, quiet: bool) -> None:

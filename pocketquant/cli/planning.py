@@ -49,6 +49,7 @@ def run(request: Request) -> None:
     from pocketquant.outputs import all_files, default_mmproj_recipe, plan_outputs
     from pocketquant.pipeline import write_together
     from pocketquant.quant import open_recipe, read_importance
+    from pocketquant.quant.planning import importance_gaps
     from pocketquant.splits import parse_size
 
     quiet, sizing = request.quiet, request.sizing
@@ -84,6 +85,9 @@ def run(request: Request) -> None:
         importance,
     )
     planned = outputs[0].plan
+    gaps = importance_gaps(planned) if importance else ()
+    for gap in gaps:
+        say(f"note: {gap}", quiet=quiet)
     entries = [
         describe_tensor(item.tensor, item.format.name, item.nbytes)
         | ({"reason": item.reason} if request.dry_run else {})
@@ -93,7 +97,7 @@ def run(request: Request) -> None:
         "file_bytes": planned.file_bytes,
         "bits_per_weight": round(planned.bits_per_weight, 4),
         "recipe": planned.metadata["pocketquant.recipe"].value,
-        "notes": list(parts.model.notes),
+        "notes": [*parts.model.notes, *gaps],
         "files": [
             {"kind": output.kind, "file": path.name, "file_bytes": part.file_bytes}
             for output in outputs

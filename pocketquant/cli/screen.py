@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pocketquant import __version__
+
 _talk = Console(stderr=True, highlight=False)
+_command = ""
+
+LINE_SECONDS = 60.0
+"""How often a long run writes a line where it cannot draw a bar."""
 
 
 def print_error(message: str) -> None:
@@ -27,11 +35,31 @@ def say(message: str, *, quiet: bool) -> None:
         _talk.print(message, markup=False, soft_wrap=True)
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout; letters that its encoding lacks are escaped as JSON escapes them."""
+def set_command(words: Sequence[str]) -> None:
+    """Says which command runs, so that its documents can be named after it."""
+    global _command
+    _command = "-".join(words)
+
+
+def print_json(value: Mapping[str, Any], *, of: str = "") -> None:
+    """One JSON document on stdout: its schema and the version that wrote it, then what it says.
+
+    Args:
+        value: the document; a schema of its own is kept.
+        of: what part of the command's work it describes, "plan" for what a dry run prints.
+    """
+    schema = "-".join(filter(None, (_command, of)))
+    head = {"schema": f"pocketquant.{schema}/1", "version": __version__}
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=not is_unicode)
+    # letters that the encoding lacks are escaped as JSON escapes them
+    json.dump({**head, **value}, sys.stdout, indent=2, ensure_ascii=not is_unicode)
     sys.stdout.write("\n")
+
+
+def print_json_error(message: str, kind: str, exit_code: int) -> None:
+    """What went wrong as a JSON document on stdout, in place of the one that was asked for."""
+    error = {"kind": kind, "message": message, "exit_code": exit_code}
+    print_json({"schema": "pocketquant.error/1", "command": _command, "error": error})
 
 
 def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -> None:
@@ -49,17 +77,59 @@ def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -
 @contextmanager
 def byte_progress(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar that counts bytes; gives the function to call with each piece's size."""
-    with _progress(DownloadColumn(), quiet=quiet) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with _progress(DownloadColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
+        task, done = progress.add_task(label, total=total), 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress.advance(task, nbytes)
+            at(done, total)
+
+        yield advance
 
 
 @contextmanager
 def step_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that counts steps; gives the function to call with (done, total)."""
-    with _progress(MofNCompleteColumn(), quiet=quiet) as progress:
+    with _progress(MofNCompleteColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
         task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            at(done, total)
+
+        yield advance
+
+
+@contextmanager
+def _line_a_minute(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Where no bar can be drawn, a line a minute that says how far it is, so that a log shows a run that lives."""
+    reached, ended, started = [0, 0], threading.Event(), time.monotonic()
+
+    def at(done: int, total: int) -> None:
+        reached[:] = done, total
+
+    def write() -> None:
+        while not ended.wait(LINE_SECONDS):
+            done, total = reached
+            minutes = (time.monotonic() - started) / 60
+            line = f"{label}: {minutes:.0f} min so far"
+            if done:
+                line = f"{label}: {100 * done / total:.0f} % after {minutes:.0f} min"
+                line += f", about {minutes * (total - done) / done:.0f} min left"
+            say(line, quiet=False)
+
+    if quiet or _talk.is_terminal:
+        yield at
+        return
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        yield at
+    finally:
+        ended.set()
+        writer.join()
 
 
 def _progress(counter: MofNCompleteColumn | DownloadColumn, *, quiet: bool) -> Progress:

@@ -204,4 +204,4 @@ def _say_cost(task: _Task, groups: int | None, stats: Path | None, recalibrated:
         quiet=task.quiet,
     )
     if json:
-        print_json(cost)
+        print_json(cost, of="plan")

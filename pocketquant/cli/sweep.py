@@ -136,7 +136,9 @@ def sweep(
                 {"file": each.name, "file_bytes": each.plan.file_bytes, "is_measured": each not in missing}
                 for each in release.variants
             ]
-            print_json({"files": files, "disk_bytes": planned.disk_bytes, "memory_bytes": planned.memory_bytes})
+            print_json(
+                {"files": files, "disk_bytes": planned.disk_bytes, "memory_bytes": planned.memory_bytes}, of="plan"
+            )
         return
     bars = Bars(
         bytes=lambda label, total: byte_progress(label, total, quiet=quiet),

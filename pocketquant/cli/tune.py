@@ -72,7 +72,7 @@ def tune(
     )
     if dry_run:
         if json:
-            print_json({"scales": n_scales, "codes": n_codes, "tokens": tokens, "disk_bytes": disk})
+            print_json({"scales": n_scales, "codes": n_codes, "tokens": tokens, "disk_bytes": disk}, of="plan")
         return
     more = None
     if sampled:

@@ -11,11 +11,11 @@ from pathlib import Path
 from pocketquant.convert.adapter import open_adapter
 from pocketquant.convert.chat_template import with_chat_template
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
+from pocketquant.convert.gguf_source import open_gguf_source
 from pocketquant.convert.mtp import MtpMode
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import SourceError
-from pocketquant.gguf_file import open_gguf
 from pocketquant.model import Model
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
@@ -88,7 +88,7 @@ def open_parts(
         path = Path(source)
         if adapter is not None:
             raise SourceError(f"{path}: an adapter is merged into a checkpoint, not into a GGUF; give the checkpoint")
-        parts = Parts(open_gguf(path))
+        parts = Parts(open_gguf_source(path))
     else:
         merged = None if adapter is None else open_adapter(adapter)
         with open_snapshot(source, keep_source) as snapshot:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+from unicodedata import is_normalized
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def compare(
     if like is not None and (Path(reference).is_dir() or is_pack(reference)):
         raise EvalError(f"numbers like those of {like} need a GGUF as the reference, which {reference} is not")
     texts = [Text(Path(text).stem, Path(text))] if isinstance(text, str | Path) else list(text)
-    _check_texts(texts)  # before two models are loaded
+    _check_texts(texts, like)  # before two models are loaded
     n_threads = threads or usable_threads()
     # two of them run at the same time on half the threads each: fewer threads wait for one another
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
@@ -225,7 +226,7 @@ class _Count:
             self.progress(self.done, self.windows + self.has_noise * min(self.windows, NOISE_WINDOWS))
 
 
-def _check_texts(texts: Sequence[Text]) -> None:
+def _check_texts(texts: Sequence[Text], like: str | None) -> None:
     names = [each.domain for each in texts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -233,7 +234,12 @@ def _check_texts(texts: Sequence[Text]) -> None:
     if not texts:
         raise EvalError("no text to score; give at least one")
     for each in texts:
-        read_text(each.path)
+        text = read_text(each.path)
+        if like is not None and not is_normalized("NFC", text):
+            raise EvalError(
+                f"{each.path}: not in Unicode's NFC, which the model's tokenizer brings a text into and {like} does "
+                "not, so the two would count other tokens; give the text in NFC"
+            )
 
 
 def _cut_for_both(

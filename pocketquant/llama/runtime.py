@@ -27,6 +27,7 @@ from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.llama.library import load_model, require_runtime, with_log
+from pocketquant.llama.normalization import as_trained
 
 _LOGIT_BYTES = 64 << 20
 _MAX_BATCH = 512
@@ -63,7 +64,10 @@ class Runtime(Protocol):
     def versions(self) -> Mapping[str, str]: ...
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Tokens of `text`, without BOS; the names of special tokens count as text unless `special`."""
+        """Tokens of `text` as the model's own tokenizer gives them, without BOS.
+
+        The names of special tokens count as text unless `special`.
+        """
         ...
 
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
@@ -245,7 +249,7 @@ class _LlamaRuntime:
         }
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        data = text.encode()
+        data = as_trained(self._library, self._model, self._vocab, text, special=special).encode()
         # no vocabulary has more tokens than bytes, but for a prefix space
         buffer = (self._library.llama_token * (len(data) + 8))()
         count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), False, special)

@@ -102,6 +102,7 @@ def test_limits_leave_room_for_heavy_tails_and_importance() -> None:
 def with_mtp_declared(parts: Parts) -> None:
     set_key("qwen35.nextn_predict_layers", "u32", 1)(parts)
     set_key("qwen35.block_count", "u32", 5)(parts)
+    set_key("qwen35.attention.recurrent_layers", "bool[]", [True, True, True, False, False])(parts)
 
 
 def with_mtp_block(parts: Parts) -> None:

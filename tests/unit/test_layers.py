@@ -18,7 +18,7 @@ LAYERS = [
     {"architectures"},
     {"interrupts", "leftovers", "small_files"},
     {"files"},
-    {"gguf_values"},
+    {"gguf_values", "gguf_tensors"},
     {"gguf_file"},
     {"llama"},
     {"pipeline", "demo", "chat_template"},
