@@ -11,7 +11,7 @@ import typer
 from pocketquant.check import ERROR, CheckReport, Finding, check_gguf, check_model
 from pocketquant.cli.screen import size
 from pocketquant.convert import open_model
-from pocketquant.convert.sources import names_gguf
+from pocketquant.convert.sources import names_gguf, open_counterpart
 from pocketquant.errors import ArchitectureError, TokenizerError
 
 _SHOWN = 8
@@ -21,7 +21,7 @@ _SHOWN = 8
 def check_file_or_source(file: str, source: str | None, progress: Callable[[int, int], None]) -> CheckReport:
     """Checks a GGUF, against a source if one is given, or a checkpoint: one that is refused is a finding."""
     if names_gguf(file):
-        return check_gguf(Path(file), open_model(source) if source else None, progress=progress)
+        return check_gguf(Path(file), open_counterpart(file, source) if source else None, progress=progress)
     if source is not None:
         raise typer.BadParameter("only a GGUF file can be compared with a source", param_hint="--source")
     try:

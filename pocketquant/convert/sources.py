@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pocketquant.architectures.qwen35_vision import QWEN35_VISION
 from pocketquant.convert.adapter import open_adapter
 from pocketquant.convert.chat_template import with_chat_template
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
@@ -16,7 +17,8 @@ from pocketquant.convert.mtp import MtpMode
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import SourceError
-from pocketquant.model import Model
+from pocketquant.gguf_file import read_shards
+from pocketquant.model import Model, Value
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"(?:(hf|ms)://)?({_PART}/{_PART})(?:@([\w./+-]{{1,200}}))?")
@@ -98,6 +100,35 @@ def open_parts(
                 open_mtp(snapshot, adapter=merged) if mtp == "sidecar" and not only_model else None,
             )
     return replace(parts, model=with_chat_template(parts.model, chat_template, refuse=not is_gguf))
+
+
+def open_counterpart(file: Path | str, source: Path | str) -> Model:
+    """Opens the part of a source that a GGUF was made from: the model, its vision tower or its prediction block.
+
+    Args:
+        file: the GGUF; the first one if it is split.
+        source: as for `open_model`.
+
+    Raises:
+        SourceError: the source has no such part; or as `open_model`.
+    """
+    shards = read_shards(file)
+    metadata = shards[0][1].metadata
+    name = str(metadata.get("general.architecture", Value("str", "")).value)
+    holds_trunk = any(tensor.name.startswith("blk.0.") for _, header in shards for tensor in header.tensors)
+    holds_block = bool(metadata.get(f"{name}.nextn_predict_layers", Value("u32", 0)).value)
+    if names_gguf(source) or (name != QWEN35_VISION.name and not holds_block):
+        return open_model(source)
+    with open_snapshot(source) as snapshot:
+        if name == QWEN35_VISION.name:
+            part, what = open_vision(snapshot), "vision tower"
+        elif holds_trunk:
+            part, what = open_checkpoint(snapshot, mtp="embed"), ""
+        else:
+            part, what = open_mtp(snapshot), "multi-token-prediction block"
+    if part is None:
+        raise SourceError(f"{source}: has no {what}, and {file} holds one; give the checkpoint it was made from")
+    return part
 
 
 def names_gguf(source: Path | str) -> bool:
