@@ -39,11 +39,13 @@ def check_gguf(path: Path | str, source: Model | None = None, *, progress: Progr
 
 def check_model(model: Model, *, progress: Progress | None = None) -> CheckReport:
     """The same for an opened checkpoint, before anything is written: `open_model` has checked names and shapes."""
-    return _check(contents_of_model(model), None, progress)
+    return _check(contents_of_model(model), None, progress, model.notes)
 
 
-def _check(contents: Contents, source: Contents | None, progress: Progress | None) -> CheckReport:
-    notes: list[str] = []
+def _check(
+    contents: Contents, source: Contents | None, progress: Progress | None, noted: tuple[str, ...] = ()
+) -> CheckReport:
+    notes = list(noted)
     comparisons: list[Comparison] = []
     findings = list(check_header(contents, notes))
     n_tensors = len(contents.entries)
@@ -59,7 +61,7 @@ def _check(contents: Contents, source: Contents | None, progress: Progress | Non
         "tensors": n_tensors,
         "tensor_bytes": sum(entry.nbytes for entry in contents.entries.values()),
     }
-    return CheckReport(tuple(findings), tuple(notes), tuple(comparisons), described)
+    return CheckReport(tuple(findings), tuple(dict.fromkeys(notes)), tuple(comparisons), described)
 
 
 def check_header(contents: Contents, notes: list[str]) -> Iterator[Finding]:

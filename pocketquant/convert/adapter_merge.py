@@ -198,6 +198,17 @@ def merge_adapter(
     return merged
 
 
+def refuse_whole_on_mlx(adapter: Adapter) -> None:
+    """Norms of a checkpoint saved by MLX hold 1 + weight, and those that PEFT saves the weight alone."""
+    whole = [*adapter.base_weights, *adapter.trained_weights]
+    others = [module for module in whole if _last(module) not in (_EMBEDDING, HEAD)]
+    if others:
+        raise SourceError(
+            f"adapter {adapter.name}: weights trained whole, for a checkpoint saved by MLX, which keeps norms and "
+            f"kernels otherwise than in training; give the original checkpoint:\n{listing(others)}"
+        )
+
+
 def _refuse_resized(adapter: Adapter, shape: tuple[int, ...] | None) -> None:
     """Embedding and head of another number of rows are those of another vocabulary, which the base does not have."""
     whole = {**adapter.base_weights, **adapter.trained_weights}

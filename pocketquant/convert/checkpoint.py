@@ -14,9 +14,16 @@ from typing import Any
 from pocketquant.architectures import architecture_of_class
 from pocketquant.architectures.qwen35_vision import PREFIXES as VISION_PREFIXES
 from pocketquant.convert.adapter import Adapter
-from pocketquant.convert.adapter_merge import merge_adapter
+from pocketquant.convert.adapter_merge import merge_adapter, refuse_whole_on_mlx
 from pocketquant.convert.description import describe_folder
-from pocketquant.convert.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, note_passed_over, refuse_versions
+from pocketquant.convert.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    list_entries,
+    named,
+    note_passed_over,
+    refuse_versions,
+)
 from pocketquant.convert.mapping import is_tied, map_tensors
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.mlx import refuse_mlx_quantized, undo_mlx_layout
@@ -82,8 +89,12 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     notes += note_passed_over(snapshot.entries, _read_from(snapshot, weights, table, adapter))
     refuse_mlx_quantized(config, table, folder)
     stored = dequantize_table(table, config, folder, notes)
+    as_trained = architecture
     architecture, stored = undo_mlx_layout(architecture, sizes, stored, notes, with_mtp=mode != "drop")
     if adapter is not None:
+        if architecture is not as_trained:
+            refuse_whole_on_mlx(adapter)
+        notes += _note_beside_adapter(adapter, folder)
         tied = is_tied(config, text_config, stored, [])
         stored = merge_adapter(stored, adapter, tied, architecture.dropped, notes)
     block = None if mode == "drop" else find_mtp(stored, sizes["n_layer"])
@@ -124,8 +135,20 @@ def _refuse_adapter_inside(snapshot: Snapshot, adapter: Adapter | None) -> None:
         )
     raise SourceError(
         f"{folder}: holds a model and an adapter, {weights[0]}; transformers merges it where PEFT is installed and "
-        f"leaves it out elsewhere. To merge it, give --adapter {folder}; to leave it out, take {ADAPTER_CONFIG} away"
+        f"leaves it out elsewhere. To merge it, name its folder on this machine: --adapter {folder}; to leave it out, "
+        f"take {ADAPTER_CONFIG} away"
     )
+
+
+def _note_beside_adapter(adapter: Adapter, folder: Path) -> list[str]:
+    """What lies in an adapter's own folder besides: often a tokenizer and a template, which are not the model's."""
+    if adapter.folder is None or adapter.folder == folder.resolve():
+        return []
+    others = [name for name in list_entries(adapter.folder) if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS[0])]
+    if not others:
+        return []
+    note = f"adapter {adapter.name}: passed over in its folder: {named(others)}"
+    return [f"{note}; tokenizer and chat template are the base model's" if "tokenizer.json" in others else note]
 
 
 def _read_from(

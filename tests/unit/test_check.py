@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_maker import found, make_good_gguf, make_trained_checkpoint, message, scale, set_key
+from check_maker import found, message, scale, set_key
 from checkpoint_maker import make_checkpoint, moe_config, text_config, weights_for
 from gguf_maker import Parts, changed, put_together
 from vision_maker import make_vision_checkpoint
@@ -21,17 +21,6 @@ from pocketquant.cli.findings import check_file_or_source
 from pocketquant.convert.vision import open_vision
 from pocketquant.formats import FORMATS
 from pocketquant.model import Value
-
-
-@pytest.fixture(scope="module")
-def realistic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained_checkpoint(tmp_path_factory.mktemp("check") / "c")
-
-
-@pytest.fixture(scope="module")
-def good(realistic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_good_gguf(realistic, tmp_path_factory.mktemp("check") / "good.gguf")
-
 
 # ---------------------------------------------------------------- nothing to find
 

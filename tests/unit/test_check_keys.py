@@ -26,16 +26,6 @@ from pocketquant.model import Model, Value
 Change = Callable[[Parts], None]
 
 
-@pytest.fixture(scope="module")
-def realistic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained_checkpoint(tmp_path_factory.mktemp("check") / "c")
-
-
-@pytest.fixture(scope="module")
-def good(realistic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_good_gguf(realistic, tmp_path_factory.mktemp("check") / "good.gguf")
-
-
 def without(key: str) -> Change:
     return lambda parts: parts.metadata.pop(key) and None
 

@@ -12,6 +12,7 @@ from adapter_maker import make_adapter, rows_of
 from checkpoint_maker import make_checkpoint, text_config, weights_for, write_safetensors
 
 from pocketquant import open_model
+from pocketquant.check import check_model
 from pocketquant.convert import open_checkpoint
 from pocketquant.convert.folder import KINDS, kind_of, list_entries, note_passed_over, top_level
 from pocketquant.convert.repository import named_snapshot, small_files
@@ -172,6 +173,17 @@ def test_another_adapter_than_the_one_inside_is_the_one_that_counts(tmp_path: Pa
     assert "adapter adapter: merged" in noted(model)
 
 
+def test_what_lies_beside_an_adapter_is_named_too(tmp_path: Path) -> None:
+    folder = with_adapter(tmp_path / "c")
+    for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    model = open_model(tmp_path / "one", adapter=tmp_path / "adapter")
+    assert "adapter adapter: passed over in its folder: README.md, chat_template.jinja, tokenizer.json; tok" in noted(
+        model
+    )
+    assert "in its folder" not in noted(open_model(folder, adapter=folder))
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_an_adapters_folder_is_no_source(with_config: bool, tmp_path: Path) -> None:
     folder = with_adapter(tmp_path / "c")
@@ -256,6 +268,14 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     assert passed_over == {*REPOSITORY, "runs/"} - read
     assert "passed over (the checkpoint has no vision tower): preprocessor_config.json" in notes
     assert "passed over (a trainer's state): optimizer.pt, rng_state_0.pth, runs/, trainer_state.json" in notes
+
+
+def test_a_check_of_a_checkpoint_says_it_too(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", weights=OLD)
+    (folder / "notes.xyz").touch()
+    notes = check_model(open_model(folder)).notes
+    assert sum("notes.xyz" in note for note in notes) == 1
+    assert len(notes) == len(set(notes))
 
 
 def test_a_hundred_thousand_files_are_one_line() -> None:
