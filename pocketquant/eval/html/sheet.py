@@ -81,6 +81,7 @@ class Origin:
         top: tokens of each position that the reference pack keeps, which makes divergences lower bounds; 0 for all.
         given: the file that was given as the reference: the pack, where `reference` is what the pack was made from.
         like: the program whose rounding was imitated; "" for none.
+        quantized: the types that the reference itself is rounded to; "" for full precision.
         captured: the share of a small divergence that such a pack shows.
     """
 
@@ -97,6 +98,7 @@ class Origin:
     reference_versions: Mapping[str, str]
     given: Identity
     like: str = ""
+    quantized: str = ""
     top: int = 0
     captured: float | None = None
 
@@ -277,6 +279,7 @@ def _origin(
         reference_versions=_versions(pack.get("versions")),
         given=_identity(from_.get("reference")),
         like=words(from_.get("like")),
+        quantized=words(from_.get("reference_quantized")),
         top=(whole(pack.get("top")) or 0) if pack.get("is_lower_bound") else 0,
         captured=number(mapping(pack.get("floor")).get("captured")),
     )

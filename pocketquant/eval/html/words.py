@@ -5,6 +5,7 @@ from __future__ import annotations
 from pocketquant.eval.html.published import Published
 from pocketquant.eval.html.sheet import Sheet, Value, Variant
 from pocketquant.eval.kernels import describe_kernels, differing
+from pocketquant.eval.markdown import quantized_reference
 
 
 def describe_lead(sheet: Sheet) -> str:
@@ -27,12 +28,18 @@ def warnings(sheet: Sheet) -> list[str]:
         f"KL divergences are lower bounds: the reference is a pack of the {top} most likely tokens of each position, "
         f"which shows only part of a divergence{share}."
     )
-    found = [bound] * bool(top) + [
-        f"{variant.file} gave numbers that are not finite at {variant.non_finite:,} of {variant.tokens:,} positions; "
-        "they are in none of the figures."
-        for variant in sheet.variants
-        if variant.non_finite
-    ]
+    origin = sheet.variants[0].origin
+    lesser = [quantized_reference(origin.reference.name, origin.quantized)] if origin.quantized else []
+    found = (
+        [bound] * bool(top)
+        + lesser
+        + [
+            f"{variant.file} gave numbers that are not finite at {variant.non_finite:,} of {variant.tokens:,} "
+            "positions; they are in none of the figures."
+            for variant in sheet.variants
+            if variant.non_finite
+        ]
+    )
     first = sheet.variants[0]
     for variant in sheet.variants:
         origin = variant.origin
