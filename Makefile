@@ -42,9 +42,10 @@ bench: setup
 peers: setup .venv-peers/ready
 	$(BIN)/python -m pytest -n $(WORKERS) tests/peers -rs
 
-.venv-peers/ready: tools/requirements.txt
+.venv-peers/ready: tools/requirements.txt tools/get_converter.py
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r tools/requirements.txt
+	.venv-peers/bin/python tools/get_converter.py
 	touch $@
 
 build: setup

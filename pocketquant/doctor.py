@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pocketquant import __version__
 from pocketquant.errors import PocketquantError
+from pocketquant.extras import install_command
 from pocketquant.files import usable_threads
 from pocketquant.llama import trial
 
@@ -129,7 +130,7 @@ _REINSTALL_NUMBA = "pip install --force-reinstall numba numpy"
 
 def _llama_kernels(renew: bool) -> Iterator[Part]:
     if not trial.library_files():
-        yield Part("llama.cpp", REMARK, "not installed", "to run and measure files: pip install 'pocketquant[eval]'")
+        yield Part("llama.cpp", REMARK, "not installed", f"to run and measure files: {install_command('eval')}")
         return
     found = trial.renew() if renew else trial.remembered() or trial.renew()
     rebuild = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
@@ -202,7 +203,7 @@ def _cache() -> Iterator[Part]:
 def _extras() -> Iterator[Part]:
     for extra, (module, purpose) in _EXTRAS.items():
         is_there = module in sys.modules or importlib.util.find_spec(module) is not None
-        remedy = "" if is_there else f"pip install 'pocketquant[{extra}]'"
+        remedy = "" if is_there else install_command(extra)
         yield Part(
             f"extra {extra}", OK if is_there else REMARK, f"{'' if is_there else 'not installed: '}{purpose}", remedy
         )

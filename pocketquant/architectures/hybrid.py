@@ -298,16 +298,22 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}, **rope}
 
 
+_YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")
+"""What YaRN may be told besides its factor; transformers has a default for each."""
+
+
 def _rope_problems(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
     """What is no rotation: numbers that are none, or out of all proportion."""
     limits = {"rope_theta": LARGEST_THETA, "partial_rotary_factor": 1.0}
     if _rope_kind(config) in ("linear", "yarn"):
-        limits["factor"] = _LARGEST_FACTOR
+        limits |= dict.fromkeys(("factor", *_YARN), _LARGEST_FACTOR)
     rope = _rope(config)
     problems = [
         f"{key}: {rope[key]!r:.80}, expected a number above 0 and at most {limit:g}"
         for key, limit in limits.items()
-        if key in rope and (type(rope[key]) not in (int, float) or not 0 < rope[key] <= limit)  # NaN is not, either
+        if key in rope
+        and not (rope[key] is None and key in _YARN)
+        and (type(rope[key]) not in (int, float) or not 0 < rope[key] <= limit)  # NaN is not, either
     ]
     if not problems and ((dimensions := _rope_dimensions(config, sizes)) % 2 or dimensions < 2):
         problems.append(f"partial_rotary_factor: turns {dimensions} of {sizes['head_dim']} dimensions: no pairs")
@@ -338,6 +344,13 @@ def _rope_scaling(config: Mapping[str, Any], key: str) -> Any:
     return _rope(config).get(key) if _rope_kind(config) in ("linear", "yarn") else None
 
 
+def _yarn(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of the keys that a YaRN configuration gives, None for any other kind of rotation."""
+    if _rope_kind(config) != "yarn":
+        return None
+    return next((_rope(config)[key] for key in keys if _rope(config).get(key) is not None), None)
+
+
 def _interval(config: Mapping[str, Any]) -> int:
     """The interval that llama.cpp falls back to: the config's, else the first full-attention block's number."""
     kinds = layer_kinds(config)
@@ -345,10 +358,8 @@ def _interval(config: Mapping[str, Any]) -> int:
     return int(stated) if stated else (kinds.index(ATTENTION) + 1 if ATTENTION in kinds else len(kinds) + 1)
 
 
-def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool] | None:
-    """Which blocks are Gated DeltaNet, where the config lists them; without the key, runtimes go by the interval."""
-    if config.get("layer_types") is None:
-        return None
+def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool]:
+    """Which blocks are Gated DeltaNet; runtimes from before this key go by the interval."""
     return [kind == DELTA for kind in layer_kinds(config)] + [False] * sizes.get("n_mtp", 0)
 
 
@@ -374,6 +385,12 @@ HYBRID_METADATA = (
         "u32",
         lambda config, sizes: _rope_scaling(config, "original_max_position_embeddings"),
     ),
+    MetadataRule("rope.scaling.yarn_ext_factor", "f32", lambda config, sizes: _yarn(config, "extrapolation_factor")),
+    MetadataRule(
+        "rope.scaling.yarn_attn_factor", "f32", lambda config, sizes: _yarn(config, "attention_factor", "attn_factor")
+    ),
+    MetadataRule("rope.scaling.yarn_beta_fast", "f32", lambda config, sizes: _yarn(config, "beta_fast")),
+    MetadataRule("rope.scaling.yarn_beta_slow", "f32", lambda config, sizes: _yarn(config, "beta_slow")),
     MetadataRule("rope.dimension_sections", "i32[]", _rope_sections),
     MetadataRule("rope.freq_base", "f32", lambda config, sizes: _rope(config).get("rope_theta", 10_000_000.0)),
     MetadataRule("attention.layer_norm_rms_epsilon", "f32", lambda config, sizes: config.get("rms_norm_eps", _EPSILON)),

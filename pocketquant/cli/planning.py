@@ -120,6 +120,8 @@ def run(request: Request) -> None:
             byte_progress(out.name, total, quiet=quiet) as advance,
         ):
             write_together(files, threads=request.threads, on_bytes=advance, run=encode)
+        for part, path in files:
+            say(f"written: {path}: {size(part.file_bytes)}", quiet=quiet)
         summary = {"out": str(request.out), **summary}
     if request.json:
         print_json(summary)

@@ -20,6 +20,7 @@ from pocketquant.errors import EvalError
 from pocketquant.eval.conversations import render_chat, template_digest
 from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
 from pocketquant.eval.evidence import digest_metadata, digest_stream
+from pocketquant.eval.kinship import check_architecture, describe_quantized
 from pocketquant.eval.like_llama import score_rows_like_llama
 from pocketquant.eval.metrics import Scorer, score_rows
 from pocketquant.eval.pack import is_pack
@@ -126,6 +127,7 @@ def compare(
         raise EvalError(f"numbers like those of {like} need a GGUF as the reference, which {reference} is not")
     texts = [Text(Path(text).stem, Path(text))] if isinstance(text, str | Path) else list(text)
     _check_texts(texts, like)  # before two models are loaded
+    check_architecture(Path(model), Path(reference))
     n_threads = threads or usable_threads()
     # two of them run at the same time on half the threads each: fewer threads wait for one another
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
@@ -191,6 +193,7 @@ def compare(
         chat_templates=_describe_templates(model, reference) if has_chat else None,
         reference_pack=describe_reference(reference),
         model_metadata=digest_metadata(Path(model)),
+        reference_quantized=describe_quantized(Path(reference)) or None,
     )
     every = np.concatenate(scored)
     return summarize(

@@ -32,6 +32,8 @@ def to_markdown(report: Report) -> str:
         parts.append(_pack_note(from_.reference_pack))
         if other := differing(from_.versions, from_.reference_pack["versions"]):
             parts.append(describe_kernels(from_.model.name, "the pack", other))
+    if from_.reference_quantized is not None:
+        parts.append(f"**{quantized_reference(from_.reference.name, from_.reference_quantized)}**")
     if noise is not None:
         parts.append(
             f"Noise floor: the model against itself, {noise.rows} rows at a time, on {noise.tokens} tokens in "
@@ -83,6 +85,11 @@ def metric_rows(metrics: Metrics) -> list[Row]:
             ("bits per byte, difference", bpb.difference, bpb.difference_se),
         ]
     return rows
+
+
+def quantized_reference(name: str, types: str) -> str:
+    """What a reader has to know where the reference is no full precision."""
+    return f"{name} is itself quantized ({types}): what it lost is missing from these numbers, or counted twice."
 
 
 def _pack_note(pack: Mapping[str, Any]) -> str:

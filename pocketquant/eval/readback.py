@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.errors import EvalError
+from pocketquant.errors import EvalError, listing
 from pocketquant.eval.intervals import F64Array
 from pocketquant.eval.report import SCHEMA
 
 COLUMNS = ("tokens", "bytes", "kld", "top1", "top5", "tv", "nll_model", "nll_reference")
+RELEASES = ("pocketquant.make/1", "pocketquant.sweep/1")
+_MAX_FILES = 256
 _MAX_CLUSTERS = 1 << 20
 _MAX_TENSORS = 1 << 16
 _LARGEST = 1e300
@@ -120,6 +122,33 @@ class Evidence:
         if not found:
             raise EvalError(f"{self.path}: no text of the domain {domain}")
         return found
+
+
+def choose_file(data: Any, path: str, file: str | None) -> Any:
+    """One measurement of a report of `make` or `sweep`, as `eval --json --weights` would have printed it.
+
+    Raises:
+        EvalError: the report holds several files and none is named, or none of that name.
+    """
+    if not isinstance(data, Mapping) or data.get("schema") not in RELEASES:
+        if file is not None:
+            raise EvalError(f"{path}: a measurement of one file, so there is none to choose; leave --file out")
+        return data
+    entries = [each for each in _list(data.get("variants"), path, "variants", _MAX_FILES) if isinstance(each, Mapping)]
+    found = [each for each in entries if file is None or file in (each.get("file"), each.get("recipe"))]
+    if len(found) != 1 or not isinstance(found[0].get("evaluation"), Mapping):
+        names = listing(f"{each.get('file')} ({each.get('recipe')})"[:200] for each in entries)
+        raise EvalError(f"{path}: say which file by --file NAME or its recipe; it holds:\n{names}")
+    weights = [_as_state(each) for each in _list(found[0].get("weights") or [], path, "weights", _MAX_TENSORS)]
+    return {**found[0]["evaluation"], **({"tensors": weights} if weights else {})}
+
+
+def _as_state(tensor: Any) -> Any:
+    """A tensor's error as `eval --weights` shows it. There is no digest: equal errors count as the same bytes."""
+    if not isinstance(tensor, Mapping):
+        return tensor
+    known = [tensor.get(key) for key in ("format", "relative_rmse", "max_abs_error", "cosine")]
+    return {**tensor, "weights": 0, "sha256": repr(known)}
 
 
 def parse_report(data: Any, path: str) -> Evidence:

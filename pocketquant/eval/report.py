@@ -50,6 +50,7 @@ class Provenance:
         chat_templates: digests of "model" and "reference", where conversations were scored.
         reference_pack: where the reference was a pack: what it holds, its floor, and the file behind it.
         model_metadata: each metadata key of the model with a short digest of its value.
+        reference_quantized: the types that the reference's own matrices are rounded to; None for full precision.
     """
 
     model: FileIdentity
@@ -67,6 +68,7 @@ class Provenance:
     chat_templates: Mapping[str, str | None] | None = None
     reference_pack: Mapping[str, Any] | None = None
     model_metadata: Mapping[str, str] | None = None
+    reference_quantized: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pocketquant.activity import doing, say_last
 from pocketquant.errors import EvalError, SourceError, listing
+from pocketquant.extras import install_command
 from pocketquant.gguf_file import OTHER_KINDS, GgufHeader, read_shards
 from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
@@ -46,8 +47,7 @@ def require_runtime() -> Any:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
         raise EvalError(
-            f"running a GGUF needs llama-cpp-python, which cannot be imported here ({error}); "
-            "pip install 'pocketquant[eval]'"
+            f"running a GGUF needs llama-cpp-python, which cannot be imported here ({error}); {install_command('eval')}"
         ) from error
     if not _callbacks:
         llama_cpp.llama_backend_init()
@@ -84,7 +84,7 @@ def load_model(library: Any, path: Path, *, gpu_layers: int, has_mtp: bool = Fal
         if not hasattr(params, "load_mtp"):
             raise EvalError(
                 "the installed llama-cpp-python runs no multi-token-prediction blocks; "
-                "pip install --upgrade 'pocketquant[eval]'"
+                f"{install_command('eval')} --upgrade"
             )
         params.load_mtp = True
     log_lines.clear()

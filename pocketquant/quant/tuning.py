@@ -69,6 +69,22 @@ class Tuned:
     n_moved: int
 
 
+class DoesNotPay(EvalError):
+    """Tuning made nothing better. No fault of the input: the command ends with exit code 1.
+
+    Attributes:
+        before: divergence on windows held back.
+        after: the same with what was tuned.
+    """
+
+    def __init__(self, file: Path, before: float, after: float) -> None:
+        super().__init__(
+            f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to {after:.6f}; "
+            "nothing is written; more text or a lower rate may help"
+        )
+        self.before, self.after = before, after
+
+
 def tune_file(
     file: Path,
     reference: Model,
@@ -105,8 +121,8 @@ def tune_file(
         progress: told after each batch.
 
     Raises:
-        EvalError: torch or transformers is absent, too few windows, or the divergence on the windows held back did not
-            fall: `out` is not written.
+        DoesNotPay: the divergence on the windows held back did not fall: `out` is not written.
+        EvalError: torch or transformers is absent, or too few windows.
         RecipeError: the file was made from another model, is split, tuned already, or has nothing to tune.
         ArchitectureError: no text model, or one whose positions are scaled.
         OutputError: `out` cannot be written.
@@ -144,10 +160,7 @@ def tune_file(
             step()
         after = tuner.divergence(_cut(held, batch), step)
         if not after < before:
-            raise EvalError(
-                f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to "
-                f"{after:.6f}; nothing is written; more text or a lower rate may help"
-            )
+            raise DoesNotPay(file, before, after)
         about = ", ".join(text.name for text in texts)
         _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
         n_codes = sum(0 if each.codes is None else each.codes.positions.size for each in scales.values())

@@ -12,7 +12,7 @@ import pocketquant
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"escaping"},
-    {"errors", "activity"},
+    {"errors", "activity", "extras"},
     {"formats"},
     {"model"},
     {"architectures"},

@@ -18,15 +18,38 @@ from pocketquant.model import Value
     [
         (["linear_attention"] * 3 + ["full_attention"], [True, True, True, False]),
         (["full_attention", "linear_attention", "full_attention", "linear_attention"], [False, True, False, True]),
-        (None, None),
+        (None, [True, True, True, False]),
     ],
 )
-def test_recurrent_layers_are_written_wherever_layer_types_is_given(
-    types: list[str] | None, expected: list[bool] | None, tmp_path: Path
+def test_recurrent_layers_are_written_given_or_not(
+    types: list[str] | None, expected: list[bool], tmp_path: Path
 ) -> None:
     weights = weights_for(text_config(layer_types=types))
     metadata = open_model(make_checkpoint(tmp_path / "c", weights=weights, layer_types=types)).metadata
-    assert metadata.get("qwen35.attention.recurrent_layers") == (expected and Value("bool[]", expected))
+    assert metadata["qwen35.attention.recurrent_layers"] == Value("bool[]", expected)
+
+
+def test_all_of_yarn_is_written(tmp_path: Path) -> None:
+    rope = {
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 0.9,
+        "beta_fast": 16,
+        "beta_slow": 2,
+    }
+    rope |= {**text_config()["rope_parameters"], "rope_type": "yarn"}
+    metadata = open_model(make_checkpoint(tmp_path / "c", rope_parameters=rope)).metadata
+    found = {key.rpartition(".yarn_")[2]: value.value for key, value in metadata.items() if ".yarn_" in key}
+    assert found == {"attn_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0}
+
+
+@pytest.mark.parametrize("key", ["attention_factor", "beta_fast", "beta_slow", "extrapolation_factor"])
+@pytest.mark.parametrize("value", [float("nan"), -1, "x", True])
+def test_yarn_of_nonsense_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    rope = {**text_config()["rope_parameters"], "rope_type": "yarn", "factor": 4.0, key: value}
+    folder = make_checkpoint(tmp_path / "c", weights=weights_for(text_config()), rope_parameters=rope)
+    with pytest.raises(ArchitectureError, match=f"{key}: .*expected a number above 0"):
+        open_model(folder)
 
 
 def test_the_embedded_mtp_block_is_not_recurrent(tmp_path: Path) -> None:
