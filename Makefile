@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= auto
 
-.PHONY: setup demo test check docs bench bench-quality peers build clean
+.PHONY: setup demo test fuzz check docs bench bench-quality peers build clean
 setup: .venv/ready
 
 # llama-cpp-python is built here, with the flags that this compiler needs to build it right. pip may take a build of its
@@ -21,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Damaged inputs for every reader, for as long as one likes; FUZZ="--minutes 60 --seed 1", "--replay FILE"
+fuzz: setup
+	$(BIN)/python tools/fuzz.py $(FUZZ)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -10,7 +10,7 @@ import re
 LONGEST_LINE = 1000
 """Characters of a message's line; what is longer loses its middle."""
 
-_MARKUP = re.compile(r"[\\`*_\[\]|#~]")
+_MARKUP = re.compile(r"[\\`*\[\]|#]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@<!-- -->"}
 """The last one keeps a name from being notified, which no escape in Markdown does; it is not seen."""
 
@@ -25,6 +25,15 @@ def one_line(text: str, most: int | None = None) -> str:
 def as_lines(text: str) -> str:
     """The same line by line, none longer than `LONGEST_LINE`: line ends stay, those of other kinds do not."""
     return "\n".join(one_line(line, LONGEST_LINE) for line in text.split("\n"))
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can write it: names of files may hold bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def for_markdown(text: str) -> str:

@@ -287,7 +287,7 @@ def open_gguf(path: Path | str) -> Model:
     shards = read_shards(path)
     header = shards[0][1]
     entries = [(file, entry) for file, shard in shards for entry in shard.tensors]
-    kind = header.metadata.get("general.type", Value("str", "")).value
+    kind = str(header.metadata.get("general.type", Value("str", "")).value)
     if kind in OTHER_KINDS:
         raise ArchitectureError(f"{path}: {OTHER_KINDS[kind]}, and no model; `inspect` shows what it holds")
     architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))

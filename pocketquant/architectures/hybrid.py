@@ -195,8 +195,9 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         ArchitectureError: keys missing or no sensible integers (all listed), or sizes that llama.cpp cannot run.
     """
     config = dict(config)
-    if "head_dim" not in config and isinstance(config.get("hidden_size"), int):
-        config["head_dim"] = config["hidden_size"] // max(1, int(config.get("num_attention_heads") or 1))
+    width, n_head = config.get("hidden_size"), config.get("num_attention_heads") or 1
+    if "head_dim" not in config and type(width) is int and type(n_head) is int:
+        config["head_dim"] = width // max(1, n_head)
     keys = {**FROM_CONFIG, **feed_forward}
     problems = []
     for word, key in keys.items():
@@ -255,7 +256,7 @@ def sizes_from_gguf(metadata: Mapping[str, Value], name: str, feed_forward: Mapp
         sizes["n_layer"] -= n_mtp  # block_count counts them, `n_layer` is the trunk
     sizes["head_v_dim"] = sizes["v_dim"] // sizes["n_v"]
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is not None:
+    if tokens is not None and tokens.kind == "str[]":
         sizes["n_vocab"] = len(tokens.value)
     return _with_products(sizes)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from pocketquant.cli.screen import print_json, print_table, say
+from pocketquant.cli.screen import print_json, print_lines, print_table, say
+from pocketquant.escaping import one_line
 
 if TYPE_CHECKING:
     from pocketquant.eval.readback import Evidence
@@ -76,11 +76,10 @@ def gate(
     if json:
         print_json(to_json(verdict, moved))
     else:
-        rows = [[escape(cell) for cell in row] for row in table(verdict)]
-        print_table(["limit", "outcome", "found", "interval", "limit is", "note"], rows)
+        print_table(["limit", "outcome", "found", "interval", "limit is", "note"], table(verdict))
         for line in describe_moved(moved):
-            print(line)
-    say(verdict.summary, quiet=quiet)
+            print_lines(one_line(line))
+    say(one_line(verdict.summary), quiet=quiet)
     if not verdict.is_accepted:
         raise typer.Exit(1)
 

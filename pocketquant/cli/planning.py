@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size
+from pocketquant.cli.screen import byte_progress, print_json, print_lines, print_table, say, size
 from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_explanation
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def run(request: Request) -> None:
         print_table(["tensor", "role", "shape", "type", "bytes", "reason"], rows)
         print(f"\n{planned.file_bytes:,} bytes in all, {planned.bits_per_weight:.2f} bits per weight")
         for part, path in files if len(files) > 1 else []:
-            print(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
+            print_lines(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
     if explanation:
         print_explanation(explanation)
 

@@ -13,8 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from pocketquant import __version__
+from pocketquant.escaping import as_lines, is_text, one_line
 
 _talk = Console(stderr=True, highlight=False)
 _command = ""
@@ -26,13 +28,18 @@ LINE_SECONDS = 60.0
 def print_error(message: str) -> None:
     """An error, whatever --quiet says."""
     _talk.print("[bold red]error:[/] ", end="")
-    _talk.print(message, markup=False, soft_wrap=True)
+    _talk.print(as_lines(message), markup=False, soft_wrap=True)
 
 
 def say(message: str, *, quiet: bool) -> None:
     """A line for people, on stderr."""
     if not quiet:
-        _talk.print(message, markup=False, soft_wrap=True)
+        _talk.print(as_lines(message), markup=False, soft_wrap=True)
+
+
+def print_lines(text: str) -> None:
+    """Text for people on stdout: what foreign names hold moves no cursor."""
+    print("\n".join(map(one_line, text.split("\n"))))
 
 
 def set_command(words: Sequence[str]) -> None:
@@ -52,8 +59,10 @@ def print_json(value: Mapping[str, Any], *, of: str = "") -> None:
     head = {"schema": f"pocketquant.{schema}/1", "version": __version__}
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     # letters that the encoding lacks are escaped as JSON escapes them
-    json.dump({**head, **value}, sys.stdout, indent=2, ensure_ascii=not is_unicode)
-    sys.stdout.write("\n")
+    text = json.dumps({**head, **value}, indent=2, ensure_ascii=not is_unicode)
+    if not is_text(text):  # the name of a file that is no UTF-8
+        text = json.dumps({**head, **value}, indent=2)
+    sys.stdout.write(f"{text}\n")
 
 
 def print_json_error(message: str, kind: str, exit_code: int) -> None:
@@ -64,12 +73,12 @@ def print_json_error(message: str, kind: str, exit_code: int) -> None:
 
 def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -> None:
     """A table on stdout; the columns after the first two are right-aligned where they hold numbers."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(one_line(title)) if title else None, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numeric = bool(rows) and rows[0][i][:1].isdigit()
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=i == 0)
+        table.add_column(Text(one_line(column)), justify="right" if numeric else "left", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 200
     Console(highlight=False, width=width).print(table)
 
@@ -78,7 +87,7 @@ def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -
 def byte_progress(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar that counts bytes; gives the function to call with each piece's size."""
     with _progress(DownloadColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
-        task, done = progress.add_task(label, total=total), 0
+        task, done = progress.add_task(one_line(label), total=total), 0
 
         def advance(nbytes: int) -> None:
             nonlocal done
@@ -93,7 +102,7 @@ def byte_progress(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[
 def step_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that counts steps; gives the function to call with (done, total)."""
     with _progress(MofNCompleteColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
-        task = progress.add_task(label, total=None)
+        task = progress.add_task(one_line(label), total=None)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
@@ -133,7 +142,7 @@ def _line_a_minute(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], 
 
 
 def _progress(counter: MofNCompleteColumn | DownloadColumn, *, quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), counter, TimeRemainingColumn())
     return Progress(*columns, console=_talk, transient=True, disable=quiet or not _talk.is_terminal)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketquant.cli.group import Commands
-from pocketquant.cli.screen import print_json, print_table, say, step_progress
+from pocketquant.cli.screen import print_json, print_lines, print_table, say, step_progress
 
 if TYPE_CHECKING:
     from pocketquant.model import Model, Plan, Value
@@ -207,7 +207,7 @@ def print_explanation(explanation: Explanation) -> None:
         [_change_row(role, change) for role, change in changes if change is not None],
     )
     print(f"\n{explanation.file_bytes:,} bytes, predicted loss {explanation.predicted_loss:.5f} nats a token")
-    print(f"predicted from {explanation.sensitivity}")
+    print_lines(f"predicted from {explanation.sensitivity}")
 
 
 def _change_row(role: str, change: Change) -> list[str]:

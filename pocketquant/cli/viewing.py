@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketquant.cli.planning import describe_tensor, tensor_cells
-from pocketquant.cli.screen import print_json, print_table, step_progress
+from pocketquant.cli.screen import print_json, print_lines, print_table, step_progress
 
 if TYPE_CHECKING:
     from pocketquant.model import Model, Value
@@ -92,9 +92,9 @@ def _show(
     )
     print()
     print_table(["tensor", "role", "shape", "type", "bytes"], [tensor_cells(entry) for entry in entries])
-    print(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {architecture}")
+    print_lines(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {architecture}")
     for note in notes:
-        print(f"note: {note}")
+        print_lines(f"note: {note}")
 
 
 def _file_sizes(source: str) -> list[int]:

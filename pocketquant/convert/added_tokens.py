@@ -171,7 +171,7 @@ def _by_id(entries: Iterable[tuple[Any, Any]], path: Path) -> dict[int, tuple[st
     for number, item in entries:
         text = item.get("content") if isinstance(item, dict) else None
         if type(number) is not int or number < 0 or not isinstance(text, str):
-            problems.append(f"added token {number!r}: {item!r:.80}")
+            problems.append(f"added token {number!r:.80}: {item!r:.80}")
         elif number in by_id and by_id[number][0] != text:
             problems.append(f"added token {number} is {by_id[number][0]!r} and {text!r}")
         else:

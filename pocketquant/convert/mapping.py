@@ -114,6 +114,8 @@ def map_tensors(
         ArchitectureError: tensors missing, unknown or of another shape or type (all listed).
     """
     prefix = _prefix_of(stored)
+    if len(kinds) > len(stored):
+        raise ArchitectureError(f"config.json's {len(kinds)} layers are more than the {len(stored)} tensors there are")
     wanted = [
         _wanted(rule, layer, prefix, stored, sizes, mtp)
         for rule, layer in _expected_rules(architecture, kinds, mtp)

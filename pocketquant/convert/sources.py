@@ -19,6 +19,7 @@ from pocketquant.convert.vision import open_vision
 from pocketquant.errors import SourceError
 from pocketquant.gguf_file import read_shards
 from pocketquant.model import Model, Value
+from pocketquant.small_files import kind_of
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"(?:(hf|ms)://)?({_PART}/{_PART})(?:@([\w./+-]{{1,200}}))?")
@@ -134,7 +135,7 @@ def open_counterpart(file: Path | str, source: Path | str) -> Model:
 def names_gguf(source: Path | str) -> bool:
     """Whether a source is to be read as a GGUF: any file that is not a checkpoint's safetensors."""
     path = Path(source)
-    return path.is_file() and path.suffix != ".safetensors"
+    return kind_of(path) == "file" and path.suffix != ".safetensors"
 
 
 @contextmanager
@@ -163,7 +164,7 @@ def find_repository(source: Path | str) -> Repository | None:
     Raises:
         SourceError: it starts as an address but names no repository.
     """
-    if isinstance(source, Path) or Path(source).exists():
+    if isinstance(source, Path) or kind_of(source):
         return None
     match = _REPOSITORY.fullmatch(source)
     if match:

@@ -53,7 +53,7 @@ def choose_weights(snapshot: Snapshot, config: Mapping[str, Any]) -> WeightFiles
         return _chosen_by_config(snapshot, explicit)
     if SINGLE in files:
         return WeightFiles((SINGLE,), *_index_beside(snapshot))
-    if (folder / INDEX).exists():
+    if is_present(folder / INDEX):
         return _shards_of(snapshot, INDEX)
     if len(files) == 1:
         return WeightFiles((files[0],))
@@ -82,7 +82,7 @@ def _chosen_by_config(snapshot: Snapshot, name: Any) -> WeightFiles:
 def _index_beside(snapshot: Snapshot) -> tuple[str | None, None, tuple[str, ...]]:
     """The index beside a single file if it is the file's own, and a note if it is another save's."""
     path = snapshot.folder / INDEX
-    if not is_present(path) or snapshot.is_one_file:
+    if snapshot.is_one_file or not is_present(path):
         return None, None, ()
     weight_map = read_object(path).get("weight_map")
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []

@@ -14,6 +14,7 @@ from typing import Any
 from pocketquant.convert.added_tokens import DEFAULT, AddedTokens, read_added_tokens
 from pocketquant.convert.folder import refuse_versions
 from pocketquant.errors import TokenizerError, listing
+from pocketquant.gguf_values import shown
 from pocketquant.model import Value
 from pocketquant.small_files import is_present, read_object, read_optional_object, read_text
 
@@ -57,6 +58,8 @@ def read_tokenizer(
     tokenizer = read_object(path)
     if not isinstance(tokenizer.get("model"), dict):
         raise TokenizerError(f"{path}: no tokenizer")
+    if not isinstance(tokenizer.get("added_tokens") or [], list):
+        raise TokenizerError(f"{path}: added_tokens {shown(tokenizer['added_tokens'])}, expected a list")
     settings = read_optional_object(folder / "tokenizer_config.json")
     refuse_versions(folder / "tokenizer_config.json", settings.get("fast_tokenizer_files"), "tokenizer")
     generation = read_optional_object(folder / "generation_config.json")
@@ -97,8 +100,9 @@ def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
     steps = _pre_tokenizer_steps(tokenizer.get("pre_tokenizer"))
     splits = [step for step in steps if step.get("type") == "Split"]
     levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    regex = splits[0].get("pattern", {}).get("Regex") if len(splits) == 1 else None
-    if len(steps) != 2 or len(levels) != 1 or regex is None:
+    pattern = splits[0].get("pattern") if len(splits) == 1 else None
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if len(steps) != 2 or len(levels) != 1 or not isinstance(regex, str):
         problems.append("pre_tokenizer is not one Split by a regex, then ByteLevel")
     elif regex not in PRE_TOKENIZERS:
         problems.append(f"the split regex {regex!r} is none that we know: {', '.join(PRE_TOKENIZERS.values())}")

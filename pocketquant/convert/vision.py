@@ -208,6 +208,11 @@ def _expected(sizes: Sizes, prefix: str) -> Iterator[tuple[str, str, TensorRule,
 
 
 def _map_tensors(sizes: Sizes, stored: Mapping[str, CheckpointTensor], prefix: str) -> tuple[Tensor, ...]:
+    if sizes["n_layer"] > len(stored):
+        raise ArchitectureError(
+            f"config.json vision_config.depth: {sizes['n_layer']} blocks, and there are only {len(stored)} tensors "
+            f"under {prefix!r}"
+        )
     wanted = list(_expected(sizes, prefix))
     rules = {name: rule for name, _, rule, _ in wanted}  # the two frames of a patch are read from one tensor
     missing = [f"{name} {list(shape_of(rule, sizes))}" for name, rule in rules.items() if name not in stored]

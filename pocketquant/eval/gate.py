@@ -24,7 +24,7 @@ from pocketquant.eval.comparable import changed_metadata, check_comparable, erro
 from pocketquant.eval.intervals import Share
 from pocketquant.eval.kernels import FLOOR, differing
 from pocketquant.eval.limits import AT_LEAST, FAIL, Limits
-from pocketquant.eval.readback import Evidence, choose_file, parse_report, same_tokens
+from pocketquant.eval.readback import MAX_CLUSTERS, Evidence, choose_file, parse_report, same_tokens
 from pocketquant.small_files import read_json
 
 PASS, FAILED, UNDECIDED = "pass", "fail", "undecided"
@@ -234,7 +234,7 @@ def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
         if key in METRICS:
             metric, value, se = METRICS[key]
             found, error = report.number("metrics", metric, value), report.number("metrics", metric, se)
-            clusters, tokens = int(report.number("clusters")), int(report.number("tokens"))
+            clusters, tokens = report.count("clusters"), report.count("tokens")
             note = _bound_note(report) if metric in _BOUNDED else ""
             pending.append(_from_error(f"absolute.{key}", bound, key in AT_LEAST, found, error, clusters, tokens, note))
         elif key == "tensor_rmse":
@@ -353,7 +353,7 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
     pair = []
     for each in (report, baseline):
         value, error = each.number("metrics", "kld", "p99"), each.number("metrics", "kld", "p99_se")
-        n = int(each.number("clusters"))
+        n = min(each.count("clusters"), MAX_CLUSTERS)
         spread = error * math.sqrt((n - 1) / n / 2) if n > 1 else math.inf
         pair.append(Share(value, np.array([spread, -spread] + [0.0] * max(n - 2, 0))))
     ours, theirs = pair
@@ -364,7 +364,7 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
         bound=bound,
         is_least=False,
         found=ours.value / theirs.value,
-        tokens=min(int(each.number("tokens")) for each in (report, baseline)),
+        tokens=min(each.count("tokens") for each in (report, baseline)),
         degrees=min(ours.degrees, theirs.degrees),
         interval=lambda t: intervals.ratio_interval(ours, theirs, 0.0, t),
         factor=lambda t: intervals.ratio_factor(ours, theirs, 0.0, t, bound),

@@ -17,9 +17,10 @@ from pocketquant.eval.report import SCHEMA
 COLUMNS = ("tokens", "bytes", "kld", "top1", "top5", "tv", "nll_model", "nll_reference")
 RELEASES = ("pocketquant.make/1", "pocketquant.sweep/1")
 _MAX_FILES = 256
-_MAX_CLUSTERS = 1 << 20
+MAX_CLUSTERS = 1 << 20
 _MAX_TENSORS = 1 << 16
-_LARGEST = 1e300
+_LARGEST = 1e100  # whose squares and sums are finite, too
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ class Evidence:
                 "measure on more text, or take the limit out"
             )
         return float(value)
+
+    def count(self, key: str) -> int:
+        """The whole number at `key`, from 1 to what a report can hold; EvalError if it is none."""
+        value = self.number(key)
+        if not 1 <= value <= _MOST or value != int(value):
+            raise EvalError(f"{self.path}: {key} is {value!r:.40}, no number of what was measured; measure again")
+        return int(value)
 
     def need_sums(self) -> tuple[Text, ...]:
         """The sums of each text; EvalError if there are none."""
@@ -193,7 +201,7 @@ def _text(value: Any, path: str) -> Text:
         raise _broken(path, "a text's sums")
     columns = {}
     for name in COLUMNS:
-        numbers = _list(value.get(name), path, f"sums.{name}", _MAX_CLUSTERS)
+        numbers = _list(value.get(name), path, f"sums.{name}", MAX_CLUSTERS)
         if not all(_is_number(number) for number in numbers):
             raise _broken(path, f"sums.{name}")
         columns[name] = np.array(numbers, np.float64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import EvalError
+from pocketquant.escaping import is_text
 from pocketquant.eval import bootstrap
 from pocketquant.eval.evidence import TensorState, TextSums, sum_clusters
 from pocketquant.eval.measures import Bucket, Metrics, by_confidence, by_position, measure
 from pocketquant.eval.metrics import Positions
 from pocketquant.files import sha256_of
+from pocketquant.small_files import open_regular
 
 SCHEMA = "pocketquant.report/1"
 
@@ -233,13 +236,14 @@ def identify(path: str | Path) -> FileIdentity:
     """Name, size and SHA-256 of a file, read in small pieces.
 
     Raises:
-        EvalError: the file cannot be read.
+        EvalError: the file cannot be read, or its name is no UTF-8, which reports are.
     """
     path = Path(path)
-    try:
-        return FileIdentity(path.name, path.stat().st_size, sha256_of(path))
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if not is_text(path.name):
+        raise EvalError(f"{path}: its name is no UTF-8, as reports and packs are that would name it; rename it")
+    with open_regular(path, EvalError) as file:
+        size = os.fstat(file.fileno()).st_size
+    return FileIdentity(path.name, size, sha256_of(path))
 
 
 def identify_all(files: Sequence[FileIdentity]) -> FileIdentity:

@@ -113,7 +113,7 @@ def check_loadable(path: Path, *, has_mtp: bool = False) -> None:
         raise EvalError(f"{path}: no such file; give the path of a GGUF")
     shards = read_shards(path)
     header = shards[0][1]
-    kind = header.metadata.get("general.type", Value("str", "")).value
+    kind = str(header.metadata.get("general.type", Value("str", "")).value)
     if kind in _NO_TEXT_MODEL:
         raise EvalError(f"{path}: {_NO_TEXT_MODEL[kind]}, which is not run by itself; give the text model")
     names = {tensor.name for _, shard in shards for tensor in shard.tensors}
