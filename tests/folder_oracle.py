@@ -49,13 +49,18 @@ def ask_transformers(python: Path | str, folder: Path) -> dict[str, Any]:
     }
     answers: dict[str, Any] = {}
     for what, folders in asked.items():
-        run = subprocess.run([python, SCRIPT, what, *folders], capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(run.stderr[-2000:])
-        answer = json.loads(run.stdout)
+        answer = ask(python, what, folders)
         answers["transformers"] = answer["transformers"]
         answers[what] = answer["cases"]
     return answers
+
+
+def ask(python: Path | str, what: str, folders: list[Path]) -> dict[str, Any]:
+    """What transformers makes of folders; `what` as in the script."""
+    run = subprocess.run([python, SCRIPT, what, *folders], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(run.stdout)
 
 
 def kept() -> dict[str, Any]:

@@ -36,7 +36,13 @@ def head_of(folder: str) -> dict[str, Any]:
     return found
 
 
+def weights_of(folder: str) -> list[float]:
+    """The first numbers of the embedding."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.get_input_embeddings().weight[0, :8].tolist()
+
+
 transformers.logging.set_verbosity_error()
-ask = {"tokens": tokens_of, "heads": head_of}[sys.argv[1]]
+ask = {"tokens": tokens_of, "heads": head_of, "weights": weights_of}[sys.argv[1]]
 answers = {Path(folder).name: ask(folder) for folder in sys.argv[2:]}
 print(json.dumps({"transformers": transformers.__version__, "cases": answers}))

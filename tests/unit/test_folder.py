@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapter_maker import make_adapter, rows_of
-from checkpoint_maker import make_checkpoint, text_config, weights_for, write_safetensors
+from checkpoint_maker import make_checkpoint
+from weight_cases import CASES, NEW, OLD, change_config
 
 from pocketquant import open_model
 from pocketquant.check import check_model
@@ -21,7 +22,6 @@ from pocketquant.convert.sources import open_parts
 from pocketquant.errors import SourceError
 from pocketquant.model import Model
 
-OLD, NEW = weights_for(text_config(), seed=0), weights_for(text_config(), seed=5)
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,43 +38,21 @@ def noted(model: Model) -> str:
 # ---------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("with_shards", [True, False])
-@pytest.mark.parametrize("as_file", [True, False])
-def test_stale_index_a_new_single_file_comes_before_it(with_shards: bool, as_file: bool, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "c", weights=OLD, n_shards=3)
-    write_safetensors(folder / "model.safetensors", NEW)
-    if not with_shards:
-        for shard in folder.glob("model-*.safetensors"):
-            shard.unlink()
-    model = open_model(folder / "model.safetensors" if as_file else folder)
+@pytest.mark.parametrize("case", CASES)
+def test_stale_index_and_other_saves_leave_the_weights_that_transformers_loads(case: str, tmp_path: Path) -> None:
+    write_case, note = CASES[case]
+    write_case(tmp_path / "c")
+    model = open_model(tmp_path / "c")
     assert holds(model, NEW)
-    if not as_file:
-        assert f"names 3 other files, {3 if with_shards else 0} of them there: they are of another save" in noted(model)
-    assert "model.safetensors.index.json" in noted(model)
-    assert ("model-00002-of-00003.safetensors" in noted(model)) == with_shards
+    assert note in noted(model)
+    assert bool(model.notes) == bool(note)
 
 
-def test_an_index_of_the_single_file_itself_is_no_other_save(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "c", weights=NEW)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(NEW, "model.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    model = open_model(folder)
+def test_stale_index_beside_a_file_that_was_named(tmp_path: Path) -> None:
+    CASES["file beside older shards"][0](tmp_path / "c")
+    model = open_model(tmp_path / "c/model.safetensors")
     assert holds(model, NEW)
-    assert model.notes == ()
-
-
-@pytest.mark.parametrize("n_shards", [1, 3])
-def test_config_can_name_other_weights(n_shards: int, tmp_path: Path) -> None:
-    """`transformers_weights`, which transformers 5 writes into no config but obeys."""
-    folder = make_checkpoint(tmp_path / "c", weights=NEW, n_shards=n_shards)
-    name = "model.safetensors" if n_shards == 1 else "model.safetensors.index.json"
-    (folder / name).rename(folder / f"tuned.{name.partition('.')[2]}")
-    write_safetensors(folder / "model.safetensors", OLD)
-    change_config(folder, transformers_weights=f"tuned.{name.partition('.')[2]}")
-    model = open_model(folder)
-    assert holds(model, NEW)
-    assert "transformers_weights names tuned.safetensors" in noted(model)
-    assert "passed over (weights of another save, or not the file that was named): model.safetensors" in noted(model)
+    assert "passed over (shards of another save): model-00001-of-00003.safetensors" in noted(model)
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "../model.safetensors", 7, "pytorch_model.bin"])
@@ -83,15 +61,6 @@ def test_config_naming_no_weights_of_the_folder_is_refused(name: object, tmp_pat
     change_config(folder, transformers_weights=name)
     with pytest.raises(SourceError, match="transformers_weights"):
         open_model(folder)
-
-
-def test_variants_and_other_programs_weights_are_not_the_model(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "c", weights=NEW)
-    for name in ("model.fp16.safetensors", "consolidated.safetensors"):
-        write_safetensors(folder / name, OLD)
-    model = open_model(folder)
-    assert holds(model, NEW)
-    assert "passed over (not the weights that transformers loads): consolidated.safetensors, model.fp16" in noted(model)
 
 
 def test_weights_under_one_other_name_are_taken(tmp_path: Path) -> None:
@@ -105,11 +74,6 @@ def test_weights_in_a_file_the_index_does_not_name_are_pointed_at(tmp_path: Path
     (folder / "model-00002-of-00002.safetensors").rename(folder / "model-00002-of-00003.safetensors")
     with pytest.raises(SourceError, match=r"beside it lies model-00002-of-00003\.safetensors, which the index does"):
         open_model(folder)
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
