@@ -28,6 +28,11 @@ def file_beside_an_older_index(folder: Path) -> None:
         shard.unlink()
 
 
+def file_beside_a_broken_index(folder: Path) -> None:
+    make_checkpoint(folder, weights=NEW)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.no')
+
+
 def file_with_an_index_of_its_own(folder: Path) -> None:
     make_checkpoint(folder, weights=NEW)
     index = {"metadata": {}, "weight_map": dict.fromkeys(NEW, "model.safetensors")}
@@ -59,8 +64,12 @@ def shards_beside_a_stray_one(folder: Path) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "file beside older shards": (file_beside_older_shards, "names 3 other files, 3 of them there: they are of another"),
+    "file beside older shards": (
+        file_beside_older_shards,
+        "names 3 other files, 3 of them there: it is of another save",
+    ),
     "file beside an older index": (file_beside_an_older_index, "names 3 other files, 0 of them there"),
+    "file beside a broken index": (file_beside_a_broken_index, "beside it names no files: it is of another save"),
     "file with an index of its own": (file_with_an_index_of_its_own, ""),
     "file that the config names": (
         file_that_the_config_names,

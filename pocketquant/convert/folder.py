@@ -9,9 +9,11 @@ docs/guide/model-folder.md shows `KINDS` to people.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -201,11 +203,18 @@ def top_level(names: Iterable[str]) -> tuple[str, ...]:
 
 def kind_of(entry: str) -> FileKind:
     """The first kind that a name fits; the last kind fits every name."""
-    return next(kind for kind in KINDS if any(_fits(entry, pattern) for pattern in kind.patterns))
+    return next(kind for kind, pattern in _compiled() if pattern.match(entry))
 
 
-def _fits(entry: str, pattern: str) -> bool:
-    return entry.endswith("/") == pattern.endswith("/") and fnmatchcase(entry, pattern)
+@cache
+def _compiled() -> tuple[tuple[FileKind, re.Pattern[str]], ...]:
+    """One expression for each kind: a folder may hold a hundred thousand files."""
+    return tuple((kind, re.compile("|".join(map(_expression, kind.patterns)))) for kind in KINDS)
+
+
+def _expression(pattern: str) -> str:
+    """Patterns of files fit no folder."""
+    return translate(pattern) if pattern.endswith("/") else rf"(?!(?s:.*/)\Z){translate(pattern)}"
 
 
 def refuse_versions(path: Path, listed: Any, stem: str) -> None:
@@ -220,7 +229,7 @@ def refuse_versions(path: Path, listed: Any, stem: str) -> None:
         SourceError: it lists such a file.
     """
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    versions = [name for name in names if _fits(name, f"{stem}.*.json")]
+    versions = [name for name in names if fnmatchcase(name, f"{stem}.*.json")]
     if versions:
         raise SourceError(
             f"{path}: has transformers load {named(versions)} in place of {stem}.json, according to its version; give "

@@ -84,14 +84,18 @@ def _index_beside(snapshot: Snapshot) -> tuple[str | None, None, tuple[str, ...]
     path = snapshot.folder / INDEX
     if snapshot.is_one_file or not is_present(path):
         return None, None, ()
-    weight_map = read_object(path).get("weight_map")
+    try:
+        weight_map = read_object(path).get("weight_map")
+    except SourceError:  # transformers does not look at it
+        weight_map = None
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if shards == [SINGLE]:
         return INDEX, None, ()
     there = [name for name in shards if name in snapshot.weights]
+    names = f"names {len(shards)} other files, {len(there)} of them there" if shards else "names no files"
     note = (
-        f"{SINGLE} is read, as transformers does; {INDEX} beside it names {len(shards)} other files, {len(there)} of "
-        f"them there: they are of another save. If that one is meant, take {SINGLE} away"
+        f"{SINGLE} is read, as transformers does; {INDEX} beside it {names}: it is of another save. If that one is "
+        f"meant, take {SINGLE} away"
     )
     return None, None, (note,)
 
