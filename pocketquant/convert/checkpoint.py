@@ -29,6 +29,7 @@ from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.mlx import refuse_mlx_quantized, undo_mlx_layout
 from pocketquant.convert.mtp import MtpMode, check_mode, find_mtp, note_mtp, without_trunk
 from pocketquant.convert.quantized import dequantize_table
+from pocketquant.convert.quantized.settings import settings_file
 from pocketquant.convert.safetensors import StoredTensor
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.tensor_table import WeightFiles, choose_weights, read_tensor_table
@@ -86,7 +87,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     weights = choose_weights(snapshot, config)
     notes = list(weights.notes)
     table = read_tensor_table(snapshot, weights)
-    notes += note_passed_over(snapshot.entries, _read_from(snapshot, weights, table, adapter))
+    notes += note_passed_over(snapshot.entries, _read_from(snapshot, config, weights, table, adapter))
     refuse_mlx_quantized(config, table, folder)
     stored = dequantize_table(table, config, folder, notes)
     as_trained = architecture
@@ -152,10 +153,14 @@ def _note_beside_adapter(adapter: Adapter, folder: Path) -> list[str]:
 
 
 def _read_from(
-    snapshot: Snapshot, weights: WeightFiles, table: Mapping[str, StoredTensor], adapter: Adapter | None
+    snapshot: Snapshot,
+    config: Mapping[str, Any],
+    weights: WeightFiles,
+    table: Mapping[str, StoredTensor],
+    adapter: Adapter | None,
 ) -> set[str]:
     """Names of the files of the folder that are read, of those that not every checkpoint is read from."""
-    read = {*weights.names, *([weights.index] if weights.index else [])}
+    read = {*weights.names, settings_file(config, snapshot.folder), *([weights.index] if weights.index else [])}
     if "chat_template.jinja" in snapshot.entries:
         read |= {"chat_template.jinja", "additional_chat_templates/"}
     else:

@@ -109,7 +109,12 @@ KINDS = (
         "read where the checkpoint has a vision tower",
         "the checkpoint has no vision tower",
     ),
-    FileKind(("hf_quant_config.json", "quantize_config.json"), "how weights are quantized", "read"),
+    FileKind(
+        ("hf_quant_config.json", "quantize_config.json"),
+        "how weights are quantized",
+        "read where config.json does not say it, the former before the latter",
+        "another file says how the weights are quantized",
+    ),
     FileKind(("README.md",), "the model card", "read for what describes the model"),
     FileKind(
         ("vocab.json", "merges.txt"), "the vocabulary", "passed over", "tokenizer.json holds the vocabulary and merges"

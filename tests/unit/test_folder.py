@@ -16,6 +16,7 @@ from pocketquant import open_model
 from pocketquant.check import check_model
 from pocketquant.convert import open_checkpoint
 from pocketquant.convert.folder import KINDS, kind_of, list_entries, note_passed_over, top_level
+from pocketquant.convert.quantized.settings import settings_file
 from pocketquant.convert.repository import named_snapshot, small_files
 from pocketquant.convert.snapshot import local_snapshot
 from pocketquant.convert.sources import open_parts
@@ -232,6 +233,15 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     assert passed_over == {*REPOSITORY, "runs/"} - read
     assert "passed over (the checkpoint has no vision tower): preprocessor_config.json" in notes
     assert "passed over (a trainer's state): optimizer.pt, rng_state_0.pth, runs/, trainer_state.json" in notes
+
+
+@pytest.mark.parametrize("is_stated", [True, False])
+def test_quantization_settings_that_config_comes_before_are_named(is_stated: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", weights=OLD)
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}} if is_stated else {}
+    notes = note_passed_over(list_entries(folder), {"model.safetensors", settings_file(config, folder)})
+    assert ("quantize_config.json" in "".join(notes)) == is_stated
 
 
 def test_a_check_of_a_checkpoint_says_it_too(tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ def read_settings(config: Mapping[str, Any], folder: Path) -> Settings:
     return Settings(method, lower, _blocks(found), _promised(method, found))
 
 
+def settings_file(config: Mapping[str, Any], folder: Path) -> str:
+    """The file that says how a checkpoint is quantized; config.json where none does."""
+    return _find(config, folder)[1].name
+
+
 def _find(config: Mapping[str, Any], folder: Path) -> tuple[Any, Path]:
     text_config = config.get("text_config")
     for owner in (config, text_config if isinstance(text_config, dict) else {}):
