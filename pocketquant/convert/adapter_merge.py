@@ -143,6 +143,7 @@ def merge_adapter(
     """
     merged, reads = dict(stored), Reads()
     problems: list[str] = []
+    replaced: list[str] = []
     embedding = name_in(merged, _EMBEDDING)
     _refuse_resized(adapter, None if embedding is None else merged[embedding].shape)
     _refuse_two_bases(adapter, tied)
@@ -159,6 +160,7 @@ def merge_adapter(
                 problems.append(f"{module}: {found}")
             else:
                 merged[name] = replace(tensor, name=name)
+                replaced.append(name)
         if weights:
             notes.append(f"adapter {adapter.name}: {len(weights)} weights {what} in place of the checkpoint's")
 
@@ -194,7 +196,7 @@ def merge_adapter(
         raise SourceError(
             f"adapter {adapter.name}: does not fit the checkpoint; is it of another base model?\n{listing(problems)}"
         )
-    notes.extend(_describe(adapter, merged, dropped))
+    notes.extend(_describe(adapter, merged, replaced, dropped))
     return merged
 
 
@@ -237,12 +239,15 @@ def _refuse_two_bases(adapter: Adapter, tied: bool) -> None:
         )
 
 
-def _describe(adapter: Adapter, merged: Mapping[str, CheckpointTensor], dropped: Mapping[str, str]) -> list[str]:
+def _describe(
+    adapter: Adapter, merged: Mapping[str, CheckpointTensor], replaced: list[str], dropped: Mapping[str, str]
+) -> list[str]:
     ranks = sorted({change.rank for change in adapter.changes})
     scales = sorted({change.scale for change in adapter.changes})
     text = f"rank {_range(ranks)}, scale {_range(scales)}" if adapter.changes else "no LoRA matrices"
     described = [f"adapter {adapter.name}: merged into {len(adapter.changes)} tensors ({text})"]
-    names = [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.pieces]
+    names = [*replaced]
+    names += [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.pieces]
     for what in dict.fromkeys(dropped.values()):
         prefixes = tuple(prefix for prefix, reason in dropped.items() if reason == what)
         count = sum(name.startswith(prefixes) for name in names)

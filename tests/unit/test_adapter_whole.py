@@ -157,6 +157,14 @@ def test_lora_on_a_resized_embedding_is_refused_for_that_reason(tied: Path, tmp_
         open_model(tied, adapter=folder)
 
 
+def test_weights_of_the_vision_tower_trained_whole_are_noted(tmp_path: Path) -> None:
+    weights = WEIGHTS | {"model.visual.merger.norm.weight": np.ones(64, np.float32)}
+    base = make_checkpoint(tmp_path / "base", weights=weights)
+    tensors = {f"{PREFIX}model.visual.merger.norm.weight": np.zeros(64, np.float32)}
+    model = open_model(base, adapter=write_adapter(tmp_path / "lora", tensors, modules_to_save=["merger"]))
+    assert any("1 of these belong to the vision tower, which this file leaves out" in note for note in model.notes)
+
+
 MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 4, "scale": 20.0}}
 
 
