@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,14 +17,16 @@ _CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls._
 
 
 class Commands(TyperGroup):
-    """A group of commands; the outermost one ends the process with the exit code."""
+    """A group of commands; the outermost one ends the process with the exit code, unless the caller wants to go on."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         screen.set_command([*ctx.command_path.split()[1:], str(name)])
         return name, command, rest
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> NoReturn:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        if not options.get("standalone_mode", True):
+            return super().main(args, *rest, **options)
         words = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
         as_json = "--json" in words
