@@ -101,7 +101,8 @@ def read_added_tokens(
 def _special_settings(settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json with special_tokens_map.json over it, as transformers merges them.
 
-    Model-specific tokens (`image_token`, or a dictionary of extra ones) are put under `_EXTRA` last, as a dictionary.
+    Model-specific tokens (`image_token`, or a dictionary of extra ones) end under `model_specific_special_tokens`; a
+    text that is listed twice counts where it stands first.
     """
     used = dict(settings)
     if _ADDITIONAL in used and not used.get(_EXTRA):
@@ -114,8 +115,7 @@ def _special_settings(settings: Mapping[str, Any], special_map: Mapping[str, Any
     specific |= used.pop(_EXTRA) if isinstance(used.get(_EXTRA), dict) else {}
     for key, value in special_map.items():
         if key == _EXTRA and isinstance(value, list):
-            known = _items(used.get(_EXTRA))
-            used[key] = [*known, *(item for item in value if item not in known)]
+            used[key] = [*_items(used.get(_EXTRA)), *value]
         else:
             used[key] = {**value, "__type": "AddedToken"} if isinstance(value, dict) and key != _EXTRA else value
     specific |= used.pop(_EXTRA) if isinstance(used.get(_EXTRA), dict) else {}
@@ -186,11 +186,11 @@ def _check_numbers(
 ) -> None:
     """Tokens that tokenizer.json lacks must have the ids that they get: the ids stated beside it are not obeyed."""
     following = max([len(vocab), *(number + 1 for number in by_id if number in of_file)])
-    problems = []
+    problems, of_file_too = [], {by_id[number][0] for number in of_file}
     for number in sorted(set(by_id) - of_file):
         text = by_id[number][0]
         given = vocab.get(text, following)
-        if given != number and text not in {by_id[known][0] for known in of_file}:
+        if given != number and text not in of_file_too:  # one text under two ids is refused elsewhere
             problems.append(f"{text!r}: {number}, and transformers gives it {given}")
         following += given == following
     if problems:
