@@ -26,6 +26,7 @@ _OF_MTP = ("block_count", "nextn_predict_layers")
 _OPTIONAL = (
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"),
+    *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"),
 )
 """Keys that a file can be without, and computes something else then."""
 _COMPUTES = (
