@@ -122,8 +122,8 @@ def read_header(path: Path | str) -> GgufHeader:
     """
     path = Path(path)
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             if file.read(4) != b"GGUF":
                 raise SourceError(f"{path}: no GGUF file (it does not start with 'GGUF')")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

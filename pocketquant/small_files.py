@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from pocketquant.errors import PocketquantError, SourceError, listing
+from pocketquant.escaping import is_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,8 +80,11 @@ def open_regular(path: Path | str, error: Error = SourceError) -> BinaryIO:
     """Opens a regular file to read bytes from.
 
     Raises:
-        error: it cannot be opened, or is a folder, a pipe, a device or a socket.
+        error: it cannot be opened, or is a folder, a pipe, a device or a socket; or its name is no UTF-8, as everything
+            is that could name it: metadata, reports, packs.
     """
+    if not is_text(os.path.basename(path)):
+        raise error(f"{path}: cannot be read: its name is no UTF-8; rename it")
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
     except (OSError, ValueError) as problem:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.escaping import is_text
 from pocketquant.eval import bootstrap
 from pocketquant.eval.evidence import TensorState, TextSums, sum_clusters
 from pocketquant.eval.measures import Bucket, Metrics, by_confidence, by_position, measure
@@ -236,11 +235,9 @@ def identify(path: str | Path) -> FileIdentity:
     """Name, size and SHA-256 of a file, read in small pieces.
 
     Raises:
-        EvalError: the file cannot be read, or its name is no UTF-8, which reports are.
+        EvalError: the file cannot be read.
     """
     path = Path(path)
-    if not is_text(path.name):
-        raise EvalError(f"{path}: its name is no UTF-8, as reports and packs are that would name it; rename it")
     with open_regular(path, EvalError) as file:
         size = os.fstat(file.fileno()).st_size
     return FileIdentity(path.name, size, sha256_of(path))

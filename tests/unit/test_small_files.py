@@ -25,7 +25,7 @@ from pocketquant.eval.limits import Limits, read_limits
 from pocketquant.eval.pack import read_pack
 from pocketquant.eval.report import identify
 from pocketquant.files import sha256_of
-from pocketquant.gguf_file import encode_header, is_gguf
+from pocketquant.gguf_file import encode_header, is_gguf, read_header
 from pocketquant.gguf_values import find_problem
 from pocketquant.llama.vision import check_image
 from pocketquant.model import Value
@@ -38,23 +38,25 @@ from pocketquant.small_files import is_present, kind_of, parse_json, parse_toml,
 DIGITS = "9" * 5000
 READERS: list[Callable[[Path], Any]] = [
     *(read_json, read_text, read_limits, read_report, read_pack, read_figures, open_recipe, open_statistics),
-    *(read_importance, check_image, sha256_of, identify, is_gguf),
+    *(read_importance, check_image, sha256_of, identify, is_gguf, read_header),
 ]
 
 # ---------------------------------------------------------------- the door
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket", "missing", "long name"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket", "missing", "long name", "no UTF-8"])
 def test_only_regular_files_are_read(read: Callable[[Path], Any], kind: str, tmp_path: Path) -> None:
     """A pipe would block for ever, and /dev/zero has no end."""
-    path = tmp_path / ("n" * 300 if kind == "long name" else "file")
+    path = tmp_path / {"long name": "n" * 300, "no UTF-8": "c\udcff.txt"}.get(kind, "file")
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
     elif kind == "folder":
         path.mkdir()
+    elif kind == "no UTF-8":
+        path.write_bytes(b"{}")
     elif kind == "socket":
         os.mknod(path, 0o600 | 0o140000)
     with pytest.raises(PocketquantError, match=r"cannot be read: |neither a recipe nor a file"):
