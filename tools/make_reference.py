@@ -30,8 +30,8 @@ def commands_page() -> str:
     lines += [
         "",
         "`--json` prints one document, which begins with `schema` (`pocketquant.COMMAND/1`, and",
-        "`pocketquant.COMMAND-plan/1` for a dry run) and the `version` that wrote it. What is wrong is a document, too,",
-        "in place of the other: `pocketquant.error/1` with the `command` and the `error`'s `kind`, `message` and",
+        "`pocketquant.COMMAND-plan/1` for a dry run) and the `version` that wrote it. What is wrong is a document,",
+        "too, in place of the other: `pocketquant.error/1` with the `command` and the `error`'s `kind`, `message` and",
         "`exit_code`. Where stderr is no terminal, long runs write a line a minute there.",
     ]
     for name, command in _commands(typer.main.get_command(app)):

@@ -82,14 +82,16 @@ def _tell(number: int) -> int:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
+    from pocketquant.escaping import one_line  # only now: the watcher of a command that ends well imports nothing
+
     lines = [f"error: stopped by {name}{_meaning(number, seen.last_words)}"]
     if seen.doing:
-        lines[0] += f", while {seen.doing}"
+        lines[0] += f", while {one_line(seen.doing)}"
     if seen.last_words:
-        lines.append(f"  it said: {_printable(seen.last_words)}")
+        lines.append(f"  it said: {one_line(seen.last_words)}")
     lines.append(f"  {_advice(number, seen)}")
     if seen.placed:
-        lines.append(f"  these were finished before: {', '.join(map(str, seen.placed))}")
+        lines.append(f"  these were finished before: {one_line(', '.join(map(str, seen.placed)))}")
     else:
         lines.append("  nothing was replaced")
     sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -124,7 +126,3 @@ def _advice(number: int, seen: LastSeen) -> str:
             "file"
         )
     return "run `pocketquant check` on the file named; if it finds nothing, `pocketquant doctor` on this machine"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)
