@@ -27,12 +27,16 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
+from pocketquant.llama.callbacks import Callback, abort_function, calling, load_progress
 
 _LOGIT_BYTES = 64 << 20
 _LOG_LINES = 8
 _MAX_BATCH = 512
 _ROW_GROUP = 64
 """DeltaNet is computed in chunks of 64 tokens; cutting elsewhere would change the order of its sums."""
+
+_ABORTED = 2
+"""What `llama_decode` answers where the abort callback ended it."""
 
 _KEPT_LEVELS = (3, 4)
 """GGML_LOG_LEVEL_WARN and GGML_LOG_LEVEL_ERROR of ggml.h."""
@@ -44,7 +48,7 @@ Item = tuple[int, int, int, bool]
 """Of a batch: token, position, sequence, are its logits wanted."""
 
 _log: deque[str] = deque(maxlen=_LOG_LINES)
-_log_callback: Any = None
+_log_callback: Callback | None = None
 
 
 class Runtime(Protocol):
@@ -127,7 +131,8 @@ def open_runtime(
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         rows: most rows of logits at a time; None for about 64 MB of them, in multiples of 64.
-        observe: sees each node of the graph before and after it is computed. It must not raise.
+        observe: sees each node of the graph before and after it is computed; what it raises ends the computation and
+            is raised by it.
 
     Returns:
         A context manager that gives a `TextRuntime` and frees the model at its end.
@@ -174,14 +179,12 @@ class _LlamaRuntime:
         self._owns_model = True
         self._sequences, self._apart = sequences, apart
         self._gpu_layers = gpu_layers
-        self._observe: Any = None  # kept here because ctypes does not keep it alive
-        if observe is not None:
-            self._observe = library.ggml_backend_sched_eval_callback(lambda node, ask, _: observe(node, ask))
+        self._callbacks = [observing(library, observe)] if observe is not None else []
         self.n_ctx = context
         _log.clear()
         model_params = library.llama_model_default_params()
         model_params.n_gpu_layers = gpu_layers
-        self._model = library.llama_model_load_from_file(os.fsencode(path), model_params)
+        self._model = load_model(library, path, model_params)
         if not self._model:
             raise self._failure("llama.cpp cannot load it", "check that it is a whole GGUF of a known architecture")
         trained = library.llama_model_n_ctx_train(self._model)
@@ -220,9 +223,11 @@ class _LlamaRuntime:
         params.n_outputs_max = self.rows
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
-        if self._observe is not None:
-            params.cb_eval = self._observe
-        self._context = library.llama_init_from_model(self._model, params)
+        params.abort_callback, params.abort_callback_data = abort_function(library)
+        for callback in self._callbacks:
+            params.cb_eval = callback.pointer
+        with calling():
+            self._context = library.llama_init_from_model(self._model, params)
         if not self._context:
             error = self._failure(
                 f"llama.cpp cannot set up a context of {self.n_ctx} tokens", "use a smaller context or fewer GPU layers"
@@ -308,9 +313,7 @@ class _LlamaRuntime:
         np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = wanted
         for i, sequence in enumerate(sequences):
             batch.seq_id[i][0] = sequence
-        status = self._library.llama_decode(self._context, batch)
-        if status:
-            raise self._failure(f"llama.cpp cannot decode {count} tokens (status {status})", "use a smaller context")
+        self._compute(f"{count} tokens", "use a smaller context")
         n_rows = sum(wanted)
         if not n_rows:
             return np.zeros((0, self.n_vocab), np.float32)
@@ -324,12 +327,14 @@ class _LlamaRuntime:
         np.ctypeslib.as_array(batch.token, shape=(count,))[:] = tokens[start:stop]
         np.ctypeslib.as_array(batch.pos, shape=(count,))[:] = positions
         np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = positions >= first
-        status = self._library.llama_decode(self._context, batch)
+        self._compute(f"tokens {start} to {stop - 1}", "use a smaller context or fewer GPU layers")
+
+    def _compute(self, what: str, advice: str) -> None:
+        """Decodes the batch; raises what came meanwhile, and EvalError where llama.cpp says that it failed."""
+        with calling(*self._callbacks):
+            status = self._library.llama_decode(self._context, self._batch)
         if status:
-            raise self._failure(
-                f"llama.cpp cannot decode tokens {start} to {stop - 1} (status {status})",
-                "use a smaller context or fewer GPU layers",
-            )
+            raise self._failure(f"llama.cpp cannot decode {what} ({describe_status(status)})", advice)
 
     def _failure(self, what: str, advice: str) -> EvalError:
         said = "".join(f"\n  llama.cpp: {line}" for line in _log)
@@ -352,6 +357,24 @@ class _LlamaRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def observing(library: Any, observe: Observe) -> Callback:
+    """`observe` as llama.cpp's `cb_eval`."""
+    return Callback(library.ggml_backend_sched_eval_callback, lambda node, ask, _: observe(node, ask), False)
+
+
+def load_model(library: Any, path: Path, params: Any) -> Any:
+    """llama.cpp's model, NULL where it cannot be loaded; an interrupt ends the loading."""
+    progress = load_progress(library)
+    params.progress_callback = progress.pointer
+    with calling(progress):
+        return library.llama_model_load_from_file(os.fsencode(path), params)
+
+
+def describe_status(status: int) -> str:
+    """What `llama_decode` answered, in words."""
+    return "a signal stopped it" if status == _ABORTED else f"status {status}"
 
 
 def default_rows(n_vocab: int) -> int:
@@ -379,6 +402,11 @@ def _digest_vocabulary(library: Any, vocab: Any, n_vocab: int) -> str:
     return digest.hexdigest()
 
 
+def _keep_line(level: int, text: bytes, _data: Any) -> None:
+    if level in _KEPT_LEVELS and text.strip():
+        _log.append(text.decode(errors="replace").strip())
+
+
 def require_runtime() -> Any:
     """The binding, with llama.cpp's log turned into a short memory of warnings and errors.
 
@@ -396,11 +424,6 @@ def require_runtime() -> Any:
     if _log_callback is None:
         llama_cpp.llama_backend_init()
 
-        @llama_cpp.llama_log_callback
-        def keep_line(level: int, text: bytes, _data: Any) -> None:
-            if level in _KEPT_LEVELS and text.strip():
-                _log.append(text.decode(errors="replace").strip())
-
-        _log_callback = keep_line  # ctypes does not keep it alive
-    llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        _log_callback = Callback(llama_cpp.llama_log_callback, _keep_line, None)  # ctypes does not keep it alive
+    llama_cpp.llama_log_set(_log_callback.pointer, ctypes.c_void_p(0))
     return llama_cpp

@@ -219,8 +219,6 @@ def calibrate(
         ) as runtime:
             for i in range(first, len(windows)):
                 for _, logits in runtime.logits(windows[i].tolist()):
-                    if observer.failure is not None:
-                        raise observer.failure
                     if sums.head is not None:
                         sums.head.add_logits(logits)
                 if progress is not None:

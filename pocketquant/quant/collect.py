@@ -134,8 +134,6 @@ def collect_importance(
             # one row of logits, which nobody reads, lets a window go through in large batches
             for _ in runtime.logits(window.tolist(), first=context - 1):
                 pass
-            if observer.failure is not None:
-                raise observer.failure
             if block is not None:
                 run_block(window)
             done += 1
@@ -170,8 +168,6 @@ def _running(
                     f"block wants {[len(window), block.n_embd]}; install the llama-cpp-python that pocketquant asks for"
                 )
             run(window[1:], states[:-1])
-            if observer.failure is not None:
-                raise observer.failure
 
         yield run_over
 

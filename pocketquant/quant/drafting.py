@@ -11,7 +11,6 @@ state goes with which token) and src/models/qwen35.cpp (`graph_mtp`) of llama.cp
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.gguf_file import read_shards
-from pocketquant.llama.runtime import Observe, require_runtime
+from pocketquant.llama.callbacks import abort_function, calling
+from pocketquant.llama.runtime import Observe, describe_status, load_model, observing, require_runtime
 
 RunBlock = Callable[[npt.NDArray[np.int32], F32Array], None]
 """Runs the block, memory empty at the start: i32[n] tokens and f32[n, n_embd], the hidden state before each."""
@@ -100,7 +100,7 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
         EvalError: llama-cpp-python is absent, or llama.cpp cannot load or run the block.
     """
     library = require_runtime()
-    callback = library.ggml_backend_sched_eval_callback(lambda node, ask, _: observe(node, ask))
+    callback = observing(library, observe)
     model_params = library.llama_model_default_params()
     if not hasattr(model_params, "load_mtp"):
         raise EvalError(
@@ -108,7 +108,7 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
             "pip install --upgrade 'pocketquant[eval]'"
         )
     model_params.n_gpu_layers, model_params.load_mtp = 0, True
-    model = library.llama_model_load_from_file(os.fsencode(block.path), model_params)
+    model = load_model(library, block.path, model_params)
     if not model:
         raise EvalError(f"{block.path}: llama.cpp cannot load its multi-token-prediction block; convert it again")
     try:
@@ -116,8 +116,10 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, n_batch, n_batch, 1
         params.n_outputs_max = 1
         params.n_threads = params.n_threads_batch = threads or usable_threads()
-        params.ctx_type, params.no_perf, params.cb_eval = _CONTEXT_TYPE_MTP, True, callback
-        opened = library.llama_init_from_model(model, params)
+        params.ctx_type, params.no_perf, params.cb_eval = _CONTEXT_TYPE_MTP, True, callback.pointer
+        params.abort_callback, params.abort_callback_data = abort_function(library)
+        with calling():
+            opened = library.llama_init_from_model(model, params)
         if not opened:
             raise EvalError(f"{block.path}: llama.cpp sets up no context of {context} tokens for its block")
         batch = library.llama_batch_init(n_batch, 0, 1)
@@ -135,11 +137,15 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
                 # one row of logits at a time, which nobody reads: without any, nothing would be computed
                 np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = np.arange(count) == count - 1
                 batch.embd = piece.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-                status = library.llama_decode(opened, batch)
-                batch.embd = None  # numpy's, not to be freed with the batch
+                try:
+                    with calling(callback):
+                        status = library.llama_decode(opened, batch)
+                finally:
+                    batch.embd = None  # numpy's, not to be freed with the batch
                 if status:
                     raise EvalError(
-                        f"{block.path}: llama.cpp cannot run its multi-token-prediction block (status {status})"
+                        f"{block.path}: llama.cpp cannot run its multi-token-prediction block "
+                        f"({describe_status(status)})"
                     )
 
         try:

@@ -149,14 +149,12 @@ class Observer:
     """Hands the inputs of weights to a fold; give `see` to `open_runtime` as `observe`.
 
     Attributes:
-        failure: what went wrong inside a callback, where nothing can be raised; look after each decoding.
         hidden: the trunk's hidden states after the last norm, f32[n_token, n_embd] of each batch; None to keep none.
     """
 
     def __init__(self, fold: Fold) -> None:
         library = require_runtime()
         self._fold = fold
-        self.failure: BaseException | None = None
         self.hidden: list[F32Array] | None = None
         self._ggml = _bind(library)
         self._multiply, self._multiply_experts = _check_layout(self._ggml)
@@ -164,34 +162,28 @@ class Observer:
 
     def see(self, address: int, ask: bool) -> bool:
         """llama.cpp's question whether a node is wanted, and then its answer; False to an answer ends the graph."""
-        try:
-            if self.failure is not None:
+        node = _Node.from_address(address)
+        if node.op == self._multiply or node.op == self._multiply_experts:
+            name = weight_name(self._name(node.src[0]))
+            if self._fold.is_past(name):
+                return ask  # asked: yes, to be called again; then: no, to end the graph
+            if not self._fold.wants(name):
                 return False
-            node = _Node.from_address(address)
-            if node.op == self._multiply or node.op == self._multiply_experts:
-                name = weight_name(self._name(node.src[0]))
-                if self._fold.is_past(name):
-                    return ask  # asked: yes, to be called again; then: no, to end the graph
-                if not self._fold.wants(name):
-                    return False
-                if not ask:
-                    self._add(name, node)
-                return True
-            label = self._ggml.ggml_get_name(address)
-            if label == _HIDDEN and self.hidden is not None:
-                if not ask:
-                    self.hidden.append(self._read(address, node, np.dtype("<f4"))[0, 0].copy())
-                return True
-            if label not in (_BEFORE_HEAD, _BEFORE_DRAFT_HEAD):
-                return False
-            # the product with the output matrix is the dearest of all: stop before it unless it is wanted
-            if not ask and self._fold.wants_hidden():
-                self._fold.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
-                return True
-            return ask
-        except BaseException as error:  # an interrupt too: ctypes would print it and go on
-            self.failure = error
+            if not ask:
+                self._add(name, node)
+            return True
+        label = self._ggml.ggml_get_name(address)
+        if label == _HIDDEN and self.hidden is not None:
+            if not ask:
+                self.hidden.append(self._read(address, node, np.dtype("<f4"))[0, 0].copy())
+            return True
+        if label not in (_BEFORE_HEAD, _BEFORE_DRAFT_HEAD):
             return False
+        # the product with the output matrix is the dearest of all: stop before it unless it is wanted
+        if not ask and self._fold.wants_hidden():
+            self._fold.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
+            return True
+        return ask
 
     def _name(self, address: int) -> str:
         return bytes(self._ggml.ggml_get_name(address)).decode(errors="replace")
