@@ -21,7 +21,7 @@ import numpy as np
 from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.formats import U8Array
 from pocketquant.interrupts import put_in_place
-from pocketquant.leftovers import make_held_file, remove_leftovers
+from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
 
 MAX_JSON_BYTES = 256 << 20
 _FLUSH_SECONDS = 0.2
@@ -97,6 +97,12 @@ def check_target(target: Path) -> Path:
     return place
 
 
+def hidden_beside(target: Path, what: str) -> Path:
+    """`.NAME.what` beside where an output goes: what lies on disk meanwhile, on the disk that the output will be on."""
+    place = check_target(target)
+    return place.with_name(f".{place.name}.{what}")
+
+
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
     """Refuses outputs that would take the place of what they are made from, through links or not.
 
@@ -142,22 +148,22 @@ def _files_of(given: Path) -> list[Path]:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, *, is_result: bool = True) -> Iterator[Path]:
     """Gives a temporary path beside `target`; moves it there only if the block ends well.
 
     A link at `target` stays, and what it leads to is replaced. Temporary files that a killed process left of the same
-    target are removed first.
+    target are removed first. `is_result` as in `put_in_place`.
 
     Raises:
         OutputError: the folder is missing or cannot be written, the disk is full, or `target` is no regular file. What
             stood at `target` stays.
     """
-    with replacing_together([target]) as (temporary,):
+    with replacing_together([target], is_result=is_result) as (temporary,):
         yield temporary
 
 
 @contextmanager
-def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
+def replacing_together(targets: Sequence[Path], *, is_result: bool = True) -> Iterator[list[Path]]:
     """The same for several targets: none is replaced before all are finished, and an interrupt replaces all or none.
 
     The first one appears last, so that where it is, the others are too.
@@ -184,7 +190,7 @@ def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
                 temporary.chmod(0o666 & ~umask)
         except OSError as error:
             raise OutputError(f"{targets[0]}: cannot be written: {error.strerror}") from error
-        put_in_place(reversed(list(zip(temporaries, places, strict=True))))
+        put_in_place(reversed(list(zip(temporaries, places, strict=True))), is_result=is_result)
 
 
 @contextmanager
@@ -192,6 +198,7 @@ def _temporary(place: Path) -> Iterator[Path]:
     """A file beside `place`, held while the block runs and gone afterwards."""
     prefix = f".{place.name}."
     remove_leftovers(place.parent, prefix, ".partial")
+    remove_leftovers(place.parent, prefix, FOLDER_LOCK)  # of `work_folder`
     path, descriptor = make_held_file(place.parent, prefix, ".partial")
     try:
         yield path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from pocketquant.model import Plan, PlannedTensor, Tensor
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights in a chunk: 4 MiB as f32, small enough to stay in cache between read, encode and write."""
+
+_PATIENCE_SECONDS = 0.5
+"""How long an interrupt waits for chunks in flight."""
 
 OnBytes = Callable[[int], None]
 Run = Callable[[Plan, Path, OnBytes], None]
@@ -184,15 +188,18 @@ def _run(plan: Plan, path: Path, n_threads: int, on_bytes: OnBytes) -> None:
             stopping.set()
 
     workers = [threading.Thread(target=work, name=f"encode-{i}", daemon=True) for i in range(n_threads)]
-    for worker in workers:
-        worker.start()
     try:
         for worker in workers:
-            worker.join()
-    finally:  # an interrupt arrives here: let chunks in flight end before the file is closed under them
-        stopping.set()
+            worker.start()
         for worker in workers:
             worker.join()
+    except BaseException:  # an interrupt
+        stopping.set()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for worker in workers:  # a matrix that is rounded whole can take minutes; what is written then is in no folder
+            if worker.ident is not None:
+                worker.join(max(0.0, deadline - time.monotonic()))
+        raise
     if failures:
         raise failures[0]
 

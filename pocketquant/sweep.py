@@ -160,7 +160,7 @@ def run_sweep(
             path = folder / variant.name
             write_variant(variant, path, means)
             found = measure_variant(release, variant, path, pack, means)
-            with replacing(folder / f"{key}.json") as temporary:
+            with replacing(folder / f"{key}.json", is_result=False) as temporary:
                 temporary.write_text(json.dumps({"key": key, "variant": found}, ensure_ascii=False), encoding="utf-8")
         measured[key] = found
         _drop_files(sweep, folder, measured)

@@ -106,10 +106,17 @@ class InputSums:
     Attributes:
         sums: weight -> f64[n_matrix, n_cols], squared inputs.
         counts: weight -> i64[1] inputs summed, or i64[n_expert] for experts.
+        n_used: weight of experts -> experts that each token is sent to.
     """
 
     sums: dict[str, F64Array] = field(default_factory=dict)
     counts: dict[str, I64Array] = field(default_factory=dict)
+    n_used: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> InputSums:
+        """The sums as they are now."""
+        sums = {name: array.copy() for name, array in self.sums.items()}
+        return InputSums(sums, {name: array.copy() for name, array in self.counts.items()}, dict(self.n_used))
 
     def wants(self, weight: str) -> bool:
         return weight.startswith("blk.")
@@ -127,6 +134,8 @@ class InputSums:
         name, inputs, (n_inner, n_outer) = product.weight, product.inputs, product.inner
         n_matrix, n_cols = n_inner * n_outer, inputs.shape[3]
         is_routed = product.chosen is not None
+        if product.chosen is not None:
+            self.n_used[name] = product.chosen.shape[1]
         sums = self.sums.setdefault(name, np.zeros((n_matrix, n_cols)))
         counts = self.counts.setdefault(name, np.zeros(n_matrix if is_routed else 1, np.int64))
         if sums.shape != (n_matrix, n_cols):

@@ -13,7 +13,6 @@ last hidden states, and the positions of codes, lie on disk meanwhile.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pocketquant.errors import EvalError, OutputError, RecipeError, listing
 from pocketquant.files import check_target, read_at, replacing
 from pocketquant.formats import U8Array
 from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
+from pocketquant.leftovers import work_folder
 from pocketquant.model import Model, Tensor, Value, padded
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
 from pocketquant.quant.collect import SELF, digest_of_tokens
@@ -111,7 +111,6 @@ def tune_file(
         ArchitectureError: no text model, or one whose positions are scaled.
         OutputError: `out` cannot be written.
     """
-    check_target(out)
     header = read_header(file)
     scales = _read_scales(file, header, reference)
     batch = batch or max(1, 2048 // windows.shape[1])
@@ -131,9 +130,7 @@ def tune_file(
         if progress is not None:
             progress(done, total)
 
-    states = out.with_name(f".{out.name}.states")
-    shutil.rmtree(states, ignore_errors=True)
-    try:
+    with work_folder(check_target(out)) as states:
         scales = _prepare(states, scales, reference, free=code_rate > 0)
         hidden = run_reference(setting, windows, _cut(np.arange(len(windows)), batch), states, step)
         tuner = Tuner(setting, open_gguf(file), scales, windows, hidden)
@@ -152,8 +149,6 @@ def tune_file(
         _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
         n_codes = sum(0 if each.codes is None else each.codes.positions.size for each in scales.values())
         n_moved = sum(each.n_moved() for each in scales.values())
-    finally:
-        shutil.rmtree(states, ignore_errors=True)
     return Tuned(before, after, steps, _count(scales), n_codes, n_moved)
 
 
@@ -260,10 +255,9 @@ def _batches(used: Numbers, batch: int, steps: int, seed: int) -> list[Numbers]:
 
 
 def _prepare(states: Path, scales: dict[str, BlockScales], reference: Model, *, free: bool) -> dict[str, BlockScales]:
-    """Makes the folder of what lies on disk meanwhile; with `free`, the codes can be moved."""
+    """With `free`, the codes can be moved; what that takes lies in the folder `states` meanwhile."""
     originals = {tensor.name: tensor for tensor in reference.tensors}
     try:
-        states.mkdir(parents=True)
         return {name: each.with_free_codes(originals[name], states) if free else each for name, each in scales.items()}
     except OSError as error:
         raise OutputError(f"{states}: cannot be written: {error.strerror}") from error
