@@ -22,6 +22,7 @@ from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.formats import U8Array
 from pocketquant.interrupts import put_in_place
 from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
+from pocketquant.unchanged import FileState, state_of
 
 MAX_JSON_BYTES = 256 << 20
 _FLUSH_SECONDS = 0.2
@@ -43,14 +44,23 @@ _BESIDE_WEIGHTS = (
 """What a checkpoint is read for but its weights."""
 
 
-def read_at(path: Path, offset: int, nbytes: int) -> U8Array:
+def read_at(path: Path, offset: int, nbytes: int, state: FileState | None = None) -> U8Array:
     """Bytes [offset, offset + nbytes) of a file as u8[nbytes].
 
+    Args:
+        path: the file.
+        offset: where the range begins.
+        nbytes: its length.
+        state: what the file was when its header was read; None where that does not matter.
+
     Raises:
-        SourceError: the file cannot be read, or has become shorter than its header said.
+        SourceError: the file cannot be read, is not what it was, or has become shorter than its header said.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8, count=nbytes, offset=offset)
+        with open(path, "rb", buffering=0) as file:
+            data = np.fromfile(file, dtype=np.uint8, count=nbytes, offset=offset)
+            if state is not None:
+                state.check(file.fileno())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read at byte {offset}: {error.strerror or error}") from error
     if len(data) != nbytes:
@@ -79,6 +89,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_states(folder: Path) -> tuple[FileState, ...]:
+    """What the files of a checkpoint's folder are now, but for the model card, which decides nothing."""
+    files = (path for pattern in ("*.safetensors", *_BESIDE_WEIGHTS) for path in folder.glob(pattern))
+    return tuple(state_of(path) for path in files if path.name != "README.md" and path.is_file())
+
+
+def states_of(*sources: Path | str | None) -> tuple[FileState, ...]:
+    """What files are now, with the shards that they belong to, and the files of checkpoints' folders."""
+    files = [path for source in sources if source is not None for path in _files_of(Path(source))]
+    return tuple(state_of(path) for path in files if path.is_file())
+
+
 def check_target(target: Path) -> Path:
     """Where an output goes: the path itself, or what a link there leads to.
 
@@ -97,6 +119,19 @@ def check_target(target: Path) -> Path:
     return place
 
 
+def _refuse_one_place(outputs: Sequence[Path]) -> list[Path]:
+    """Where outputs go, each to a place of its own."""
+    places: dict[Path, Path] = {}
+    twice = []
+    for output in outputs:
+        first = places.setdefault(check_target(output), output)
+        if first is not output:
+            twice.append(f"{output}" if first == output else f"{first} and {output}")
+    if twice:
+        raise OutputError(f"two outputs would take one place; give each a name of its own:\n{listing(twice)}")
+    return list(places)
+
+
 def hidden_beside(target: Path, what: str) -> Path:
     """`.NAME.what` beside where an output goes: what lies on disk meanwhile, on the disk that the output will be on."""
     place = check_target(target)
@@ -111,8 +146,11 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | No
         inputs: files and checkpoint folders that are read, and what may be one; names that are none do not matter.
 
     Raises:
-        OutputError: an output is an input (all listed), or is no file; see `check_target`.
+        OutputError: an output is an input, two outputs are one file (all listed), or one is no file; see
+            `check_target`.
     """
+    outputs = list(outputs)
+    _refuse_one_place(outputs)
     read = {_identity(file): file for given in inputs if given is not None for file in _files_of(Path(given))}
     read.pop(None, None)
     problems = []
@@ -171,7 +209,7 @@ def replacing_together(targets: Sequence[Path], *, is_result: bool = True) -> It
     Raises:
         OutputError: as `replacing`.
     """
-    places = [check_target(target) for target in targets]
+    places = _refuse_one_place(targets)
     with ExitStack() as stack:
         temporaries = []
         for target, place in zip(targets, places, strict=True):

@@ -22,6 +22,7 @@ from pocketquant.errors import OutputError, RecipeError
 from pocketquant.files import flushed_meanwhile, replacing_together, usable_threads
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.model import Plan, PlannedTensor, Tensor
+from pocketquant.unchanged import check_unchanged
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights in a chunk: 4 MiB as f32, small enough to stay in cache between read, encode and write."""
@@ -94,7 +95,7 @@ def write(
 
     Raises:
         OutputError: no space, no permission, no such folder.
-        SourceError: the source cannot be read or holds a non-finite weight.
+        SourceError: the source cannot be read, holds a non-finite weight, or was changed meanwhile.
     """
     write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes, run=run)
 
@@ -132,6 +133,7 @@ def write_together(
                 else:
                     _run(plan, temporary, threads or usable_threads(), advance)
             _check_written(plan, temporary)
+        check_unchanged(state for plan, _ in files for state in plan.files)
 
 
 def _check_space(file_bytes: int, target: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
 from pocketquant.files import read_json
+from pocketquant.unchanged import FileState, state_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"} | {
@@ -108,12 +109,14 @@ class Adapter:
         changes: what is added to which module, in the order of their names.
         base_weights: module -> weight of the base model as it was in training, saved along.
         trained_weights: module -> weight that was trained whole (`modules_to_save`).
+        files: what it was opened from, as that was then.
     """
 
     name: str
     changes: tuple[LowRank, ...]
     base_weights: Mapping[str, StoredTensor]
     trained_weights: Mapping[str, StoredTensor]
+    files: tuple[FileState, ...] = ()
 
 
 def open_adapter(folder: Path | str) -> Adapter:
@@ -130,6 +133,7 @@ def open_adapter(folder: Path | str) -> Adapter:
     if not weights_path.is_file():
         found = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise SourceError(f"{folder}: no {WEIGHTS}{found}; save the adapter as safetensors")
+    files = (state_of(config_path), state_of(weights_path))
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise SourceError(f"{config_path}: no JSON object")
@@ -161,6 +165,7 @@ def open_adapter(folder: Path | str) -> Adapter:
         tuple(changes),
         {module: tensor for (module, _), tensor in base.items()},
         {module: tensor for (module, _), tensor in trained.items()},
+        files,
     )
 
 

@@ -100,7 +100,8 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
         **model_metadata(architecture, text_config, sizes, described),
         **read_tokenizer(folder, sizes["n_vocab"], config),
     }
-    return Model(architecture.name, metadata, tensors, sizes, tuple(notes))
+    files = (*snapshot.files, *(adapter.files if adapter is not None else ()))
+    return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pocketquant.convert.safetensors import LocalFile, RangeFile
 from pocketquant.errors import SourceError
-from pocketquant.files import read_json
+from pocketquant.files import checkpoint_states, read_json
+from pocketquant.unchanged import FileState, state_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -21,10 +22,12 @@ class Snapshot:
         folder: config.json, tokenizer, README and the index, as files; its name is the model's. For a repository it
             exists only while the checkpoint is being opened.
         weights: name -> every `*.safetensors` file there is. Tensors keep these, so they outlive the folder.
+        files: all local files, as they were when the folder was opened.
     """
 
     folder: Path
     weights: Mapping[str, RangeFile]
+    files: tuple[FileState, ...] = ()
 
 
 def local_snapshot(path: Path) -> Snapshot:
@@ -34,7 +37,9 @@ def local_snapshot(path: Path) -> Snapshot:
         SourceError: neither, or the file is one shard of several.
     """
     if path.is_dir():
-        return Snapshot(path, {file.name: LocalFile(file) for file in sorted(path.glob("*.safetensors"))})
+        files = checkpoint_states(path)
+        weights = {file.path.name: LocalFile(file.path, file) for file in files if file.path.suffix == ".safetensors"}
+        return Snapshot(path, dict(sorted(weights.items())), files)
     if path.suffix != ".safetensors" or not path.is_file():
         raise SourceError(
             f"{path}: no such folder; give a checkpoint folder (config.json, tokenizer.json, *.safetensors), one "
@@ -49,6 +54,12 @@ def local_snapshot(path: Path) -> Snapshot:
         if path.name in shards:
             if len(shards) > 1:
                 raise SourceError(f"{path}: is one of {len(shards)} shards; give the folder {path.parent}")
-            return Snapshot(path.parent, {path.name: LocalFile(path)})
+            return _one_file(path)
         raise SourceError(f"{path}: {INDEX} beside it does not name this file; move it to a folder of its own")
-    return Snapshot(path.parent, {path.name: LocalFile(path)})
+    return _one_file(path)
+
+
+def _one_file(path: Path) -> Snapshot:
+    files = [file for file in checkpoint_states(path.parent) if file.path.suffix != ".safetensors" or file.path == path]
+    weights = {path.name: LocalFile(path, state_of(path))}
+    return Snapshot(path.parent, weights, tuple(files))

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import ArchitectureError, EvalError
-from pocketquant.files import check_target, hidden_beside, replacing
+from pocketquant.files import check_target, hidden_beside, replacing, states_of
 from pocketquant.gguf_file import open_gguf
 from pocketquant.interrupts import offer_resume, put_in_place
 from pocketquant.leftovers import holding
@@ -33,6 +33,7 @@ from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, g
 from pocketquant.quant.observing import Observer
 from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
+from pocketquant.unchanged import check_unchanged
 from pocketquant.llama.runtime import default_rows, open_runtime
 
 Progress = Callable[[int, int], None]
@@ -178,6 +179,7 @@ def calibrate(
         progress: told after each window.
 
     Raises:
+        SourceError: model or text was changed meanwhile.
         EvalError: model or text cannot be read, a text is too short, an input is not finite, the unfinished work is of
             another run, memory does not suffice, or the installed llama-cpp-python cannot be looked into.
     """
@@ -186,6 +188,7 @@ def calibrate(
     for text in texts:
         if str(text) != SELF:
             read_text(text)  # before a model is loaded
+    files = states_of(gguf, *(text for text in texts if str(text) != SELF))
     model = open_gguf(gguf)
     if not any(tensor.role is Role.EMBED for tensor in model.tensors):
         raise ArchitectureError(f"{gguf}: holds no embedding; give the whole model")
@@ -231,6 +234,7 @@ def calibrate(
             sums.check_tokens(windows.size)
             layout.put(work.unfinished, _finished(sums, frequency, is_last=number + 1 == len(calibration.passes)))
             work.close_pass(number)
+        check_unchanged(files)
         work.finish()
     return calibration
 

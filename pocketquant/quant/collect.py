@@ -24,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import EvalError, listing
-from pocketquant.files import replacing
+from pocketquant.files import replacing, states_of
 from pocketquant.interrupts import offer_resume
 from pocketquant.quant.drafting import Block, block_beside, find_block, open_block
 from pocketquant.quant.importance import ImportanceSums
 from pocketquant.quant.observing import InputSums, Observer
+from pocketquant.unchanged import check_unchanged
 from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 
 Progress = Callable[[int, int], None]
@@ -104,13 +105,14 @@ def collect_importance(
         The sums, and what they were made from.
 
     Raises:
+        SourceError: model or text was changed meanwhile.
         EvalError: model or text cannot be read, the text is too short, an input is not finite, a weight saw another
             number of tokens than the windows have, the state is of another run, or the installed llama-cpp-python
             cannot be looked into.
     """
     if context < 16 or (chunks is not None and chunks < 1):
         raise EvalError(f"context {context}, chunks {chunks}: use windows of at least 16 tokens, and at least one")
-    sums = InputSums()
+    files, sums = states_of(gguf, mtp, None if str(text) == SELF else text), InputSums()
     observer = Observer(sums)
     block = None if mtp is None else block_beside(Path(gguf), Path(mtp))
     if str(text) == SELF:
@@ -146,6 +148,7 @@ def collect_importance(
                 kept.keep(sums, done, total)
     if not sums.sums:
         raise EvalError(f"{gguf}: llama.cpp multiplied no weight of a block; the matrix would be empty")
+    check_unchanged(files)
     kept.delete()
     return ImportanceSums(sums.sums, sums.counts, context, (calibration.name,)), calibration
 

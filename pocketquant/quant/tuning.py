@@ -31,6 +31,7 @@ from pocketquant.quant.collect import SELF, digest_of_tokens
 from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import read_whole, set_up
 from pocketquant.quant.tuner import Numbers, Tuner, run_reference
+from pocketquant.unchanged import FileState, check_unchanged
 from pocketquant.llama.sampling import sample_on
 
 Progress = Callable[[int, int], None]
@@ -146,7 +147,8 @@ def tune_file(
                 f"{after:.6f}; nothing is written; more text or a lower rate may help"
             )
         about = ", ".join(text.name for text in texts)
-        _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
+        check_unchanged([header.state, *reference.files])
+        _write(header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
         n_codes = sum(0 if each.codes is None else each.codes.positions.size for each in scales.values())
         n_moved = sum(each.n_moved() for each in scales.values())
     return Tuned(before, after, steps, _count(scales), n_codes, n_moved)
@@ -231,7 +233,7 @@ def _read_scales(file: Path, header: GgufHeader, reference: Model) -> dict[str, 
     if faults:
         raise RecipeError(f"{file}: not made from this reference; these tensors differ\n{listing(faults)}")
     names = {tensor.name for tensor in run if not tensor.keep_f32}
-    found = {e.name: read_block_scales(file, e) for e in header.tensors if e.name in names}
+    found = {e.name: read_block_scales(file, e, header.state) for e in header.tensors if e.name in names}
     scales = {name: each for name, each in found.items() if each is not None}
     if not scales:
         raise RecipeError(f"{file}: holds no quantized weights; there is nothing to tune")
@@ -263,7 +265,7 @@ def _prepare(states: Path, scales: dict[str, BlockScales], reference: Model, *, 
         raise OutputError(f"{states}: cannot be written: {error.strerror}") from error
 
 
-def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: Path, extra: dict[str, Value]) -> None:
+def _write(header: GgufHeader, scales: dict[str, BlockScales], out: Path, extra: dict[str, Value]) -> None:
     """The file with its scales changed and `extra` in its metadata."""
     table = encode_table({**header.metadata, **extra}, header.tensors)
     start = padded(len(table))
@@ -272,7 +274,7 @@ def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: 
             target.write(table.ljust(start, b"\0"))
             for tensor in header.tensors:
                 target.seek(start)
-                for data in _data_of(file, tensor, scales.get(tensor.name)):
+                for data in _data_of(header.state, tensor, scales.get(tensor.name)):
                     data.tofile(target)
                 start += padded(tensor.nbytes)
             target.truncate(start)
@@ -281,11 +283,11 @@ def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: 
             raise OutputError(f"{out}: what was written does not read back; the disk may be failing")
 
 
-def _data_of(file: Path, tensor: GgufTensor, scales: BlockScales | None) -> Iterator[U8Array]:
+def _data_of(file: FileState, tensor: GgufTensor, scales: BlockScales | None) -> Iterator[U8Array]:
     """A tensor's bytes, piece by piece."""
     if scales is None:
         for at in range(0, tensor.nbytes, _COPIED):
-            yield read_at(file, tensor.offset + at, min(_COPIED, tensor.nbytes - at))
+            yield read_at(file.path, tensor.offset + at, min(_COPIED, tensor.nbytes - at), file)
         return
     n_rows = len(scales.scales["d"])
     for first in range(0, n_rows, 4096):

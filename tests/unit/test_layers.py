@@ -12,6 +12,7 @@ import pocketquant
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"errors"},
+    {"unchanged"},
     {"formats"},
     {"model"},
     {"architectures"},
