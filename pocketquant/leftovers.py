@@ -37,7 +37,7 @@ def holding(place: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    path = place.with_name(f".{place.name}{FOLDER_LOCK}")
+    path = place.with_name(f".{place.name.lstrip('.')}{FOLDER_LOCK}")
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)

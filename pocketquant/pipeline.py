@@ -83,6 +83,7 @@ def write(
     threads: int | None = None,
     on_bytes: OnBytes | None = None,
     run: Run | None = None,
+    is_result: bool = True,
 ) -> None:
     """Writes a planned file; `target` is replaced only by the finished, checked one.
 
@@ -92,12 +93,13 @@ def write(
         threads: workers; None for one per processor this process may use.
         on_bytes: called from any worker with the number of output bytes just written.
         run: who encodes, instead of threads here: `pocketquant.cluster.open_cluster` gives one.
+        is_result: False for a file that is only needed meanwhile; see `put_in_place`.
 
     Raises:
         OutputError: no space, no permission, no such folder.
         SourceError: the source cannot be read, holds a non-finite weight, or was changed meanwhile.
     """
-    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes, run=run)
+    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes, run=run, is_result=is_result)
 
 
 def write_together(
@@ -106,6 +108,7 @@ def write_together(
     threads: int | None = None,
     on_bytes: OnBytes | None = None,
     run: Run | None = None,
+    is_result: bool = True,
 ) -> None:
     """Writes several planned files into one folder; no target is replaced before all of them are finished and checked.
 
@@ -116,11 +119,12 @@ def write_together(
         threads: as `write`.
         on_bytes: as `write`.
         run: as `write`.
+        is_result: as `write`.
 
     Raises:
         OutputError, SourceError: as `write`.
     """
-    with replacing_together([target for _, target in files]) as temporaries:
+    with replacing_together([target for _, target in files], is_result=is_result) as temporaries:
         _check_space(sum(plan.file_bytes for plan, _ in files), files[0][1])
         for (plan, _), temporary in zip(files, temporaries, strict=True):
             with open(temporary, "r+b", buffering=0) as file:

@@ -104,8 +104,10 @@ def merge_sums(parts: Sequence[ImportanceSums]) -> ImportanceSums:
     return ImportanceSums(sums, counts, parts[0].context, datasets)
 
 
-def write_sums(sums: ImportanceSums, path: str | Path) -> None:
+def write_sums(sums: ImportanceSums, path: str | Path, *, is_result: bool = True) -> None:
     """Writes llama-imatrix's GGUF format; what stood at `path` is replaced by the whole file or not at all.
+
+    `is_result` as in `put_in_place`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -126,7 +128,7 @@ def write_sums(sums: ImportanceSums, path: str | Path) -> None:
         metadata,
         [GgufTensor(name, array.shape, FORMATS["F32"], 0, 4 * prod(array.shape)) for name, array in arrays.items()],
     )
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+    with replacing(Path(path), is_result=is_result) as temporary, open(temporary, "wb") as file:
         file.write(table.ljust(padded(len(table)), b"\0"))
         for array in arrays.values():
             file.write(array.tobytes().ljust(padded(array.nbytes), b"\0"))

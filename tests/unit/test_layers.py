@@ -25,7 +25,7 @@ LAYERS = [
     {"convert", "quant", "eval", "check"},
     {"outputs"},
     {"release"},
-    {"measure"},
+    {"measure", "keys", "finished"},
     {"make", "sweep"},
     {"cli"},
 ]
