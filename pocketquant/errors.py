@@ -10,17 +10,27 @@
     └── EvalError                   two files or a text that cannot be compared
 
 A message says what is wrong, where, and what to do; it lists every offender (ten, then a count), not only the first.
+What it quotes may be hostile, so a line of it has an end and holds printable characters only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pocketquant.escaping import LONGEST_LINE, as_lines, one_line
+
 _SHOWN = 10
 
 
 class PocketquantError(Exception):
     """Base of the tree; the command line prints its message and exits with 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(as_lines(message))
+
+
+class PocketquantWarning(UserWarning):
+    """What a user should know and nothing can be done about; the command line prints it as a note."""
 
 
 class SourceError(PocketquantError):
@@ -54,7 +64,7 @@ class EvalError(PocketquantError):
 def listing(items: Iterable[str]) -> str:
     """Joins offenders one a line, indented; ten at most, then how many more there are."""
     all_items = list(items)
-    lines = [f"  {item}" for item in all_items[:_SHOWN]]
+    lines = [f"  {one_line(item, LONGEST_LINE)}" for item in all_items[:_SHOWN]]
     if len(all_items) > _SHOWN:
         lines.append(f"  ... and {len(all_items) - _SHOWN} more")
     return "\n".join(lines)

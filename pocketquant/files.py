@@ -7,14 +7,12 @@ of a signal.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +20,9 @@ from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.formats import U8Array
 from pocketquant.interrupts import put_in_place
 from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
+from pocketquant.small_files import open_regular
 from pocketquant.unchanged import FileState, state_of
 
-MAX_JSON_BYTES = 256 << 20
 _FLUSH_SECONDS = 0.2
 _umask_lock = threading.Lock()
 _SHARD = re.compile(r"(.*-)\d{5}-of-\d{5}\.gguf")
@@ -68,22 +66,10 @@ def read_at(path: Path, offset: int, nbytes: int, state: FileState | None = None
     return data
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, refused above 256 MiB; SourceError says where it is broken."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{path}: {path.stat().st_size} bytes is more than a JSON file here may have")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
-        raise SourceError(f"{path}: broken JSON: {error}") from error
-
-
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces of 1 MiB."""
+    """Hex digest of a regular file, read in pieces of 1 MiB; SourceError where it is none."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError
-from pocketquant.files import read_json, replacing, sha256_of
+from pocketquant.files import replacing, sha256_of
+from pocketquant.small_files import read_json
 
 _UNFINISHED = ".unfinished"
 """Ending of an importance matrix's state; see `collect_importance`."""

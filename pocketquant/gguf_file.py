@@ -1,4 +1,4 @@
-"""GGUF files: read one as a `Model`, turn a plan's metadata and tensors into a header. The only importer of `gguf`.
+"""GGUF files: read one as a `Model`, turn a plan's metadata and tensors into a header.
 
 Reading is bounded (a file comes from anywhere). Writing gives the bytes of gguf-py's `GGUFWriter`, which takes most of
 a second for the 250,000 tokens and as many merges of a real model.
@@ -12,29 +12,29 @@ import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from pocketquant.architectures import architecture_named
+from pocketquant.architectures.foreign import foreign_layout
 from pocketquant.architectures.gguf_names import MOST_BLOCKS, block_kinds, missing_names, rules_by_name
-from pocketquant.architectures.table import MODEL, TensorRule
+from pocketquant.architectures.table import ATTENTION, MODEL, TensorRule
 from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files import read_at
-from pocketquant.formats import BY_GGML_ID, F32Array, QuantFormat, U8Array
+from pocketquant.formats import BY_GGML_ID, F32Array, U8Array
 from pocketquant.formats.plain import is_finite
+from pocketquant.formats.unread import describe_unread
+from pocketquant.gguf_tensors import GgufTensor as GgufTensor
+from pocketquant.gguf_tensors import Placed, place_tensor
+from pocketquant.gguf_values import KINDS, PACKED, encode_text, encode_value, refuse_unwritable
 from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value, padded
+from pocketquant.small_files import open_regular
 from pocketquant.unchanged import FileState, state_of
 
-_KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")
-_PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"} | {
-    "bool": "?",
-    "u64": "Q",
-    "i64": "q",
-    "f64": "d",
-}
-_STRUCTS = {kind: struct.Struct("<" + letter) for kind, letter in _PACKED.items()}
+_STRUCTS = {kind: struct.Struct("<" + letter) for kind, letter in PACKED.items()}
 _MAX_HEADER_BYTES = 256 << 20
 _MAX_ITEMS = 1 << 23
 """Of all arrays of a header; real ones have less than a million."""
@@ -47,17 +47,6 @@ _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 OTHER_KINDS = {"adapter": "a LoRA adapter", "imatrix": "an importance matrix"}
 """`general.type` of GGUF files that are no models -> what they are, for people."""
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One entry of a GGUF's tensor table. `shape` is `[rows, cols]`, `offset` counts from the start of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: QuantFormat
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class _Cursor:
     What has been read is kept from the first byte on, a little ahead of what is asked for.
     """
 
-    def __init__(self, state: FileState, file: RawIOBase) -> None:
+    def __init__(self, state: FileState, file: BinaryIO) -> None:
         self.path, self.size, self.at = state.path, state.size, 0
         self._file, self._data, self._items = file, bytearray(), 0
 
@@ -152,18 +141,18 @@ class _Cursor:
             return Value("str[]", self.strings(count))
         self._count_items(count, "numbers")
         start = self.take(count * _STRUCTS[item].size)
-        return Value(f"{item}[]", list(struct.unpack_from(f"<{count}{_PACKED[item]}", self._data, start)))
+        return Value(f"{item}[]", list(struct.unpack_from(f"<{count}{PACKED[item]}", self._data, start)))
 
     def kind(self) -> str:
         number = self.number("u32")
-        if number >= len(_KINDS):
+        if number >= len(KINDS):
             raise self.fail(f"metadata type {number}")
-        return _KINDS[number]
+        return KINDS[number]
 
 
 def is_gguf(path: Path) -> bool:
     """Whether a file starts with GGUF's magic."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == b"GGUF"
 
 
@@ -175,7 +164,7 @@ def read_header(path: Path | str) -> GgufHeader:
     """
     path = Path(path)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             state = state_of(path, file.fileno())
             if file.read(4) != b"GGUF":
                 raise SourceError(f"{path}: no GGUF file (it does not start with 'GGUF')")
@@ -190,6 +179,11 @@ def read_header(path: Path | str) -> GgufHeader:
 def _read_header(cursor: _Cursor, state: FileState) -> GgufHeader:
     cursor.take(4)
     version = cursor.number("u32")
+    if version in (2 << 24, 3 << 24):
+        raise SourceError(
+            f"{cursor.path}: a big-endian GGUF, made for another kind of processor; turn it around first, with "
+            f"gguf-py's `gguf-convert-endian {cursor.path.name} little`, which rewrites the file in place"
+        )
     if version not in (2, 3):
         raise cursor.fail(f"GGUF version {version}")
     n_tensors, n_keys = cursor.number("u64"), cursor.number("u64")
@@ -218,13 +212,13 @@ def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: in
         shape = tuple(cursor.number("u64") for _ in range(n_dims))[::-1]
         entries.append((name, shape, cursor.number("u32"), cursor.number("u64")))
     data_offset = -(-cursor.at // alignment) * alignment
-    tensors, problems, seen = [], [], set()
+    tensors, problems, unread, seen = [], [], [], set()
     for name, shape, ggml_id, offset in entries:
         quant_format = BY_GGML_ID.get(ggml_id)
         if name in seen:
             problems.append(f"{name}: stands twice in the table")
         elif quant_format is None:
-            problems.append(f"{name}: GGML type {ggml_id} is not supported")
+            unread.append(f"{name}: {describe_unread(ggml_id)}")
         elif shape[-1] % quant_format.block_len or not all(0 < n < 1 << 40 for n in shape):
             problems.append(f"{name}: shape {list(shape)} is none that {quant_format.name} can have")
         else:
@@ -237,6 +231,11 @@ def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: in
         seen.add(name)
     if problems:
         raise SourceError(f"{cursor.path}: broken tensor table (a truncated download?):\n{listing(problems)}")
+    if unread:
+        raise SourceError(
+            f"{cursor.path}: tensors in types that are not read here; take the file in another type, or the "
+            f"checkpoint:\n{listing(unread)}"
+        )
     return tuple(tensors)
 
 
@@ -290,17 +289,16 @@ class GgufRows:
     """Rows of one tensor of a GGUF file; a `RowSource`. `state` is what the file was; None where nobody compares."""
 
     path: Path
-    tensor: GgufTensor
+    tensor: Placed
     state: FileState | None = None
 
     def stored(self, start: int, stop: int) -> U8Array:
         """Rows as the file holds them, u8[n, bytes]; SourceError if a plain number is not finite."""
         kind = self.tensor.format
-        row_bytes = kind.row_bytes(self.tensor.shape[-1])
-        raw = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes, self.state)
+        raw = read_rows(self.path, self.tensor, start, stop, self.state)
         if kind.block_len == 1:
             self._check_finite(is_finite(raw, kind.name), start, stop)
-        return raw.reshape(stop - start, row_bytes)
+        return raw
 
     def rows(self, start: int, stop: int) -> F32Array:
         """Rows decoded to f32[n, n_cols]; SourceError if a number is not finite."""
@@ -312,6 +310,16 @@ class GgufRows:
     def _check_finite(self, finite: bool, start: int, stop: int) -> None:
         if not finite:
             raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
+
+
+def read_rows(path: Path, tensor: Placed, start: int, stop: int, state: FileState | None = None) -> U8Array:
+    """Rows [start, stop) of a tensor as the file holds them, u8[n, bytes]."""
+    row_bytes = tensor.format.row_bytes(tensor.shape[-1])
+    runs = [
+        read_at(path, piece.offset + first * row_bytes, (last - first) * row_bytes, state)
+        for piece, first, last in tensor.runs(start, stop)
+    ]
+    return (runs[0] if len(runs) == 1 else np.concatenate(runs)).reshape(stop - start, row_bytes)
 
 
 def open_gguf(path: Path | str) -> Model:
@@ -327,38 +335,45 @@ def open_gguf(path: Path | str) -> Model:
     shards = read_shards(path)
     header = shards[0][1]
     entries = [(shard.state, entry) for _, shard in shards for entry in shard.tensors]
-    kind = header.metadata.get("general.type", Value("str", "")).value
+    kind = str(header.metadata.get("general.type", Value("str", "")).value)
     if kind in OTHER_KINDS:
         raise ArchitectureError(f"{path}: {OTHER_KINDS[kind]}, and no model; `inspect` shows what it holds")
     architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))
+    names = {entry.name for _, entry in entries}
+    if layout := foreign_layout(architecture.name, header.metadata, names) if architecture.blocks == "blk" else "":
+        raise ArchitectureError(f"{path}: {layout}")
     sizes = architecture.sizes_from_gguf(header.metadata)
-    at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
-    in_block = {rule.target: rule for rule in architecture.tensors if rule.where != MODEL}
-    tensors, unknown = [], []
-    for file, entry in entries:
-        n_blocks = sizes["n_layer"] + sizes.get("n_mtp", 0)
-        rule, layer = _rule_for(entry.name, architecture.blocks, at_model, in_block, n_blocks)
-        if rule is None:
-            unknown.append(f"{entry.name} {list(entry.shape)}")
-            continue
-        source = GgufRows(file.path, entry, file)
-        tensors.append(
-            Tensor(entry.name, rule.role, layer, entry.shape, entry.format.name, source, keep_f32=rule.keep_f32)
-        )
-    if not entries:
-        raise ArchitectureError(f"{path}: holds no tensors; whatever wrote it found none: convert the checkpoint again")
     n_layer, n_mtp = sizes["n_layer"], sizes.get("n_mtp", 0)
     if n_layer + n_mtp > MOST_BLOCKS:
         raise ArchitectureError(f"{path}: announces {n_layer + n_mtp} blocks; the file is broken")
-    rules = rules_by_name(architecture, block_kinds(architecture, header.metadata, n_layer), n_mtp)
-    missing = [name for name, _ in missing_names(rules, {entry.name for _, entry in entries}, n_layer, n_mtp)]
+    kinds = block_kinds(architecture, header.metadata, n_layer)
+    at_model = {rule.target: rule for rule in architecture.tensors if rule.where == MODEL}
+    in_block = {rule.target: rule for rule in architecture.tensors if rule.where != MODEL}
+    tensors, unknown, n_fused = [], [], 0
+    for file, entry in entries:
+        placed = place_tensor(entry, architecture, (*kinds, *[ATTENTION] * n_mtp), sizes)
+        n_fused += len(placed) > 1
+        for item in placed:
+            rule, layer = _rule_for(item.name, architecture.blocks, at_model, in_block, n_layer + n_mtp)
+            if rule is None:
+                unknown.append(f"{item.name} {list(item.shape)}")
+                continue
+            source = GgufRows(file.path, item, file)
+            tensors.append(
+                Tensor(item.name, rule.role, layer, item.shape, item.format.name, source, keep_f32=rule.keep_f32)
+            )
+    if not entries:
+        raise ArchitectureError(f"{path}: holds no tensors; whatever wrote it found none: convert the checkpoint again")
+    rules = rules_by_name(architecture, kinds, n_mtp)
+    missing = [name for name, _ in missing_names(rules, {tensor.name for tensor in tensors}, n_layer, n_mtp)]
     problems = [f"tensors that no {architecture.name} model has:\n{listing(unknown)}"] if unknown else []
     problems += [f"tensors of {architecture.name} that are missing:\n{listing(missing)}"] if missing else []
     if problems:
         raise ArchitectureError(f"{path}: {chr(10).join(problems)}\nconvert the checkpoint again, or `check` the file")
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith(_WRITTEN_BY_PLAN)}
+    notes = (f"{n_fused} tensors that another tool had fused: taken apart",) if n_fused else ()
     files = tuple(shard.state for _, shard in shards)
-    return Model(architecture.name, metadata, tuple(tensors), sizes, files=files)
+    return Model(architecture.name, metadata, tuple(tensors), sizes, notes, files)
 
 
 def _rule_for(
@@ -375,7 +390,11 @@ def _rule_for(
 
 
 def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> bytes:
-    """Metadata and tensor table as the bytes before the data section, padded to the alignment."""
+    """Metadata and tensor table as the bytes before the data section, padded to the alignment.
+
+    Raises:
+        SourceError: metadata that GGUF cannot hold (all of it).
+    """
     entries = [GgufTensor(item.tensor.name, item.tensor.shape, item.format, 0, item.nbytes) for item in tensors]
     header = encode_table(metadata, entries)
     return header.ljust(padded(len(header)), b"\0")
@@ -383,33 +402,17 @@ def encode_header(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor
 
 def encode_table(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:
     """The same from entries of a tensor table, whose offsets are counted anew, and without the padding."""
+    refuse_unwritable(metadata)
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        parts += [_string(key), *_encode_value(value)]
+        parts += [encode_text(key), *encode_value(value)]
     offset = 0
     for tensor in tensors:
         shape = tensor.shape[::-1]
         place = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.format.ggml_id, offset)
-        parts += [_string(tensor.name), place]
+        parts += [encode_text(tensor.name), place]
         offset += padded(tensor.nbytes)
     return b"".join(parts)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _encode_value(value: Value) -> list[bytes]:
-    if not value.kind.endswith("[]"):
-        kind, items = value.kind, [value.value]
-        parts = [struct.pack("<I", _KINDS.index(kind))]
-    else:
-        kind, items = value.kind[:-2], value.value
-        parts = [struct.pack("<IIQ", _KINDS.index("[]"), _KINDS.index(kind), len(items))]
-    if kind == "str":
-        return parts + [_string(item) for item in items]
-    return [*parts, struct.pack(f"<{len(items)}{_PACKED[kind]}", *items)]
 
 
 def file_name(metadata: Mapping[str, Value], recipe: str) -> str:
@@ -424,41 +427,3 @@ def file_name(metadata: Mapping[str, Value], recipe: str) -> str:
         known("name"), known("basename"), known("finetune"), known("version"), known("size_label"), recipe
     )
     return re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".gguf"
-
-
-def describe_folder(folder: Path, n_weights: int, n_expert: int = 0, expert_weights: int = 0) -> dict[str, Value]:
-    """The `general.*` keys that gguf-py finds out from a checkpoint's model card, config and folder name.
-
-    Args:
-        folder: of the checkpoint.
-        n_weights: in all.
-        n_expert: experts of a block, 0 where there are none.
-        expert_weights: of one expert, summed over the blocks.
-    """
-    import gguf
-
-    described = gguf.Metadata.load(None, folder, None, n_weights)
-    if described.name is None:
-        described.name = folder.name
-    if described.size_label is None:
-        described.size_label = gguf.size_label(
-            n_weights, n_weights - n_expert * expert_weights, expert_weights, n_expert
-        )
-    writer = gguf.GGUFWriter(None, "")
-    writer.kv_data[0].clear()
-    described.set_gguf_meta_model(writer)
-    return {
-        key: Value(_KINDS[item.type] if item.sub_type is None else f"{_KINDS[item.sub_type]}[]", item.value)
-        for key, item in _with_item_types(writer.kv_data[0]).items()
-    }
-
-
-def _with_item_types(items: Mapping[str, Any]) -> dict[str, Any]:
-    """gguf-py leaves an array's item type out until it writes it; every array here is one of strings."""
-    import gguf
-
-    kinds = gguf.GGUFValueType
-    return {
-        key: gguf.GGUFValue(item.value, item.type, kinds.STRING) if item.type is kinds.ARRAY else item
-        for key, item in items.items()
-    }

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pocketquant.activity import note_placed
 from pocketquant.errors import OutputError, listing
 
 _placed: dict[Path, None] = {}  # in the order in which they came
@@ -45,6 +46,7 @@ def put_in_place(moves: Iterable[tuple[Path, Path]], *, is_result: bool = True) 
                 raise OutputError(f"{target}: cannot be written: {error.strerror}{before}") from error
             if is_result:
                 _placed[target] = None
+                note_placed(target)
             done.append(str(target))
 
 

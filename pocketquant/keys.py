@@ -11,7 +11,7 @@ from typing import Any
 
 from pocketquant import __version__
 from pocketquant.eval.report import identify, list_versions
-from pocketquant.llama.runtime import require_runtime
+from pocketquant.llama.library import require_runtime
 from pocketquant.model import Plan
 from pocketquant.quant.collect import SELF, digest_file
 from pocketquant.release import Release
@@ -34,12 +34,13 @@ class Keys:
     importance: str
 
 
-def keys_of(release: Release, pack: Path | None = None) -> Keys:
-    """Works the keys out; reads parts of the source and of the statistics, and the texts.
+def keys_of(release: Release, pack: Path | None = None, statistics: Path | None = None) -> Keys:
+    """Works the keys out; reads parts of the source, the statistics and the texts.
 
     Args:
         release: from `plan_release`, before an importance matrix is made.
         pack: a reference pack that takes the reference's place.
+        statistics: what the release is rounded by.
 
     Raises:
         EvalError: a text cannot be read.
@@ -62,7 +63,9 @@ def keys_of(release: Release, pack: Path | None = None) -> Keys:
     elif release.importance is not None:
         weights = sorted(release.importance.weights.items())
         importance = {"given": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in weights}}
-    judged_by = {"pack": identify(pack).sha256} if pack else {"reference": reference}
+    judged_by: dict[str, Any] = {"pack": identify(pack).sha256} if pack else {"reference": reference}
+    if statistics is not None:
+        judged_by["statistics"] = identify(statistics).sha256
 
     def keys(plans: Sequence[Plan], more: dict[str, Any]) -> tuple[str, ...]:
         return tuple(_digest({"plan": _describe(release, one), "importance": importance, **more}) for one in plans)
@@ -77,7 +80,7 @@ def keys_of(release: Release, pack: Path | None = None) -> Keys:
 
 def _describe(release: Release, plan: Plan) -> list[Any]:
     """A plan's header, and what tells the files that it reads from others: pieces of each, or a repository's name."""
-    files = [[state.path.name, digest_file(state.path)] for state in plan.files]
+    files = [digest_file(state.path) for state in plan.files]
     return [hashlib.sha256(plan.header).hexdigest(), files or release.source]
 
 

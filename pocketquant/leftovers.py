@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pocketquant.activity import note_held
 from pocketquant.errors import OutputError
 
 if sys.platform != "win32":
@@ -102,6 +103,7 @@ def make_held_file(folder: Path, prefix: str, suffix: str) -> tuple[Path, int | 
     while True:
         descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
         path = Path(name)
+        note_held(path)
         if sys.platform == "win32":
             os.close(descriptor)
             return path, None
@@ -128,10 +130,11 @@ def remove_leftovers(folder: Path, prefix: str, suffix: str) -> None:
     except OSError:
         return
     for name in found:
-        _remove_unheld(Path(name))
+        remove_unheld(Path(name))
 
 
-def _remove_unheld(path: Path) -> None:
+def remove_unheld(path: Path) -> None:
+    """Removes a file of `make_held_file` unless a living process holds it, and the folder that it stands for."""
     if sys.platform == "win32":
         return
     try:

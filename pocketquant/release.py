@@ -16,11 +16,12 @@ from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.eval.corpus import Text
 from pocketquant.gguf_file import file_name
+from pocketquant.llama.library import require_runtime
 from pocketquant.model import Model, Plan
 from pocketquant.outputs import default_mmproj_recipe, plan_outputs
 from pocketquant.quant import Importance, Recipe, open_recipe, plan, read_importance
 from pocketquant.quant.collect import SELF
-from pocketquant.llama.runtime import require_runtime
+from pocketquant.quant.planning import importance_gaps
 from pocketquant.splits import check_whole, split_plan
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")
@@ -196,6 +197,9 @@ def plan_release(
         check_whole("importance matrix", Path(calibrating.name), _least_bytes(planned_for), split_bytes)
     for variant in variants:
         split_plan(variant.plan, Path(variant.name), split_bytes)  # refuses what cannot be split
+    if importance:
+        gaps = dict.fromkeys(gap for variant in variants for gap in importance_gaps(variant.plan))
+        parts = replace(parts, model=replace(model, notes=(*model.notes, *gaps)))
     full = choose(open_recipe(reference_type))
     reference = plan_variant(model, full, None)
     block = None

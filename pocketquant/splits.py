@@ -119,7 +119,7 @@ def split_file(source: Path, target: Path, max_bytes: int, on_bytes: OnBytes | N
     file_bytes = whole + sum(padded(entry.nbytes) for _, entry in places)
     if file_bytes <= max_bytes:
         return _copy([(metadata, places)], [target], on_bytes)
-    kind = metadata.get("general.type", Value("str", "")).value
+    kind = str(metadata.get("general.type", Value("str", "")).value)
     if kind in _ONE_FILE_ONLY:
         check_whole(_ONE_FILE_ONLY[kind], target, file_bytes, max_bytes)
     bounds = _shards(metadata, [entry for _, entry in places], max_bytes)

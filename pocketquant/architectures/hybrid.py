@@ -166,10 +166,10 @@ _IN_GGUF = {
     "n_ctx": "context_length",
 }
 _EPSILON = 1e-6  # of RMSNorm, where config.json has none
-_LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
-_LARGEST_THETA, _LARGEST_FACTOR = 1e15, 1e6
+LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
+LARGEST_THETA, _LARGEST_FACTOR = 1e15, 1e6
 _LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
-_LIMITS = {"n_layer": 512, "n_expert": 1024}
+MOST = {"n_layer": 512, "n_expert": 1024}
 """What llama.cpp has room for (LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of src/llama-hparams.h)."""
 
 
@@ -195,17 +195,18 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         ArchitectureError: keys missing or no sensible integers (all listed), or sizes that llama.cpp cannot run.
     """
     config = dict(config)
-    if "head_dim" not in config and isinstance(config.get("hidden_size"), int):
-        config["head_dim"] = config["hidden_size"] // max(1, int(config.get("num_attention_heads") or 1))
+    width, n_head = config.get("hidden_size"), config.get("num_attention_heads") or 1
+    if "head_dim" not in config and type(width) is int and type(n_head) is int:
+        config["head_dim"] = width // max(1, n_head)
     keys = {**FROM_CONFIG, **feed_forward}
     problems = []
     for word, key in keys.items():
-        limit = _LIMITS.get(word, _LARGEST)
+        limit = MOST.get(word, _LARGEST)
         if type(config.get(key)) is not int or not 1 <= config[key] <= limit:
             expected = f"{config[key]!r}, expected an integer from 1 to {limit}" if key in config else "missing"
             problems.append(f"{key}: {expected}")
     epsilon = config.get("rms_norm_eps", _EPSILON)
-    if type(epsilon) not in (int, float) or not _LEAST_EPSILON <= epsilon <= 1:  # NaN is not, either
+    if type(epsilon) not in (int, float) or not LEAST_EPSILON <= epsilon <= 1:  # NaN is not, either
         problems.append(f"rms_norm_eps: {epsilon!r:.80}, expected a number above 0 and at most 1, like {_EPSILON}")
     if problems:
         raise ArchitectureError(f"config.json does not describe a Qwen3.5 text model:\n{listing(problems)}")
@@ -223,6 +224,8 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         problems.append("attention_bias is set: no Qwen3.5 model has attention biases and llama.cpp reads none")
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r}: llama.cpp computes silu")
+    if (gate := config.get("output_gate_type")) not in (None, "silu", "swish"):
+        problems.append(f"output_gate_type {str(gate)[:40]!r}: llama.cpp computes silu")
     problems += _rope_problems(config, sizes)
     if problems:
         raise ArchitectureError(f"config.json asks for what the runtimes cannot do:\n{listing(problems)}")
@@ -253,7 +256,7 @@ def sizes_from_gguf(metadata: Mapping[str, Value], name: str, feed_forward: Mapp
         sizes["n_layer"] -= n_mtp  # block_count counts them, `n_layer` is the trunk
     sizes["head_v_dim"] = sizes["v_dim"] // sizes["n_v"]
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is not None:
+    if tokens is not None and tokens.kind == "str[]":
         sizes["n_vocab"] = len(tokens.value)
     return _with_products(sizes)
 
@@ -296,16 +299,22 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}, **rope}
 
 
+_YARN = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow")
+"""What YaRN may be told besides its factor; transformers has a default for each."""
+
+
 def _rope_problems(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
     """What is no rotation: numbers that are none, or out of all proportion."""
-    limits = {"rope_theta": _LARGEST_THETA, "partial_rotary_factor": 1.0}
+    limits = {"rope_theta": LARGEST_THETA, "partial_rotary_factor": 1.0}
     if _rope_kind(config) in ("linear", "yarn"):
-        limits["factor"] = _LARGEST_FACTOR
+        limits |= dict.fromkeys(("factor", *_YARN), _LARGEST_FACTOR)
     rope = _rope(config)
     problems = [
         f"{key}: {rope[key]!r:.80}, expected a number above 0 and at most {limit:g}"
         for key, limit in limits.items()
-        if key in rope and (type(rope[key]) not in (int, float) or not 0 < rope[key] <= limit)  # NaN is not, either
+        if key in rope
+        and not (rope[key] is None and key in _YARN)
+        and (type(rope[key]) not in (int, float) or not 0 < rope[key] <= limit)  # NaN is not, either
     ]
     if not problems and ((dimensions := _rope_dimensions(config, sizes)) % 2 or dimensions < 2):
         problems.append(f"partial_rotary_factor: turns {dimensions} of {sizes['head_dim']} dimensions: no pairs")
@@ -336,6 +345,13 @@ def _rope_scaling(config: Mapping[str, Any], key: str) -> Any:
     return _rope(config).get(key) if _rope_kind(config) in ("linear", "yarn") else None
 
 
+def _yarn(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of the keys that a YaRN configuration gives, None for any other kind of rotation."""
+    if _rope_kind(config) != "yarn":
+        return None
+    return next((_rope(config)[key] for key in keys if _rope(config).get(key) is not None), None)
+
+
 def _interval(config: Mapping[str, Any]) -> int:
     """The interval that llama.cpp falls back to: the config's, else the first full-attention block's number."""
     kinds = layer_kinds(config)
@@ -343,11 +359,9 @@ def _interval(config: Mapping[str, Any]) -> int:
     return int(stated) if stated else (kinds.index(ATTENTION) + 1 if ATTENTION in kinds else len(kinds) + 1)
 
 
-def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool] | None:
-    """Written only where the interval does not say it all; older runtimes do not know the key."""
-    kinds, interval = layer_kinds(config), _interval(config)
-    regular = all((kind == DELTA) == bool((i + 1) % interval) for i, kind in enumerate(kinds))
-    return None if regular else [kind == DELTA for kind in kinds] + [False] * sizes.get("n_mtp", 0)
+def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool]:
+    """Which blocks are Gated DeltaNet; runtimes from before this key go by the interval."""
+    return [kind == DELTA for kind in layer_kinds(config)] + [False] * sizes.get("n_mtp", 0)
 
 
 def _rope_dimensions(config: Mapping[str, Any], sizes: Sizes) -> int:
@@ -372,6 +386,12 @@ HYBRID_METADATA = (
         "u32",
         lambda config, sizes: _rope_scaling(config, "original_max_position_embeddings"),
     ),
+    MetadataRule("rope.scaling.yarn_ext_factor", "f32", lambda config, sizes: _yarn(config, "extrapolation_factor")),
+    MetadataRule(
+        "rope.scaling.yarn_attn_factor", "f32", lambda config, sizes: _yarn(config, "attention_factor", "attn_factor")
+    ),
+    MetadataRule("rope.scaling.yarn_beta_fast", "f32", lambda config, sizes: _yarn(config, "beta_fast")),
+    MetadataRule("rope.scaling.yarn_beta_slow", "f32", lambda config, sizes: _yarn(config, "beta_slow")),
     MetadataRule("rope.dimension_sections", "i32[]", _rope_sections),
     MetadataRule("rope.freq_base", "f32", lambda config, sizes: _rope(config).get("rope_theta", 10_000_000.0)),
     MetadataRule("attention.layer_norm_rms_epsilon", "f32", lambda config, sizes: config.get("rms_norm_eps", _EPSILON)),
@@ -382,8 +402,8 @@ HYBRID_METADATA = (
     MetadataRule("ssm.group_count", "u32", lambda config, sizes: sizes["n_k"]),
     MetadataRule("ssm.time_step_rank", "u32", lambda config, sizes: sizes["n_v"]),
     MetadataRule("ssm.inner_size", "u32", lambda config, sizes: sizes["v_dim"]),
-    MetadataRule("full_attention_interval", "u32", lambda config, sizes: _interval(config)),
     MetadataRule("attention.recurrent_layers", "bool[]", _recurrent_layers),
+    MetadataRule("full_attention_interval", "u32", lambda config, sizes: _interval(config)),
     MetadataRule("rope.dimension_count", "u32", _rope_dimensions),
     MetadataRule("nextn_predict_layers", "u32", lambda config, sizes: sizes.get("n_mtp") or None),
 )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pocketquant.check.contents import Contents, contents_of_gguf, contents_of_model
 from pocketquant.check.findings import ERROR, CheckReport, Comparison, Finding
+from pocketquant.check.keys import compare_metadata
 from pocketquant.check.metadata import check_metadata
-from pocketquant.check.source import compare_metadata, compare_tensors
+from pocketquant.check.source import compare_tensors
 from pocketquant.check.structure import check_structure
 from pocketquant.check.tokenizer import check_chat_template, check_tokenizer
 from pocketquant.check.vision import ARCHITECTURE as VISION
@@ -38,18 +39,20 @@ def check_gguf(path: Path | str, source: Model | None = None, *, progress: Progr
 
 def check_model(model: Model, *, progress: Progress | None = None) -> CheckReport:
     """The same for an opened checkpoint, before anything is written: `open_model` has checked names and shapes."""
-    return _check(contents_of_model(model), None, progress)
+    return _check(contents_of_model(model), None, progress, model.notes)
 
 
-def _check(contents: Contents, source: Contents | None, progress: Progress | None) -> CheckReport:
-    notes: list[str] = []
+def _check(
+    contents: Contents, source: Contents | None, progress: Progress | None, noted: tuple[str, ...] = ()
+) -> CheckReport:
+    notes = list(noted)
     comparisons: list[Comparison] = []
     findings = list(check_header(contents, notes))
     n_tensors = len(contents.entries)
     total = n_tensors * (2 if source else 1)
     findings += check_weights(contents, (lambda done, _: progress(done, total)) if progress else None)
     if source is not None:
-        findings += compare_metadata(contents, source)
+        findings += compare_metadata(contents, source, notes)
         advance = (lambda done, _: progress(n_tensors + done, total)) if progress else None
         findings += compare_tensors(contents, source, comparisons, notes, advance)
     findings.sort(key=lambda finding: finding.severity != ERROR)  # stable: the order of the checks within each
@@ -58,7 +61,7 @@ def _check(contents: Contents, source: Contents | None, progress: Progress | Non
         "tensors": n_tensors,
         "tensor_bytes": sum(entry.nbytes for entry in contents.entries.values()),
     }
-    return CheckReport(tuple(findings), tuple(notes), tuple(comparisons), described)
+    return CheckReport(tuple(findings), tuple(dict.fromkeys(notes)), tuple(comparisons), described)
 
 
 def check_header(contents: Contents, notes: list[str]) -> Iterator[Finding]:

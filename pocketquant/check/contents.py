@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from pocketquant.architectures import ARCHITECTURES
-from pocketquant.architectures.table import Architecture
-from pocketquant.files import read_at
+from pocketquant.architectures.gguf_names import block_kinds
+from pocketquant.architectures.table import ATTENTION, Architecture
+from pocketquant.errors import ArchitectureError
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.gguf_file import OTHER_KINDS, GgufTensor, read_shards
+from pocketquant.gguf_file import OTHER_KINDS, read_rows, read_shards
+from pocketquant.gguf_tensors import GgufTensor, Placed, place_tensor
 from pocketquant.model import Model, Tensor, Value
 
 CHUNK_WEIGHTS = 1 << 20
@@ -92,15 +94,27 @@ def contents_of_gguf(path: Path) -> Contents:
     shards = read_shards(path)
     metadata = shards[0][1].metadata
     name, kind = (str(metadata.get(f"general.{key}", Value("str", "")).value) for key in ("architecture", "type"))
+    table = None if kind in OTHER_KINDS else _table(name)
+    place = _placing(table, metadata)
     entries = {
-        tensor.name: Entry(
-            tensor.name, tensor.shape, tensor.format.name, tensor.nbytes, partial(_read_gguf, file, tensor)
-        )
+        item.name: Entry(item.name, item.shape, item.format.name, item.nbytes, partial(_read_gguf, file, item))
         for file, header in shards
         for tensor in header.tensors
+        for item in place(tensor)
     }
-    table = None if kind in OTHER_KINDS else _table(name)
     return Contents(name, metadata, entries, table, is_file=True, kind=kind)
+
+
+def _placing(table: Architecture | None, metadata: Mapping[str, Value]) -> Callable[[GgufTensor], tuple[Placed, ...]]:
+    """What finds the table's tensors in an entry; where the metadata is broken, every entry is one."""
+    try:
+        sizes = table.sizes_from_gguf(metadata) if table else {}
+    except (ArchitectureError, ZeroDivisionError, TypeError):
+        table = None
+    if table is None:
+        return lambda entry: (Placed(entry.name, entry.shape, (entry,)),)
+    kinds = (*block_kinds(table, metadata, sizes["n_layer"]), *[ATTENTION] * sizes.get("n_mtp", 0))
+    return lambda entry: place_tensor(entry, table, kinds, sizes)
 
 
 def contents_of_model(model: Model) -> Contents:
@@ -116,9 +130,8 @@ def _table(name: str) -> Architecture | None:
     return next((architecture for architecture in ARCHITECTURES if architecture.name == name), None)
 
 
-def _read_gguf(path: Path, tensor: GgufTensor, start: int, stop: int) -> tuple[U8Array, F32Array]:
-    row_bytes = tensor.format.row_bytes(tensor.shape[-1])
-    raw = read_at(path, tensor.offset + start * row_bytes, (stop - start) * row_bytes).reshape(stop - start, row_bytes)
+def _read_gguf(path: Path, tensor: Placed, start: int, stop: int) -> tuple[U8Array, F32Array]:
+    raw = read_rows(path, tensor, start, stop)
     with np.errstate(invalid="ignore", over="ignore"):  # numbers that are none are what we look for
         return raw, tensor.format.decode(raw, tensor.shape[-1])
 

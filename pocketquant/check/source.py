@@ -1,5 +1,4 @@
-"""A file against the checkpoint it was made from: the same tokenizer and sizes, and every tensor as near as its format
-allows.
+"""A file's tensors against those of the checkpoint it was made from: each as near as its format allows.
 
 Where a tensor is too far away, the usual mistakes are tried: value heads left in the checkpoint's order or reordered
 twice, an adapter merged in the other order, a scale forgotten, a norm with 1 too many or too few.
@@ -8,8 +7,7 @@ twice, an adapter merged in the other order, a scale forgotten, a norm with 1 to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import isclose, log10
-from typing import Any
+from math import log10
 
 import numpy as np
 import numpy.typing as npt
@@ -46,56 +44,7 @@ of weights (normal to Student's t with 2 degrees of freedom, outlying columns), 
 _LEAST_DB = 3.0  # for a format that has no limit of its own
 _NEXT_TO_NOTHING_DB = 20.0  # so far above its limit, what was lost is a few odd numbers and says nothing
 _MOVED_RATIO = 4.0  # how much more heads that change places may lose than those that stay
-_MAY_DIFFER = ("block_count", "nextn_predict_layers", "context_length")
 _CONVERT = "convert again with a tool that knows this architecture"
-_FIXED_TOKENIZER = ("model", "pre", "tokens", "merges", "eos_token_id", "bos_token_id", "add_bos_token")
-
-
-def compare_metadata(contents: Contents, source: Contents) -> Iterator[Finding]:
-    """Keys of the architecture and the tokenizer that are not the source's."""
-    advice = "the file was made from another checkpoint, or by a tool that reads it otherwise"
-    if contents.architecture != source.architecture:
-        message = f"{contents.architecture!r}, the source is {source.architecture!r}"
-        yield Finding(ERROR, "differs", "general.architecture", message, "give the checkpoint it was made from")
-        return
-    for key, value in source.metadata.items():
-        short = key.removeprefix(f"{source.architecture}.").removeprefix("tokenizer.ggml.")
-        is_size = key.startswith(f"{source.architecture}.")
-        if not (is_size and short not in _MAY_DIFFER) and not (
-            key.startswith("tokenizer.ggml.") and short in _FIXED_TOKENIZER
-        ):
-            continue
-        ours = contents.metadata.get(key)
-        if ours is None and (is_size or short == "add_bos_token"):
-            continue  # that the file must have it is said by the other checks
-        if ours is None or not _is_equal(ours.value, value.value):
-            message = "missing" if ours is None else f"{_short(ours.value, value.value)}"
-            yield Finding(ERROR, "differs", key, f"{message}; the source has {_short(value.value, None)}", advice)
-    key = "tokenizer.chat_template"
-    ours, theirs = contents.metadata.get(key), source.metadata.get(key)
-    if theirs is not None and (ours is None or ours.value != theirs.value):
-        message = "missing" if ours is None else "not the source's"
-        yield Finding(WARNING, "differs", key, message, "right only if it was replaced on purpose")
-
-
-def _is_equal(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_is_equal, ours, theirs))
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return isclose(ours, theirs, rel_tol=1e-6)
-    return bool(ours == theirs)
-
-
-def _short(value: Any, other: Any) -> str:
-    if not isinstance(value, list) or len(value) <= 8:
-        return repr(value)[:80]
-    if isinstance(other, list):
-        first = next((i for i, pair in enumerate(zip(value, other, strict=False)) if pair[0] != pair[1]), None)
-        if first is not None:
-            return (
-                f"a list of {len(value)} that differs first at {first}: {value[first]!r:.40} for {other[first]!r:.40}"
-            )
-    return f"a list of {len(value)}"
 
 
 def compare_tensors(
@@ -137,11 +86,12 @@ def _compare(
 ) -> Iterator[Finding]:
     order, by_rows = _order_of(rule, source)
     along_order = np.zeros((2, len(order)))  # signal and error of every row or column that has a place in the order
-    sums = np.zeros(4)
+    sums, emptied = np.zeros(4), list[int]()
     try:
         for start, stop in entry.row_chunks():
             ours, theirs = _finite(entry.read(start, stop)[1]), original.read(start, stop)[1]
             lost = ours - theirs
+            emptied += (start + np.flatnonzero(theirs.any(axis=1) & ~ours.any(axis=1))).tolist()
             sums += [_sum_of(*pair) for pair in ((ours, theirs), (ours, ours), (theirs, theirs), (lost, lost))]
             if not len(order):
                 continue
@@ -152,6 +102,9 @@ def _compare(
     except SourceError as error:
         yield Finding(ERROR, "unreadable", entry.name, str(error), "mend the source")
         return
+    if emptied and len(emptied) < entry.n_rows:
+        message = f"{len(emptied)} rows are all zero, the first {emptied[0]}, and not so in the source"
+        yield Finding(ERROR, "lost-rows", entry.name, message, "the data was not written there; make the file again")
     product, ours_squared, theirs_squared, lost_squared = (float(value) for value in sums)
     norms = (ours_squared * theirs_squared) ** 0.5
     cosine = min(max(product / norms, -1.0), 1.0) if norms else float(ours_squared == theirs_squared)

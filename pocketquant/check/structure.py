@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pocketquant.architectures import gguf_names
+from pocketquant.architectures.foreign import foreign_layout
 from pocketquant.architectures.table import Architecture, TensorRule, target_shape_of
 from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
@@ -49,6 +50,8 @@ def check_structure(contents: Contents) -> Iterator[Finding]:
     table = contents.table
     if table is None:
         return
+    if contents.is_text and (layout := foreign_layout(contents.architecture, contents.metadata, contents.entries)):
+        yield Finding(ERROR, "layout", "", layout, "")
     rules = rules_by_name(contents, table)
     if not contents.is_text and not any(name.startswith("v.") for name in contents.entries):
         return  # said by `check_vision`

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +28,7 @@ ZERO_RUN = 2048
 LEAST_NORM, MOST_NORM = 0.3, 1.7
 _BLOCK = 32
 _F16_LARGEST = 65504.0
+_UNUSED = 5  # token type of padding
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +41,8 @@ class _Scan:
     non_finite_row: int = -1
     saturated: int = 0
     non_zero: int = 0
+    zero_rows: list[int] = field(default_factory=list)
+    zeros: int = 0
     zero_run: int = 0
     zero_run_row: int = -1
     largest_block: float = 0.0
@@ -53,7 +56,8 @@ def check_weights(contents: Contents, progress: Progress | None = None) -> Itera
     """Reads every tensor once."""
     rules = rules_by_name(contents, contents.table) if contents.table else {}
     same: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-    norms: dict[str, list[F32Array]] = {}
+    norms: dict[str, dict[str, F32Array]] = {}
+    unused = _unused_rows(contents)
     for i, (name, entry) in enumerate(contents.entries.items(), start=1):
         try:
             scan = _scan(entry)
@@ -61,7 +65,7 @@ def check_weights(contents: Contents, progress: Progress | None = None) -> Itera
             advice = "save or download the checkpoint again"
             yield Finding(ERROR, "unreadable", name, str(error), advice)
             continue
-        yield from _findings(entry, rules.get(name), scan)
+        yield from _findings(entry, rules.get(name), scan, unused)
         if scan.non_zero and not scan.is_constant and not scan.non_finite:
             twin = same.setdefault((entry.format, entry.shape, scan.digest), name)
             if twin != name and {twin, name} != {"token_embd.weight", "output.weight"}:
@@ -69,7 +73,7 @@ def check_weights(contents: Contents, progress: Progress | None = None) -> Itera
                 yield Finding(WARNING, "duplicate", name, message, "one of the two was overwritten, or is not needed")
         rule = rules.get(name)
         if rule is not None and rule.role is Role.NORM and not scan.non_finite:
-            norms.setdefault(re.sub(r"^blk\.\d+\.", "", name), []).append(entry.read(0, 1)[1].reshape(-1))
+            norms.setdefault(re.sub(r"^blk\.\d+\.", "", name), {})[name] = entry.read(0, 1)[1].reshape(-1)
         if progress is not None:
             progress(i, len(contents.entries))
     yield from _check_head(contents)
@@ -91,7 +95,10 @@ def _scan(entry: Entry) -> _Scan:
         sizes = np.abs(values)
         if entry.format == "F16":
             scan.saturated += int((sizes == _F16_LARGEST).sum())
-        scan.non_zero += int(np.count_nonzero(sizes))
+        n_set = int(np.count_nonzero(sizes))
+        scan.non_zero, scan.zeros = scan.non_zero + n_set, scan.zeros + sizes.size - n_set
+        if n_set < sizes.size:
+            scan.zero_rows += (start + np.flatnonzero(~sizes.any(axis=1))).tolist()
         first = values.flat[0] if first is None else first
         constant = constant and bool((values == first).all())
         _scan_blocks(scan, sizes, start, medians)
@@ -118,7 +125,15 @@ def _scan_blocks(scan: _Scan, sizes: F32Array, start: int, medians: list[float])
             scan.zero_run, scan.zero_run_row = int(lengths[longest]), start + int(edges[::2][longest]) * width // n_cols
 
 
-def _findings(entry: Entry, rule: TensorRule | None, scan: _Scan) -> Iterator[Finding]:
+def _unused_rows(contents: Contents) -> set[int]:
+    """Rows of the embedding and the head that are of no token: padding, which may be anything."""
+    types = contents.metadata.get("tokenizer.ggml.token_type")
+    if types is None or not isinstance(types.value, list):
+        return set()
+    return {row for row, kind in enumerate(types.value) if kind == _UNUSED}
+
+
+def _findings(entry: Entry, rule: TensorRule | None, scan: _Scan, unused: set[int]) -> Iterator[Finding]:
     name, is_matrix = entry.name, len(entry.shape) > 1
     role = rule.role if rule else None
     if scan.non_finite:
@@ -134,7 +149,16 @@ def _findings(entry: Entry, rule: TensorRule | None, scan: _Scan) -> Iterator[Fi
     if scan.saturated:
         message = f"{scan.saturated} numbers are exactly +-65504, the largest of F16: they were cut off"
         yield Finding(WARNING, "saturated", name, message, "convert as BF16 or F32")
-    if is_matrix and scan.zero_run >= ZERO_RUN and role not in (Role.EMBED, Role.HEAD):
+    of_tokens = role in (Role.EMBED, Role.HEAD)
+    empty = [row for row in scan.zero_rows if not (of_tokens and row in unused)] if is_matrix else []
+    if empty and (of_tokens or scan.zero_run < ZERO_RUN):
+        message = f"{len(empty)} rows are all zero, the first {empty[0]}"
+        advice = "a hole in a download, or a pruned model; --source tells which"
+        yield Finding(WARNING, "zero-rows", name, message, advice)
+    if role is Role.NORM and not is_matrix and scan.zeros and not scan.non_finite:
+        message = f"{scan.zeros} of {entry.n_cols} numbers are exactly zero, so these channels are switched off"
+        yield Finding(WARNING, "zero-norm", name, message, "a hole in a download; no training makes it")
+    if is_matrix and scan.zero_run >= ZERO_RUN and not of_tokens:
         message = f"{scan.zero_run} consecutive zeros from row {scan.zero_run_row} on"
         yield Finding(WARNING, "zero-run", name, message, "a hole in a download, or a pruned model")
     if is_matrix and scan.median_block and scan.largest_block > OUTLIER_RATIO * scan.median_block:
@@ -161,11 +185,17 @@ def _check_head(contents: Contents) -> Iterator[Finding]:
         yield Finding(WARNING, "duplicate-head", "output.weight", message, advice)
 
 
-def _check_norms(norms: dict[str, list[F32Array]]) -> Iterator[Finding]:
+def _check_norms(norms: dict[str, dict[str, F32Array]]) -> Iterator[Finding]:
     """Norms by name. A checkpoint's are centred on 0, so + 1 makes them centred on 1, with some below and above."""
-    centres = {name: float(np.median(np.concatenate(parts))) for name, parts in norms.items()}
+    centres = {name: float(np.median(np.concatenate([*parts.values()]))) for name, parts in norms.items()}
     for name, parts in norms.items():
-        values, centre = np.concatenate(parts), centres[name]
+        values, centre = np.concatenate([*parts.values()]), centres[name]
+        plain = [place for place, numbers in parts.items() if (numbers == 1).all()]
+        if name != "ssm_norm.weight" and plain and len(plain) < len(parts):
+            message = (
+                f"every number is 1, so the checkpoint's are zero; {len(parts) - len(plain)} other blocks' are not"
+            )
+            yield Finding(WARNING, "zero-norm", plain[0], message, "a hole in a download: compare its checksum")
         if name == "output_norm.weight" or not np.isfinite(centre):
             continue
         below_zero, above_one = float((values < 0).mean()), float((values > 1).mean())

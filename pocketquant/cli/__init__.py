@@ -1,29 +1,36 @@
 """The command line: `pocketquant COMMAND`. stdout is data, stderr is talk.
 
-Exit codes: 0 fine, 1 a gate failed, 2 bad input, 130 interrupted.
+Exit codes: 0 fine, 1 a gate failed, 2 bad input or a machine that cannot do it, 70 a fault of pocketquant itself, 130
+interrupted, 141 nobody reads stdout any more. With --debug the work is done in this process and errors keep their
+tracebacks.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import sys
 import threading
+import time
+import warnings
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from pocketquant.cli.app import app
-from pocketquant.cli.screen import print_error
-from pocketquant.errors import PocketquantError, listing
-from pocketquant.interrupts import files_in_place
+from pocketquant.cli import streams, watching
+from pocketquant.errors import PocketquantError, PocketquantWarning, listing
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-__all__ = ["main"]
+__all__ = ["Interrupted", "main"]
 
-_UNCHANGED = "interrupted; nothing was replaced"
+_SAME_SECONDS = 1.0
+"""Two signals within this time are one: a terminal sends it to both processes, and the watcher hands it on."""
+
+_FAULT = 70
+"""EX_SOFTWARE of sysexits.h."""
+
+_interrupted_at: float | None = None
 
 
 class Interrupted(BaseException):
@@ -31,14 +38,23 @@ class Interrupted(BaseException):
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise Interrupted
+    """Interrupts the work; a second signal ends the process at once, and the watcher tidies up."""
+    global _interrupted_at
+    now = time.monotonic()
+    if _interrupted_at is None:
+        _interrupted_at = now
+        raise Interrupted
+    if now - _interrupted_at > _SAME_SECONDS:
+        watching.end_now(128 + signal.SIGINT)
 
 
 def _raise_again(unraisable: UnraisableHookArgs) -> None:
-    """An interrupt that arrives inside a callback of llama.cpp is lost there; raise it again a moment later."""
+    """An interrupt that arrives inside a callback or a finalizer is lost there; raise it again a moment later."""
+    global _interrupted_at
     if not isinstance(unraisable.exc_value, Interrupted):
         sys.__unraisablehook__(unraisable)
         return
+    _interrupted_at = None
     timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
     timer.daemon = True
     timer.start()
@@ -46,24 +62,90 @@ def _raise_again(unraisable: UnraisableHookArgs) -> None:
 
 def main() -> None:
     """Entry point of the `pocketquant` command."""
-    # A model's half a million tokens and merges stay to the end: looking through them for garbage takes half a second
-    gc.set_threshold(200_000, 50, 50)
-    debug = "--debug" in sys.argv
+    started = time.monotonic()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    sys.unraisablehook = _raise_again
+    is_debug = len(arguments) < len(sys.argv) - 1
+    if not is_debug:
+        watching.stay_child()
+    streams.open_streams()
+    code = _run(arguments, is_debug)
+    raise SystemExit(streams.finish(code, started))
+
+
+def _run(arguments: list[str], is_debug: bool) -> int:
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        watching.listen()
+        sys.unraisablehook = _raise_again
+        warnings.showwarning = _note_unless(bool({"-q", "--quiet"} & set(arguments)))
+        # A model's half a million tokens and merges stay to the end: looking for garbage there takes half a second
+        gc.set_threshold(200_000, 50, 50)
+        from pocketquant.cli.app import app
+
         app(args=arguments, prog_name="pocketquant")
-    except PocketquantError as error:
-        if debug:
-            raise
-        print_error(str(error))
-        raise SystemExit(2) from None
+        return 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Interrupted:
-        done = files_in_place()
-        print_error(f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of stdout went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        return _say_interrupted()
+    except Exception as error:
+        if is_debug:
+            raise
+        return _say_error(error)
+
+
+def _say_interrupted() -> int:
+    from pocketquant.cli.screen import print_error
+    from pocketquant.interrupts import files_in_place
+
+    done = files_in_place()
+    print_error(
+        f"interrupted after these were finished:\n{listing(map(str, done))}"
+        if done
+        else "interrupted; nothing was replaced"
+    )
+    return 128 + signal.SIGINT
+
+
+def _say_error(error: Exception) -> int:
+    from pocketquant.cli.screen import print_error
+
+    if isinstance(error, PocketquantError):
+        print_error(str(error))
+        return 2
+    if isinstance(error, MemoryError):
+        print_error("memory ran out; `pocketquant doctor` shows how much is free, --threads 1 needs least")
+        return 2
+    if isinstance(error, OSError | ImportError):
+        place = f"{getattr(error, 'filename', None)}: " if getattr(error, "filename", None) else ""
+        what = getattr(error, "strerror", None) or str(error)
+        print_error(f"{place}{what}; `pocketquant doctor` examines this machine")
+        return 2
+    print_error(
+        f"a fault of pocketquant itself, please report it: {type(error).__name__}: {str(error)[:200]}\n"
+        "the same command with --debug shows where"
+    )
+    return _FAULT
+
+
+def _note_unless(is_quiet: bool):  # type: ignore[no-untyped-def]
+    """What shows warnings: ours as a line of talk, others as Python does."""
+    as_usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        name: str,
+        line: int,
+        file: TextIO | None = None,
+        text: str | None = None,
+    ) -> None:
+        if not issubclass(category, PocketquantWarning):
+            as_usual(message, category, name, line, file, text)
+        elif not is_quiet:
+            from pocketquant.cli.screen import say
+
+            say(f"note: {message}", quiet=False)
+
+    return show

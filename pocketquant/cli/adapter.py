@@ -35,6 +35,7 @@ def convert_adapter(
     if out is not None:
         say(f"will write {out}: {size(planned.file_bytes)}, {len(entries)} matrices for {base}", quiet=quiet)
         write(planned, out)
+        say(f"written: {out}: {size(planned.file_bytes)}", quiet=quiet)
     if json:
         print_json({"out": str(out), **summary} if out else summary)
     elif out is None:

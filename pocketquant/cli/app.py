@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from pocketquant.cli.calibrate import calibrate
+from pocketquant.cli.doctor import doctor
 from pocketquant.cli.encoding import convert, quantize
 from pocketquant.cli.gate import gate
+from pocketquant.cli.group import Commands
 from pocketquant.cli.making import demo, make
 from pocketquant.cli.options import (
     Context,
@@ -30,9 +32,11 @@ from pocketquant.cli.tasks import eval_vision, smoke, tasks
 from pocketquant.cli.tune import tune
 
 app = typer.Typer(
+    cls=Commands,
     help="Qwen3.5 checkpoints in, small GGUF files out, with the numbers of what quantization cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # [absolute] in a help text is a word, no markup
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -41,6 +45,7 @@ app.command()(calibrate)
 app.command()(tune)
 app.command("sensitivity")(measure_sensitivity)
 app.command()(gate)
+app.command()(doctor)
 app.command()(tasks)
 app.command()(smoke)
 app.command("eval-vision")(eval_vision)

@@ -195,7 +195,7 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         )
     say(line, quiet=task.quiet)
     if json:
-        print_json(cost)
+        print_json(cost, of="plan")
 
 
 def _report(out: Path, *, json: bool, quiet: bool) -> None:
@@ -213,7 +213,7 @@ def _report(out: Path, *, json: bool, quiet: bool) -> None:
         "experts_without_input": statistics.n_unseen_experts,
     }
     say(
-        f"{out}: statistics of {summary['tensors']} tensors from {summary['tokens']} tokens"
+        f"written: {out}: statistics of {summary['tensors']} tensors from {summary['tokens']} tokens"
         + (", with gradients" if statistics.has_outputs else "")
         + f", {size(out.stat().st_size)}",
         quiet=quiet,

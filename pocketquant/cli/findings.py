@@ -9,10 +9,11 @@ from pathlib import Path
 import typer
 
 from pocketquant.check import ERROR, CheckReport, Finding, check_gguf, check_model
-from pocketquant.cli.screen import size
+from pocketquant.cli.screen import print_lines, size
 from pocketquant.convert import open_model
-from pocketquant.convert.sources import names_gguf
+from pocketquant.convert.sources import names_gguf, open_counterpart
 from pocketquant.errors import ArchitectureError, TokenizerError
+from pocketquant.escaping import one_line
 
 _SHOWN = 8
 """Findings of one kind that are written out; a file without a block misses a dozen tensors for one reason."""
@@ -21,7 +22,7 @@ _SHOWN = 8
 def check_file_or_source(file: str, source: str | None, progress: Callable[[int, int], None]) -> CheckReport:
     """Checks a GGUF, against a source if one is given, or a checkpoint: one that is refused is a finding."""
     if names_gguf(file):
-        return check_gguf(Path(file), open_model(source) if source else None, progress=progress)
+        return check_gguf(Path(file), open_counterpart(file, source) if source else None, progress=progress)
     if source is not None:
         raise typer.BadParameter("only a GGUF file can be compared with a source", param_hint="--source")
     try:
@@ -39,18 +40,18 @@ def print_report(file: str, report: CheckReport) -> None:
         shown[finding.code] += 1
         if shown[finding.code] > _SHOWN:
             continue
-        place = f" {finding.tensor}" if finding.tensor else ""
-        print(f"{finding.severity}: {finding.code}{place}: {finding.message}")
+        place = f" {one_line(finding.tensor)}" if finding.tensor else ""
+        print_lines(f"{finding.severity}: {finding.code}{place}: {finding.message}")
         if shown[finding.code] < min(_SHOWN, totals[finding.code]):
             continue
         if totals[finding.code] > _SHOWN:
-            print(f"  ... and {totals[finding.code] - _SHOWN} more of {finding.code}; --json lists them all")
+            print_lines(f"  ... and {totals[finding.code] - _SHOWN} more of {finding.code}; --json lists them all")
         if finding.advice:
-            print(f"  -> {finding.advice}")
+            print_lines(f"  -> {finding.advice}")
     for note in report.notes:
-        print(f"note: {note}")
+        print_lines(f"note: {note}")
     n_errors = sum(finding.severity == ERROR for finding in report.findings)
-    print(f"{file}: {n_errors} errors, {len(report.findings) - n_errors} warnings ({_about(report)})")
+    print_lines(f"{file}: {n_errors} errors, {len(report.findings) - n_errors} warnings ({_about(report)})")
 
 
 def _about(report: CheckReport) -> str:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from pocketquant.cli.screen import print_json, print_table, say
+from pocketquant.cli.screen import print_json, print_lines, print_table, say
+from pocketquant.escaping import one_line
+
+if TYPE_CHECKING:
+    from pocketquant.eval.readback import Evidence
 
 
 def gate(
-    report: Annotated[Path, typer.Argument(metavar="REPORT.json", help="What `eval --json` printed.")],
-    limits: Annotated[Path, typer.Option("--limits", metavar="FILE", help="TOML: [absolute] and [baseline] limits.")],
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT.json", help="What `eval --json` printed, or `make` and `sweep` wrote.")
+    ],
+    limits: Annotated[
+        Path | None, typer.Option("--limits", metavar="FILE", help="TOML: [absolute] and [baseline] limits.")
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option("--init", metavar="FILE", help="Write limits that this report keeps, to start with, and stop."),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="NAME", help="Which file of a report of `make` or `sweep`.")
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", metavar="OLD.json", help="Report of the last accepted file.")
     ] = None,
+    first: Annotated[
+        bool, typer.Option("--first", help="Nothing was accepted yet: leave the limits in [baseline] out.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="A limit that the text is too short to decide fails, too.")
     ] = False,
@@ -39,10 +56,18 @@ def gate(
 
     if explain and baseline is None:
         raise typer.BadParameter("says what moved since a baseline; give --baseline OLD.json", param_hint="--explain")
-    refuse_overwriting([path for path in (junit, markdown) if path is not None], [report, limits, baseline])
-    candidate = read_report(report)
-    accepted = None if baseline is None else read_report(baseline)
-    verdict = decide(candidate, read_limits(limits), accepted, strict=strict)
+    if first and baseline is not None:
+        raise typer.BadParameter("there is a baseline; give one of the two", param_hint="--first")
+    outputs = [path for path in (junit, markdown, init) if path is not None]
+    refuse_overwriting(outputs, [report, limits, baseline])
+    candidate = read_report(report, file)
+    if init is not None:
+        _write_starter(init, candidate, json=json, quiet=quiet)
+        return
+    if limits is None:
+        raise typer.BadParameter("name a file of limits; --init FILE writes one to start with", param_hint="--limits")
+    accepted = None if baseline is None else _read_baseline(baseline, file)
+    verdict = decide(candidate, read_limits(limits), accepted, strict=strict, first=first)
     moved = find_moved(candidate, accepted) if explain and accepted is not None else None
     for path, text in ((junit, to_junit(verdict, moved)), (markdown, to_markdown(verdict, moved))):
         if path is not None:
@@ -51,10 +76,34 @@ def gate(
     if json:
         print_json(to_json(verdict, moved))
     else:
-        rows = [[escape(cell) for cell in row] for row in table(verdict)]
-        print_table(["limit", "outcome", "found", "interval", "limit is", "note"], rows)
+        print_table(["limit", "outcome", "found", "interval", "limit is", "note"], table(verdict))
         for line in describe_moved(moved):
-            print(line)
-    say(verdict.summary, quiet=quiet)
+            print_lines(one_line(line))
+    say(one_line(verdict.summary), quiet=quiet)
     if not verdict.is_accepted:
         raise typer.Exit(1)
+
+
+def _read_baseline(path: Path, file: str | None) -> Evidence:
+    """The accepted report; of one file, or with the same file in it as the candidate's."""
+    from pocketquant.eval.gate import read_report
+    from pocketquant.eval.readback import RELEASES
+    from pocketquant.small_files import read_json
+
+    document = read_json(path)
+    is_release = isinstance(document, dict) and document.get("schema") in RELEASES
+    return read_report(path, file if is_release else None)
+
+
+def _write_starter(path: Path, report: Evidence, *, json: bool, quiet: bool) -> None:
+    from pocketquant.errors import OutputError
+    from pocketquant.eval.starting import starter_limits
+    from pocketquant.files import replacing
+
+    if path.exists():
+        raise OutputError(f"{path}: exists; limits are edited by people, so they are not written over")
+    with replacing(path) as temporary:
+        temporary.write_text(starter_limits(report), encoding="utf-8")
+    say(f"written: {path}; look at the limits and tighten them", quiet=quiet)
+    if json:
+        print_json({"out": str(path)}, of="init")

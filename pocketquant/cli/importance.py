@@ -62,7 +62,7 @@ def merge_matrices(files: list[Path], out: Path, *, json: bool, quiet: bool) -> 
     from pocketquant.quant.importance import merge_sums, read_sums, write_sums
 
     refuse_overwriting([out], files)
-    sums = merge_sums([read_sums(path) for path in files])
+    sums = merge_sums([read_sums(path) for path in files], [str(path) for path in files])
     write_sums(sums, out)
     summary = {
         "out": str(out),
@@ -76,7 +76,7 @@ def merge_matrices(files: list[Path], out: Path, *, json: bool, quiet: bool) -> 
 
 def _report(summary: dict[str, object], *, json: bool, quiet: bool) -> None:
     say(
-        f"{summary['out']}: importance of {summary['entries']} tensors from {summary['windows']} windows of "
+        f"written: {summary['out']}: importance of {summary['entries']} tensors from {summary['windows']} windows of "
         f"{summary['context']} tokens",
         quiet=quiet,
     )

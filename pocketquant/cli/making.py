@@ -127,7 +127,9 @@ def make(
                 {"file": item.name, "file_bytes": item.plan.file_bytes}
                 for item in (*release.variants, *release.sidecars)
             ]
-            print_json({"files": files, "disk_bytes": release.disk_bytes, "memory_bytes": release.memory_bytes})
+            print_json(
+                {"files": files, "disk_bytes": release.disk_bytes, "memory_bytes": release.memory_bytes}, of="plan"
+            )
         return
     bars = Bars(
         bytes=lambda label, total: byte_progress(label, total, quiet=quiet),

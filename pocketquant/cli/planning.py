@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size
+from pocketquant.cli.screen import byte_progress, print_json, print_lines, print_table, say, size
 from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_explanation
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def run(request: Request) -> None:
     from pocketquant.outputs import all_files, default_mmproj_recipe, plan_outputs
     from pocketquant.pipeline import write_together
     from pocketquant.quant import open_recipe, read_importance
+    from pocketquant.quant.planning import importance_gaps
     from pocketquant.splits import parse_size
 
     quiet, sizing = request.quiet, request.sizing
@@ -84,6 +85,9 @@ def run(request: Request) -> None:
         importance,
     )
     planned = outputs[0].plan
+    gaps = importance_gaps(planned) if importance else ()
+    for gap in gaps:
+        say(f"note: {gap}", quiet=quiet)
     entries = [
         describe_tensor(item.tensor, item.format.name, item.nbytes)
         | ({"reason": item.reason} if request.dry_run else {})
@@ -93,7 +97,7 @@ def run(request: Request) -> None:
         "file_bytes": planned.file_bytes,
         "bits_per_weight": round(planned.bits_per_weight, 4),
         "recipe": planned.metadata["pocketquant.recipe"].value,
-        "notes": list(parts.model.notes),
+        "notes": [*parts.model.notes, *gaps],
         "files": [
             {"kind": output.kind, "file": path.name, "file_bytes": part.file_bytes}
             for output in outputs
@@ -116,6 +120,8 @@ def run(request: Request) -> None:
             byte_progress(out.name, total, quiet=quiet) as advance,
         ):
             write_together(files, threads=request.threads, on_bytes=advance, run=encode)
+        for part, path in files:
+            say(f"written: {path}: {size(part.file_bytes)}", quiet=quiet)
         summary = {"out": str(request.out), **summary}
     if request.json:
         print_json(summary)
@@ -125,7 +131,7 @@ def run(request: Request) -> None:
         print_table(["tensor", "role", "shape", "type", "bytes", "reason"], rows)
         print(f"\n{planned.file_bytes:,} bytes in all, {planned.bits_per_weight:.2f} bits per weight")
         for part, path in files if len(files) > 1 else []:
-            print(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
+            print_lines(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
     if explanation:
         print_explanation(explanation)
 

@@ -50,7 +50,7 @@ def make_pack(
     )
     if dry_run:
         if json:
-            print_json(asdict(plan))
+            print_json(asdict(plan), of="plan")
         return
     with step_progress(out.name, quiet=quiet) as advance:
         pack = make_reference(

@@ -4,43 +4,81 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from pocketquant import __version__
+from pocketquant.escaping import as_lines, is_text, one_line
 
 _talk = Console(stderr=True, highlight=False)
+_command = ""
+
+LINE_SECONDS = 60.0
+"""How often a long run writes a line where it cannot draw a bar."""
 
 
 def print_error(message: str) -> None:
     """An error, whatever --quiet says."""
     _talk.print("[bold red]error:[/] ", end="")
-    _talk.print(message, markup=False, soft_wrap=True)
+    _talk.print(as_lines(message), markup=False, soft_wrap=True)
 
 
 def say(message: str, *, quiet: bool) -> None:
     """A line for people, on stderr."""
     if not quiet:
-        _talk.print(message, markup=False, soft_wrap=True)
+        _talk.print(as_lines(message), markup=False, soft_wrap=True)
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+def print_lines(text: str) -> None:
+    """Text for people on stdout: what foreign names hold moves no cursor."""
+    print("\n".join(map(one_line, text.split("\n"))))
+
+
+def set_command(words: Sequence[str]) -> None:
+    """Says which command runs, so that its documents can be named after it."""
+    global _command
+    _command = "-".join(words)
+
+
+def print_json(value: Mapping[str, Any], *, of: str = "") -> None:
+    """One JSON document on stdout: its schema and the version that wrote it, then what it says.
+
+    Args:
+        value: the document; a schema of its own is kept.
+        of: what part of the command's work it describes, "plan" for what a dry run prints.
+    """
+    schema = "-".join(filter(None, (_command, of)))
+    head = {"schema": f"pocketquant.{schema}/1", "version": __version__}
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    # letters that the encoding lacks are escaped as JSON escapes them
+    text = json.dumps({**head, **value}, indent=2, ensure_ascii=not is_unicode)
+    if not is_text(text):  # the name of a file that is no UTF-8
+        text = json.dumps({**head, **value}, indent=2)
+    sys.stdout.write(f"{text}\n")
+
+
+def print_json_error(message: str, kind: str, exit_code: int) -> None:
+    """What went wrong as a JSON document on stdout, in place of the one that was asked for."""
+    error = {"kind": kind, "message": message, "exit_code": exit_code}
+    print_json({"schema": "pocketquant.error/1", "command": _command, "error": error})
 
 
 def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -> None:
     """A table on stdout; the columns after the first two are right-aligned where they hold numbers."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(one_line(title)) if title else None, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numeric = bool(rows) and rows[0][i][:1].isdigit()
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=i == 0)
+        table.add_column(Text(one_line(column)), justify="right" if numeric else "left", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 200
     Console(highlight=False, width=width).print(table)
 
@@ -48,21 +86,63 @@ def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -
 @contextmanager
 def byte_progress(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar that counts bytes; gives the function to call with each piece's size."""
-    with _progress(DownloadColumn(), quiet=quiet) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with _progress(DownloadColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
+        task, done = progress.add_task(one_line(label), total=total), 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress.advance(task, nbytes)
+            at(done, total)
+
+        yield advance
 
 
 @contextmanager
 def step_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that counts steps; gives the function to call with (done, total)."""
-    with _progress(MofNCompleteColumn(), quiet=quiet) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with _progress(MofNCompleteColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
+        task = progress.add_task(one_line(label), total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            at(done, total)
+
+        yield advance
+
+
+@contextmanager
+def _line_a_minute(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Where no bar can be drawn, a line a minute that says how far it is, so that a log shows a run that lives."""
+    reached, ended, started = [0, 0], threading.Event(), time.monotonic()
+
+    def at(done: int, total: int) -> None:
+        reached[:] = done, total
+
+    def write() -> None:
+        while not ended.wait(LINE_SECONDS):
+            done, total = reached
+            minutes = (time.monotonic() - started) / 60
+            line = f"{label}: {minutes:.0f} min so far"
+            if done:
+                line = f"{label}: {100 * done / total:.0f} % after {minutes:.0f} min"
+                line += f", about {minutes * (total - done) / done:.0f} min left"
+            say(line, quiet=False)
+
+    if quiet or _talk.is_terminal:
+        yield at
+        return
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        yield at
+    finally:
+        ended.set()
+        writer.join()
 
 
 def _progress(counter: MofNCompleteColumn | DownloadColumn, *, quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), counter, TimeRemainingColumn())
     return Progress(*columns, console=_talk, transient=True, disable=quiet or not _talk.is_terminal)
 
 

@@ -148,7 +148,7 @@ def _measure(task: _Task, groups: int | None, *, json: bool) -> None:
         parse_sensitivity(table, str(task.out))
         with replacing(task.out) as temporary:
             temporary.write_text(table, encoding="utf-8")
-    say(f"{task.out}: sensitivities by role and layer", quiet=task.quiet)
+    say(f"written: {task.out}: sensitivities by role and layer", quiet=task.quiet)
     if json:
         print_json({"out": str(task.out), "source": source})
 
@@ -175,7 +175,7 @@ def _predict(task: _Task, stats: Path, rounding: str | None, thorough: bool, rec
         with _running(task) as runs, step_progress("runs", quiet=task.quiet) as advance:
             table, found = recalibrate(runs, table, plain, advance)
     write_losses(table, task.out)
-    say(f"{task.out}: predicted losses of {len(table.losses)} tensors, from {table.source}", quiet=task.quiet)
+    say(f"written: {task.out}: predicted losses of {len(table.losses)} tensors, from {table.source}", quiet=task.quiet)
     rows = {
         role.value: {"predicted": a, "measured": b, "ratio": b / a if a else None} for role, (a, b) in found.items()
     }
@@ -204,4 +204,4 @@ def _say_cost(task: _Task, groups: int | None, stats: Path | None, recalibrated:
         quiet=task.quiet,
     )
     if json:
-        print_json(cost)
+        print_json(cost, of="plan")

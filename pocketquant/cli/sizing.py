@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocketquant.cli.screen import print_json, print_table, say, step_progress
+from pocketquant.cli.group import Commands
+from pocketquant.cli.screen import print_json, print_lines, print_table, say, step_progress
 
 if TYPE_CHECKING:
     from pocketquant.model import Model, Plan, Value
@@ -206,7 +207,7 @@ def print_explanation(explanation: Explanation) -> None:
         [_change_row(role, change) for role, change in changes if change is not None],
     )
     print(f"\n{explanation.file_bytes:,} bytes, predicted loss {explanation.predicted_loss:.5f} nats a token")
-    print(f"predicted from {explanation.sensitivity}")
+    print_lines(f"predicted from {explanation.sensitivity}")
 
 
 def _change_row(role: str, change: Change) -> list[str]:
@@ -215,7 +216,9 @@ def _change_row(role: str, change: Change) -> list[str]:
     return [role, layer, step, f"{change.nbytes:+,}", f"{change.loss:+.3g}", f"{change.file_bytes:,}"]
 
 
-recipe_app = typer.Typer(help="Show the recipes, and the types of other files as recipes.", no_args_is_help=True)
+recipe_app = typer.Typer(
+    cls=Commands, help="Show the recipes, and the types of other files as recipes.", no_args_is_help=True
+)
 
 
 @recipe_app.command("list")
@@ -227,7 +230,7 @@ def list_recipes(
 
     recipes = [open_recipe(name) for name in builtin_recipes()]
     if json:
-        print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
+        print_json({"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in recipes]})
     else:
         print_table(["recipe", "description"], [[recipe.name, recipe.description] for recipe in recipes])
 

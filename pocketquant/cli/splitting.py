@@ -32,6 +32,6 @@ def join(file: Path, out: Path, *, json: bool, quiet: bool) -> None:
 def _report(paths: list[Path], *, json: bool, quiet: bool) -> None:
     files = [{"file": str(path), "file_bytes": path.stat().st_size} for path in paths]
     for path in paths:
-        say(f"{path}: {size(path.stat().st_size)}", quiet=quiet)
+        say(f"written: {path}: {size(path.stat().st_size)}", quiet=quiet)
     if json:
         print_json({"files": files})

@@ -95,8 +95,6 @@ def sweep(
         raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
     if keep not in KEEP:
         raise typer.BadParameter(" or ".join(KEEP), param_hint="--keep")
-    if scheduler and stats:
-        raise typer.BadParameter("statistics are not sent to workers: round on this machine", param_hint="--scheduler")
     rounded = read_rounding(stats, rounding)
     options: list[tuple[str | None, str | None, float | None]] = [(name, None, None) for name in recipe or []]
     options += [(None, wanted, None) for wanted in target_size or []]
@@ -120,7 +118,7 @@ def sweep(
     made_from = [source, imatrix, stats, calibrate, sensitivity, reference, adapter, *(recipe or [])]
     written = [out / name for name in (*(each.name for each in release.variants), *REPORTS)]
     refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)])
-    planned = plan_sweep(release, pack=reference, keep=keep)
+    planned = plan_sweep(release, pack=reference, keep=keep, statistics=stats)
     missing = planned.missing(out)
     for variant in release.variants:
         known = "to measure" if variant in missing else "measured already"
@@ -136,7 +134,9 @@ def sweep(
                 {"file": each.name, "file_bytes": each.plan.file_bytes, "is_measured": each not in missing}
                 for each in release.variants
             ]
-            print_json({"files": files, "disk_bytes": planned.disk_bytes, "memory_bytes": planned.memory_bytes})
+            print_json(
+                {"files": files, "disk_bytes": planned.disk_bytes, "memory_bytes": planned.memory_bytes}, of="plan"
+            )
         return
     bars = Bars(
         bytes=lambda label, total: byte_progress(label, total, quiet=quiet),

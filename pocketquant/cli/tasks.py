@@ -75,7 +75,7 @@ def tasks(
             quiet=quiet,
         )
         if json:
-            print_json(numbers)
+            print_json(numbers, of="plan")
         return
     with step_progress(gguf.name, quiet=quiet) as advance:
         report = compare_on_tasks(gguf, reference, settings, progress=advance)
@@ -121,7 +121,7 @@ def smoke(
     if dry_run:
         say(f"{len(PROMPTS)} prompts; each model writes at most {len(PROMPTS) * max_tokens} tokens", quiet=quiet)
         if json:
-            print_json({"prompts": len(PROMPTS), "written_tokens": len(PROMPTS) * max_tokens})
+            print_json({"prompts": len(PROMPTS), "written_tokens": len(PROMPTS) * max_tokens}, of="plan")
         return
     with step_progress(gguf.name, quiet=quiet) as advance:
         report = compare_smoke(

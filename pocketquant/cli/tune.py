@@ -50,7 +50,7 @@ def tune(
     from pocketquant.quant.calibrating import cut_texts
     from pocketquant.quant.collect import SELF
     from pocketquant.quant.torch_layers import require_torch
-    from pocketquant.quant.tuning import check_file, go_on, sampled_text, tune_file
+    from pocketquant.quant.tuning import DoesNotPay, check_file, go_on, sampled_text, tune_file
 
     texts = text or [str(text_path("calibration"))]
     if SELF in texts:
@@ -72,7 +72,7 @@ def tune(
     )
     if dry_run:
         if json:
-            print_json({"scales": n_scales, "codes": n_codes, "tokens": tokens, "disk_bytes": disk})
+            print_json({"scales": n_scales, "codes": n_codes, "tokens": tokens, "disk_bytes": disk}, of="plan")
         return
     more = None
     if sampled:
@@ -82,24 +82,30 @@ def tune(
         ):
             more = go_on(gguf, windows, sampled, threads=threads, gpu_layers=gpu_layers, seed=seed, progress=advance)
         about = (*about, sampled_text(more))
-    with step_progress("tuning", quiet=quiet) as advance:
-        tuned = tune_file(
-            file,
-            model,
-            windows,
-            about,
-            out,
-            more=more,
-            epochs=epochs,
-            rate=rate,
-            code_rate=code_rate,
-            device=device,
-            threads=threads,
-            seed=seed,
-            progress=advance,
-        )
+    try:
+        with step_progress("tuning", quiet=quiet) as advance:
+            tuned = tune_file(
+                file,
+                model,
+                windows,
+                about,
+                out,
+                more=more,
+                epochs=epochs,
+                rate=rate,
+                code_rate=code_rate,
+                device=device,
+                threads=threads,
+                seed=seed,
+                progress=advance,
+            )
+    except DoesNotPay as error:
+        say(str(error), quiet=quiet)
+        if json:
+            print_json({"out": None, "held_back_kld": {"before": error.before, "after": error.after}})
+        raise typer.Exit(1) from None
     say(
-        f"{out}: {tuned.steps} steps, {tuned.n_moved} codes moved; divergence on windows held back "
+        f"written: {out}: {tuned.steps} steps, {tuned.n_moved} codes moved; divergence on windows held back "
         f"{tuned.before:.6f} before, {tuned.after:.6f} after ({tuned.after / tuned.before:.3f})",
         quiet=quiet,
     )

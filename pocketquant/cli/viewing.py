@@ -8,27 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketquant.cli.planning import describe_tensor, tensor_cells
-from pocketquant.cli.screen import print_json, print_table, step_progress
+from pocketquant.cli.screen import print_json, print_lines, print_table, step_progress
 
 if TYPE_CHECKING:
-    from pocketquant.model import Value
+    from pocketquant.model import Model, Value
 
 
 def inspect(source: str, *, json: bool) -> None:
     """Prints metadata and tensors; reads no weights."""
-    from pocketquant.convert import open_model
     from pocketquant.convert.sources import names_gguf
     from pocketquant.formats import FORMATS
 
     if names_gguf(source) and _inspect_other(Path(source), json=json):
         return
-    model = open_model(source)
+    model = _open_to_look(source)
     entries = [
         describe_tensor(tensor, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
         for tensor in model.tensors
     ]
     sizes = _file_sizes(source)
     _show(model.architecture, sizes, model.notes, model.metadata, entries, json=json)
+
+
+def _open_to_look(source: str) -> Model:
+    """Opens a source of which nothing is written: a GGUF's metadata may be as broken as it likes."""
+    from pocketquant.convert import open_model
+    from pocketquant.convert.chat_template import with_chat_template
+    from pocketquant.convert.sources import names_gguf
+    from pocketquant.gguf_file import open_gguf
+
+    if names_gguf(source):
+        return with_chat_template(open_gguf(source), None, refuse=False)
+    return open_model(source)
 
 
 def _inspect_other(path: Path, *, json: bool) -> bool:
@@ -81,9 +92,9 @@ def _show(
     )
     print()
     print_table(["tensor", "role", "shape", "type", "bytes"], [tensor_cells(entry) for entry in entries])
-    print(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {architecture}")
+    print_lines(f"\n{sum(sizes):,} bytes in {len(sizes)} file(s), {len(entries)} tensors of {architecture}")
     for note in notes:
-        print(f"note: {note}")
+        print_lines(f"note: {note}")
 
 
 def _file_sizes(source: str) -> list[int]:
@@ -106,11 +117,10 @@ def _short(value: Any) -> Any:
 
 def weights(source: str, reference: str, *, json: bool, quiet: bool) -> None:
     """Prints each tensor's error."""
-    from pocketquant.convert import open_model
     from pocketquant.eval import weight_errors
 
     with step_progress(Path(source).name, quiet=quiet) as advance:
-        errors = weight_errors(open_model(source), open_model(reference), progress=advance)
+        errors = weight_errors(_open_to_look(source), _open_to_look(reference), progress=advance)
     if json:
         print_json({"tensors": [asdict(error) | {"role": error.role.value} for error in errors]})
         return

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pocketquant.convert.adapter_whole import sort_whole
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
-from pocketquant.files import read_json
+from pocketquant.small_files import is_present, read_object
 from pocketquant.unchanged import FileState, state_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,6 +31,7 @@ _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
     "bias",
     "target_parameters",
     "peft_version",
+    "ensure_weight_tying",
 }
 _WITHOUT_EFFECT = {
     # about training, or about which modules get matrices: the tensors themselves say that
@@ -39,6 +41,7 @@ _WITHOUT_EFFECT = {
 }
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights alone; the others subtract something from them that the adapter does not hold."""
+_OF_MLX = {"fine_tune_type", "lora_parameters"}
 _MAX_RANK = 1 << 16
 _MAX_NAME = 192
 _ALPHAS = (1e-9, 1e9)  # beyond, a scale is nothing or everything in f32
@@ -107,8 +110,10 @@ class Adapter:
     Attributes:
         name: of its folder.
         changes: what is added to which module, in the order of their names.
-        base_weights: module -> weight of the base model as it was in training, saved along.
+        base_weights: module -> weight of the base model as it was in training, saved along (see `adapter_whole`).
         trained_weights: module -> weight that was trained whole (`modules_to_save`).
+        folder: where it lies.
+        keeps_tie: embedding and head were trained as one where they are tied (`ensure_weight_tying`).
         files: what it was opened from, as that was then.
     """
 
@@ -116,6 +121,8 @@ class Adapter:
     changes: tuple[LowRank, ...]
     base_weights: Mapping[str, StoredTensor]
     trained_weights: Mapping[str, StoredTensor]
+    folder: Path | None = None
+    keeps_tie: bool = False
     files: tuple[FileState, ...] = ()
 
 
@@ -128,22 +135,27 @@ def open_adapter(folder: Path | str) -> Adapter:
     """
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
-    if not config_path.is_file():
+    if not is_present(config_path):
         raise SourceError(f"{folder}: no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
-    if not weights_path.is_file():
+    config = read_object(config_path)
+    if "peft_type" not in config and _OF_MLX & config.keys():
+        raise SourceError(
+            f"{folder}: an adapter of mlx-lm, whose matrices and scale mean something else than PEFT's; merge it with "
+            "mlx_lm.fuse and convert the result"
+        )
+    if not is_present(weights_path):
         found = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise SourceError(f"{folder}: no {WEIGHTS}{found}; save the adapter as safetensors")
     files = (state_of(config_path), state_of(weights_path))
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise SourceError(f"{config_path}: no JSON object")
     problems = _config_problems(config)
     if problems:
         raise SourceError(
             f"{config_path}: the adapter is more than plain LoRA, or cannot be read as such; merge it with PEFT "
             f"(merge_and_unload) and convert the result:\n{listing(problems)}"
         )
-    matrices, whole, problems = _sort_tensors(read_safetensors_header(weights_path))
+    matrices, named_whole, problems = _sort_tensors(read_safetensors_header(weights_path))
+    whole, more = sort_whole(named_whole, config.get("modules_to_save") or [])
+    problems += more
     changes = []
     named, more = _name_parameters(matrices, config)
     problems += more
@@ -155,22 +167,10 @@ def open_adapter(folder: Path | str) -> Adapter:
             changes.append(change)
     if problems:
         raise SourceError(f"{weights_path}: tensors that no plain LoRA adapter has:\n{listing(problems)}")
-    saved = config.get("modules_to_save") or []
-    trained = {key: tensor for key, tensor in whole.items() if _is_listed(key, saved) and not key[1]}
-    base = {key: tensor for key, tensor in whole.items() if key not in trained}
-    if not changes and not trained:
+    if not changes and not whole.trained:
         raise SourceError(f"{weights_path}: holds no LoRA matrices")
-    return Adapter(
-        folder.resolve().name,
-        tuple(changes),
-        {module: tensor for (module, _), tensor in base.items()},
-        {module: tensor for (module, _), tensor in trained.items()},
-        files,
-    )
-
-
-def _is_listed(key: tuple[str, bool], saved: list[str]) -> bool:
-    return any(key[0] == name or key[0].endswith(f".{name}") for name in saved)
+    keeps_tie = bool(config.get("ensure_weight_tying"))
+    return Adapter(folder.resolve().name, tuple(changes), whole.base, whole.trained, folder.resolve(), keeps_tie, files)
 
 
 # ---------------------------------------------------------------- settings
@@ -254,13 +254,12 @@ _OF_EXPERTS = re.compile(r"\bexperts\.(gate_up_proj|down_proj)$")
 _WRAPPED = ".base_layer"
 
 _Matrices = dict[tuple[str, bool], dict[str, StoredTensor]]
-_Whole = dict[tuple[str, bool], StoredTensor]
 
 
-def _sort_tensors(stored: list[StoredTensor]) -> tuple[_Matrices, _Whole, list[str]]:
-    """(module, is embedding) -> its A and B; (module, is below LoRA) -> whole weights; names that are neither."""
+def _sort_tensors(stored: list[StoredTensor]) -> tuple[_Matrices, dict[str, StoredTensor], list[str]]:
+    """(module, is embedding) -> its A and B; name -> whole weight; names that are neither."""
     matrices: _Matrices = {}
-    whole: _Whole = {}
+    whole: dict[str, StoredTensor] = {}
     problems, adapters = [], set()
     for tensor in stored:
         name = tensor.name.removeprefix("base_model.model.")
@@ -272,9 +271,8 @@ def _sort_tensors(stored: list[StoredTensor]) -> tuple[_Matrices, _Whole, list[s
                 problems.append(f"{name}: a second {match[2]} matrix of the module")
             pair[match[2]] = tensor
             adapters.add(match[3] or "")
-        elif is_short and "lora_" not in name and name.endswith(".weight"):
-            module = name.removesuffix(".weight")
-            whole[module.removesuffix(".base_layer"), module.endswith(".base_layer")] = tensor
+        elif is_short and "lora_" not in name:
+            whole[name] = tensor
         else:
             problems.append(f"{name[:_MAX_NAME]} {tensor.dtype} {list(tensor.shape)}")
     if len(adapters) > 1:

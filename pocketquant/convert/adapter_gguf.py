@@ -152,6 +152,8 @@ def _is_same(weight: StoredTensor, module: str, base: Model) -> bool:
     """Whether a weight saved along is the base model's; PEFT saves the embedding with adapters that change it."""
     names = {"embed_tokens": Role.EMBED, HEAD: Role.HEAD}
     role = names.get(without_prefix(module))
+    if role is Role.HEAD and base.is_tied:
+        role = Role.EMBED
     tensor = next((tensor for tensor in base.tensors if tensor.role is role), None)
     if tensor is None or tensor.shape != weight.shape:
         return False

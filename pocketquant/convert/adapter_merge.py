@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pocketquant.convert.adapter import Adapter, LowRank
 from pocketquant.convert.adapter_pieces import Piece, name_in, pieces_of, stack_of
+from pocketquant.convert.mapping import is_same_data
 from pocketquant.convert.quantized.numbers import floats
 from pocketquant.convert.quantized.tensor import Reads
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile, StoredTensor
@@ -126,7 +127,9 @@ def merge_adapter(
     """The checkpoint's tensors with the adapter's changes in their place; reads no weights.
 
     While an adapter is trained, embedding and head are two modules even where they share their weights, so changing one
-    of them leaves the other as it was. The merged model then has a head of its own.
+    of them leaves the other as it was, and loading it does too. The merged model then has a head of its own. (PEFT's
+    `merge_and_unload` adds the change to the shared weights, and so to both.) A base weight that comes along for either
+    of them is the shared one.
 
     Args:
         stored: the checkpoint's tensors by name.
@@ -136,28 +139,37 @@ def merge_adapter(
         notes: what was merged is added here.
 
     Raises:
-        SourceError: modules that the checkpoint does not have, or of another shape (all listed).
+        SourceError: another vocabulary; modules that the checkpoint does not have, or of another shape (all listed).
     """
     merged, reads = dict(stored), Reads()
     problems: list[str] = []
+    replaced: list[str] = []
+    embedding = name_in(merged, _EMBEDDING)
+    _refuse_resized(adapter, None if embedding is None else merged[embedding].shape)
+    _refuse_two_bases(adapter, tied)
 
     def replace_weights(weights: Mapping[str, StoredTensor], what: str) -> None:
         for module, tensor in weights.items():
-            name = name_in(merged, module)
+            name = name_in(merged, module) or name_in(merged, module, "")
+            if name is None and tied and _last(module) == HEAD:
+                name = embedding
             if name is None:
                 problems.append(f"{module}: the checkpoint has no such weight")
-            elif len(tensor.shape) != 2 or tensor.shape != merged[name].shape:
+            elif tensor.shape != merged[name].shape:
                 found = f"{what}, {list(tensor.shape)}, in the checkpoint {list(merged[name].shape)}"
-                problems.append(f"{module}: {found}; only matrices can be replaced")
+                problems.append(f"{module}: {found}")
             else:
-                merged[name] = tensor
+                merged[name] = replace(tensor, name=name)
+                replaced.append(name)
         if weights:
             notes.append(f"adapter {adapter.name}: {len(weights)} weights {what} in place of the checkpoint's")
 
     replace_weights(adapter.base_weights, "of the base model that it brings along")
     changed = [*adapter.trained_weights, *(change.module for change in adapter.changes)]
-    embedding = name_in(merged, _EMBEDDING)
-    if tied and embedding is not None and any(_last(module) in (_EMBEDDING, HEAD) for module in changed):
+    ends = {_last(module) for module in changed} & {_EMBEDDING, HEAD}
+    if tied and adapter.keeps_tie and ends == {HEAD}:
+        problems.append(f"{HEAD}: trained as one with the embedding (ensure_weight_tying), which is not saved along")
+    if tied and embedding is not None and ends and not (adapter.keeps_tie and ends == {_EMBEDDING}):
         head = name_in(merged, HEAD) or f"{HEAD}.weight"
         merged[head] = MergedTensor(head, merged[embedding], (), reads)
         notes.append(f"adapter {adapter.name}: trained one of embedding and head, which were tied: now they are two")
@@ -184,16 +196,58 @@ def merge_adapter(
         raise SourceError(
             f"adapter {adapter.name}: does not fit the checkpoint; is it of another base model?\n{listing(problems)}"
         )
-    notes.extend(_describe(adapter, merged, dropped))
+    notes.extend(_describe(adapter, merged, replaced, dropped))
     return merged
 
 
-def _describe(adapter: Adapter, merged: Mapping[str, CheckpointTensor], dropped: Mapping[str, str]) -> list[str]:
+def refuse_whole_on_mlx(adapter: Adapter) -> None:
+    """Norms of a checkpoint saved by MLX hold 1 + weight, and those that PEFT saves the weight alone."""
+    whole = [*adapter.base_weights, *adapter.trained_weights]
+    others = [module for module in whole if _last(module) not in (_EMBEDDING, HEAD)]
+    if others:
+        raise SourceError(
+            f"adapter {adapter.name}: weights trained whole, for a checkpoint saved by MLX, which keeps norms and "
+            f"kernels otherwise than in training; give the original checkpoint:\n{listing(others)}"
+        )
+
+
+def _refuse_resized(adapter: Adapter, shape: tuple[int, ...] | None) -> None:
+    """Embedding and head of another number of rows are those of another vocabulary, which the base does not have."""
+    whole = {**adapter.base_weights, **adapter.trained_weights}
+    shapes = {module: tensor.shape for module, tensor in whole.items()}
+    shapes |= {change.module: change.shape for change in adapter.changes}
+    resized = {
+        module: found
+        for module, found in shapes.items()
+        if shape is not None and _last(module) in (_EMBEDDING, HEAD) and found != shape and found[1:] == shape[1:]
+    }
+    if resized and shape is not None:
+        rows = " or ".join(str(n) for n in sorted({found[0] for found in resized.values()}))
+        raise SourceError(
+            f"adapter {adapter.name}: was trained with a vocabulary of {rows} rows, and the checkpoint's embedding has "
+            f"{shape[0]}. PEFT merges it only into a base resized to as many (resize_token_embeddings): do that with "
+            f"the tokenizer it was trained with, save model and tokenizer, and convert the result:\n{listing(resized)}"
+        )
+
+
+def _refuse_two_bases(adapter: Adapter, tied: bool) -> None:
+    ends = {_last(module): tensor for module, tensor in adapter.base_weights.items()}
+    if tied and _EMBEDDING in ends and HEAD in ends and not is_same_data(ends[_EMBEDDING], ends[HEAD]):
+        raise SourceError(
+            f"adapter {adapter.name}: brings two different base weights along, of an embedding and a head that the "
+            "checkpoint ties; it was trained on a base model whose head is its own: give that one"
+        )
+
+
+def _describe(
+    adapter: Adapter, merged: Mapping[str, CheckpointTensor], replaced: list[str], dropped: Mapping[str, str]
+) -> list[str]:
     ranks = sorted({change.rank for change in adapter.changes})
     scales = sorted({change.scale for change in adapter.changes})
     text = f"rank {_range(ranks)}, scale {_range(scales)}" if adapter.changes else "no LoRA matrices"
     described = [f"adapter {adapter.name}: merged into {len(adapter.changes)} tensors ({text})"]
-    names = [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.pieces]
+    names = [*replaced]
+    names += [name for name, tensor in merged.items() if isinstance(tensor, MergedTensor) and tensor.pieces]
     for what in dict.fromkeys(dropped.values()):
         prefixes = tuple(prefix for prefix, reason in dropped.items() if reason == what)
         count = sum(name.startswith(prefixes) for name in names)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pocketquant.chat_template import IMAGES, MAX_TEMPLATE_CHARACTERS, TemplateProblem, find_template_problems
 from pocketquant.errors import TokenizerError, listing
 from pocketquant.model import Model, Value
+from pocketquant.small_files import read_text
 
 _KEY = "tokenizer.chat_template"
 
@@ -47,9 +48,4 @@ def _with_own(model: Model, text: str) -> dict[str, Value]:
 
 
 def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARACTERS:
-            raise TokenizerError(f"{path}: {path.stat().st_size} bytes; no chat template is so long")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read as a chat template: {error}") from error
+    return read_text(path, 4 * MAX_TEMPLATE_CHARACTERS, TokenizerError)

@@ -7,28 +7,36 @@ its rule and every rule its tensor, every shape is the one the config implies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from pocketquant.architectures import architecture_of_class
+from pocketquant.architectures.qwen35_vision import PREFIXES as VISION_PREFIXES
 from pocketquant.convert.adapter import Adapter
-from pocketquant.convert.adapter_merge import merge_adapter
+from pocketquant.convert.adapter_merge import merge_adapter, refuse_whole_on_mlx
+from pocketquant.convert.description import describe_folder
+from pocketquant.convert.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    list_entries,
+    named,
+    note_passed_over,
+    refuse_versions,
+)
 from pocketquant.convert.mapping import is_tied, map_tensors
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.mlx import refuse_mlx_quantized, undo_mlx_layout
 from pocketquant.convert.mtp import MtpMode, check_mode, find_mtp, note_mtp, without_trunk
 from pocketquant.convert.quantized import dequantize_table
-from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
-from pocketquant.convert.snapshot import INDEX, Snapshot, local_snapshot
+from pocketquant.convert.quantized.settings import settings_file
+from pocketquant.convert.safetensors import StoredTensor
+from pocketquant.convert.snapshot import Snapshot, local_snapshot
+from pocketquant.convert.tensor_table import WeightFiles, choose_weights, read_tensor_table
 from pocketquant.convert.tokenizer import read_tokenizer
-from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.files import read_json
-from pocketquant.gguf_file import describe_folder
+from pocketquant.errors import ArchitectureError, SourceError
 from pocketquant.model import Model
-
-_HEADERS_AT_ONCE = 8  # a hub takes a moment to answer, and a big model has a hundred shards
+from pocketquant.small_files import read_object
 
 
 def open_checkpoint(
@@ -67,19 +75,27 @@ def open_mtp(source: Path | str | Snapshot, *, adapter: Adapter | None = None) -
 def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None, *, sidecar: bool) -> Model | None:
     snapshot = source if isinstance(source, Snapshot) else local_snapshot(Path(source))
     folder = snapshot.folder
-    config = _read_object(folder / "config.json")
+    _refuse_adapter_inside(snapshot, adapter)
+    config = read_object(folder / "config.json")
+    refuse_versions(folder / "config.json", config.get("configuration_files"), "config")
     text_config = config.get("text_config", config)
     if not isinstance(text_config, dict):
         raise SourceError(f"{folder / 'config.json'}: text_config is no object")
     architecture = architecture_of_class(_class_name(config, folder))
     sizes = architecture.read_sizes(text_config)
     kinds = architecture.layer_kinds(text_config)
-    notes: list[str] = []
-    table = read_tensor_table(snapshot)
+    weights = choose_weights(snapshot, config)
+    notes = list(weights.notes)
+    table = read_tensor_table(snapshot, weights)
+    notes += note_passed_over(snapshot.entries, _read_from(snapshot, config, weights, table, adapter))
     refuse_mlx_quantized(config, table, folder)
     stored = dequantize_table(table, config, folder, notes)
+    as_trained = architecture
     architecture, stored = undo_mlx_layout(architecture, sizes, stored, notes, with_mtp=mode != "drop")
     if adapter is not None:
+        if architecture is not as_trained:
+            refuse_whole_on_mlx(adapter)
+        notes += _note_beside_adapter(adapter, folder)
         tied = is_tied(config, text_config, stored, [])
         stored = merge_adapter(stored, adapter, tied, architecture.dropped, notes)
     block = None if mode == "drop" else find_mtp(stored, sizes["n_layer"])
@@ -95,20 +111,66 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     tensors = map_tensors(architecture, sizes, kinds, stored, tied, notes, taken)
     n_weights = sum(prod(tensor.shape) for tensor in tensors)
     expert_weights = sum(prod(tensor.shape[1:]) for tensor in tensors if len(tensor.shape) == 3)
-    described = describe_folder(folder, n_weights, sizes.get("n_expert", 0), expert_weights)
+    described = describe_folder(folder, n_weights, notes, sizes.get("n_expert", 0), expert_weights)
     metadata = {
         **model_metadata(architecture, text_config, sizes, described),
-        **read_tokenizer(folder, sizes["n_vocab"], config),
+        **read_tokenizer(folder, sizes["n_vocab"], config, notes),
     }
     files = (*snapshot.files, *(adapter.files if adapter is not None else ()))
     return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: no JSON object")
-    return value
+def _refuse_adapter_inside(snapshot: Snapshot, adapter: Adapter | None) -> None:
+    """Weights and an adapter in one folder are one model to transformers with PEFT, and another one without it.
+
+    Merging a leftover adapter into weights that it was merged into would apply it twice, so nobody's guess is right.
+    """
+    entries, folder = snapshot.entries, snapshot.folder
+    weights = [name for name in ADAPTER_WEIGHTS if name in entries]
+    if adapter is not None or snapshot.is_one_file or ADAPTER_CONFIG not in entries or not weights:
+        return
+    if "config.json" not in entries:
+        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise SourceError(
+            f"{folder}: an adapter (of {base!r:.120}) and no model; give its base model as the source and this folder "
+            f"as the adapter: --adapter {folder}"
+        )
+    raise SourceError(
+        f"{folder}: holds a model and an adapter, {weights[0]}; transformers merges it where PEFT is installed and "
+        f"leaves it out elsewhere. To merge it, name its folder on this machine: --adapter {folder}; to leave it out, "
+        f"take {ADAPTER_CONFIG} away"
+    )
+
+
+def _note_beside_adapter(adapter: Adapter, folder: Path) -> list[str]:
+    """What lies in an adapter's own folder besides: often a tokenizer and a template, which are not the model's."""
+    if adapter.folder is None or adapter.folder == folder.resolve():
+        return []
+    others = [name for name in list_entries(adapter.folder) if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS[0])]
+    if not others:
+        return []
+    note = f"adapter {adapter.name}: passed over in its folder: {named(others)}"
+    return [f"{note}; tokenizer and chat template are the base model's" if "tokenizer.json" in others else note]
+
+
+def _read_from(
+    snapshot: Snapshot,
+    config: Mapping[str, Any],
+    weights: WeightFiles,
+    table: Mapping[str, StoredTensor],
+    adapter: Adapter | None,
+) -> set[str]:
+    """Names of the files of the folder that are read, of those that not every checkpoint is read from."""
+    read = {*weights.names, settings_file(config, snapshot.folder), *([weights.index] if weights.index else [])}
+    if "chat_template.jinja" in snapshot.entries:
+        read |= {"chat_template.jinja", "additional_chat_templates/"}
+    else:
+        read |= {"chat_template.json"}
+    if any(name.startswith(VISION_PREFIXES) for name in table):
+        read |= {"preprocessor_config.json", "processor_config.json"}
+    if adapter is not None and adapter.folder == snapshot.folder.resolve():
+        read |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS[0]}
+    return read
 
 
 def _class_name(config: Mapping[str, Any], folder: Path) -> str:
@@ -116,60 +178,3 @@ def _class_name(config: Mapping[str, Any], folder: Path) -> str:
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise ArchitectureError(f"{folder / 'config.json'}: 'architectures' names no model class")
     return classes[0]
-
-
-def read_tensor_table(snapshot: Snapshot) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor of `model.safetensors`, or of the shards that the index names.
-
-    Raises:
-        SourceError: no safetensors, shards missing, or an index that contradicts the shards.
-    """
-    folder, files = snapshot.folder, snapshot.weights
-    index_path = folder / INDEX
-    if not index_path.exists():
-        if len(files) != 1:
-            found = "no *.safetensors file" if not files else f"{len(files)} *.safetensors files and no index"
-            raise SourceError(f"{folder}: {found}; expected model.safetensors, or shards with {index_path.name}")
-        return {tensor.name: tensor for file in files.values() for tensor in read_safetensors_header(file)}
-    weight_map = _read_object(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise SourceError(f"{index_path}: weight_map is missing or no object of names")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise SourceError(f"{index_path}: shards outside the folder:\n{listing(outside)}")
-    missing = [name for name in names if name not in files]
-    if missing:
-        raise SourceError(f"{folder}: shards named in the index are missing; download them:\n{listing(missing)}")
-    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        headers = list(pool.map(read_safetensors_header, [files[name] for name in names]))
-    stored: dict[str, StoredTensor] = {}
-    shards_of: dict[str, list[str]] = {}
-    for shard, header in zip(names, headers, strict=True):
-        for tensor in header:
-            stored[tensor.name] = tensor
-            shards_of.setdefault(tensor.name, []).append(shard)
-    problems = _find_contradictions(weight_map, shards_of)
-    if problems:
-        raise SourceError(
-            f"{index_path}: the index and the shards contradict each other, so nobody knows which numbers are meant; "
-            f"download all of them again, from one revision, or save the checkpoint anew:\n{listing(problems)}"
-        )
-    return stored
-
-
-def _find_contradictions(weight_map: Mapping[str, str], shards_of: Mapping[str, list[str]]) -> list[str]:
-    """What an index (tensor name -> shard) says otherwise than the shards themselves (name -> all that have it)."""
-    problems = []
-    for name, shards in shards_of.items():
-        stated = weight_map.get(name)
-        if len(shards) > 1:
-            problems.append(f"{name}: in {' and in '.join(shards)}; the index says {stated or 'nothing of it'}")
-        elif stated is None:
-            problems.append(f"{name}: in {shards[0]}, not in the index")
-        elif stated != shards[0]:
-            problems.append(f"{name}: in {shards[0]}, the index says {stated}")
-    missing = [
-        f"{name}: not in {shard}, nor in any other" for name, shard in weight_map.items() if name not in shards_of
-    ]
-    return missing + problems

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pocketquant.convert.folder import top_level
 from pocketquant.convert.http_ranges import (
     HUGGING_FACE,
     MAX_WAIT_SECONDS,
@@ -64,7 +65,9 @@ def hub_snapshot(repo: str, revision: str | None, keep_source: Path | None = Non
     name = repo.split("/")[-1]
     if constants.HF_HUB_OFFLINE:
         folder = _cached_folder(repo, revision, label)
-        with named_snapshot(folder, name, f"{label} (offline, {folder})", local_snapshot(folder).weights) as snapshot:
+        local = local_snapshot(folder)
+        offline = f"{label} (offline, {folder})"
+        with named_snapshot(folder, name, offline, local.weights, local.entries) as snapshot:
             yield snapshot
         return
     files = _list_files(repo, revision, label)
@@ -81,7 +84,7 @@ def hub_snapshot(repo: str, revision: str | None, keep_source: Path | None = Non
         return
     folder = _download(repo, commit, small, label, named=revision)
     ranged = {name: _weights(repo, commit, name, files[name]) for name in weights}
-    with named_snapshot(folder, name, label, ranged) as snapshot:
+    with named_snapshot(folder, name, label, ranged, top_level(files)) as snapshot:
         yield snapshot
 
 

@@ -40,25 +40,37 @@ def is_tied(
 ) -> bool:
     """Whether the embedding is the output head.
 
-    A head saved beside a tied embedding is dropped if it is the same, byte for byte, and kept if it is not.
+    A vision-language config says so twice, at the top and in its text_config, and transformers goes by the one or the
+    other according to the class that it loads (5.24: `Qwen3_5ForConditionalGeneration` by the top, `Qwen3_5ForCausalLM`
+    by text_config); where they differ, the other class would start from a random head. So either of them ties. A head
+    saved beside a tied embedding is dropped if it is the same, byte for byte, and kept if it is not.
     """
     head = next(
         (stored[f"{prefix}lm_head.weight"] for prefix in _HEAD_PREFIXES if f"{prefix}lm_head.weight" in stored), None
     )
-    stated = text_config.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    flags = {
+        where: owner["tie_word_embeddings"]
+        for where, owner in (("at the top", config), ("in text_config", text_config))
+        if owner.get("tie_word_embeddings") is not None
+    }
+    is_stated = any(flags.values())
+    if head is None and is_stated and not all(flags.values()):
+        says = ", ".join(f"{str(bool(flag)).lower()} {where}" for where, flag in flags.items())
+        notes.append(f"config.json's tie_word_embeddings is {says}; there is no head, so the embedding is the head")
     if head is None:
-        return bool(stated) or stated is None
-    if not stated:
+        return is_stated or not flags
+    if not is_stated:
         return False
     embedding = next((tensor for name, tensor in stored.items() if name.endswith("embed_tokens.weight")), None)
-    if embedding is not None and _is_same_data(head, embedding):
+    if embedding is not None and is_same_data(head, embedding):
         notes.append(f"{head.name}: equal to the tied embedding, left out")
         return True
     notes.append(f"{head.name}: config.json ties it to the embedding but it differs, kept as output head")
     return False
 
 
-def _is_same_data(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+def is_same_data(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+    """Whether two tensors hold the same bytes in the same shape and type."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     n_rows, step = prod(first.shape[:-1]), max(1, _COMPARE_WEIGHTS // first.shape[-1])
@@ -102,6 +114,8 @@ def map_tensors(
         ArchitectureError: tensors missing, unknown or of another shape or type (all listed).
     """
     prefix = _prefix_of(stored)
+    if len(kinds) > len(stored):
+        raise ArchitectureError(f"config.json's {len(kinds)} layers are more than the {len(stored)} tensors there are")
     wanted = [
         _wanted(rule, layer, prefix, stored, sizes, mtp)
         for rule, layer in _expected_rules(architecture, kinds, mtp)

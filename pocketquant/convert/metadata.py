@@ -7,6 +7,7 @@ from typing import Any
 
 from pocketquant.architectures.table import Architecture, Sizes
 from pocketquant.errors import ArchitectureError
+from pocketquant.gguf_values import find_problem
 from pocketquant.model import Value
 
 
@@ -31,14 +32,8 @@ def model_metadata(
 
 
 def _checked(key: str, kind: str, value: Any) -> Any:
-    if kind == "f32" and type(value) in (int, float):
-        return float(value)
-    if kind == "u32" and type(value) is int and 0 <= value < 1 << 32:
-        return value
-    if kind == "bool" and type(value) is bool:
-        return value
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind.endswith("[]") and isinstance(value, list):
-        return value
-    raise ArchitectureError(f"config.json: {value!r} for GGUF key {key}, which is a {kind}")
+    if kind == "f32" and type(value) is int and abs(value) < 1 << 128:
+        value = float(value)
+    if problem := find_problem(Value(kind, value)):
+        raise ArchitectureError(f"config.json: GGUF key {key}: {problem}")
+    return value

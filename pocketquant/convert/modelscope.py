@@ -8,7 +8,6 @@ that changes meanwhile is found out by its size, ETag and, for small and kept fi
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from pocketquant.convert.folder import top_level
 from pocketquant.convert.http_ranges import MODELSCOPE, HttpFile, fetch_whole
 from pocketquant.convert.remote_file import BLOCK_BYTES, RemoteFile
 from pocketquant.convert.repository import (
@@ -31,6 +31,7 @@ from pocketquant.convert.repository import (
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.errors import SourceError
 from pocketquant.files import replacing
+from pocketquant.small_files import parse_json
 
 _MAX_LISTING_BYTES = 64 << 20
 _LISTING_LIMIT = 3000  # a longer listing is cut there without a word (modelscope_hub, constants.py)
@@ -68,7 +69,7 @@ def modelscope_snapshot(repo: str, revision: str | None, keep_source: Path | Non
         with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
             list(pool.map(lambda name: _store(files[name], Path(temporary) / name), small))
         ranged = {name: RemoteFile(files[name]) for name in weights}
-        with named_snapshot(Path(temporary), model_name, label, ranged) as snapshot:
+        with named_snapshot(Path(temporary), model_name, label, ranged, top_level(files)) as snapshot:
             yield snapshot
 
 
@@ -95,10 +96,7 @@ def _list_files(repo: str, revision: str, label: str) -> dict[str, HttpFile]:
 
 
 def _entries(raw: bytes, label: str) -> list[dict[str, Any]]:
-    try:
-        answer = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{label}: ModelScope's answer is no JSON ({error}); is the endpoint right?") from error
+    answer = parse_json(raw, f"{label}: ModelScope's answer (is the endpoint right?)")
     data = answer.get("Data") if isinstance(answer, dict) else None
     entries = data.get("Files") if isinstance(data, dict) else None
     if not isinstance(entries, list):

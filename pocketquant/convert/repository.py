@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from pocketquant.convert.folder import ADAPTER_CONFIG
 from pocketquant.convert.http_ranges import HttpFile
 from pocketquant.convert.safetensors import RangeFile
 from pocketquant.convert.snapshot import Snapshot
 from pocketquant.errors import OutputError, SourceError, listing
-from pocketquant.files import MAX_JSON_BYTES, sha256_of
+from pocketquant.files import sha256_of
+from pocketquant.small_files import MAX_JSON_BYTES
 
 MAX_SMALL_FILES = 200
 _SMALL = re.compile(r"[\w.+-]+\.json|[\w.+-]+\.jinja|additional_chat_templates/[\w.+-]+\.jinja|README\.md")
@@ -32,6 +34,11 @@ def small_files(label: str, sizes: Mapping[str, int | None]) -> list[str]:
         SourceError: no config.json, or files of a size that none of these has (all listed).
     """
     names = [name for name in sizes if _SMALL.fullmatch(name) and not name.startswith(".") and name not in _NOT_READ]
+    if "config.json" not in names and ADAPTER_CONFIG in names:
+        raise SourceError(
+            f"{label}: an adapter and no checkpoint; give its base model as the source, and a local folder with this "
+            "adapter with --adapter"
+        )
     if "config.json" not in names:
         found = ", ".join(sorted(sizes)[:10]) or "nothing"
         raise SourceError(f"{label}: no config.json, so no checkpoint to convert; it holds {found}")
@@ -53,7 +60,9 @@ def weight_files(label: str, sizes: Mapping[str, int | None]) -> list[str]:
 
 
 @contextmanager
-def named_snapshot(folder: Path, name: str, label: str, weights: Mapping[str, RangeFile]) -> Iterator[Snapshot]:
+def named_snapshot(
+    folder: Path, name: str, label: str, weights: Mapping[str, RangeFile], entries: tuple[str, ...] = ()
+) -> Iterator[Snapshot]:
     """A snapshot whose folder has the model's name; errors raised meanwhile name the repository, not the folder.
 
     Metadata and file names are made from the folder's name, and a cache's folder is named by commit.
@@ -62,7 +71,7 @@ def named_snapshot(folder: Path, name: str, label: str, weights: Mapping[str, Ra
         link = Path(temporary) / name
         link.symlink_to(folder.resolve(), target_is_directory=True)
         try:
-            yield Snapshot(link, weights)
+            yield Snapshot(link, weights, entries)
         except Exception as error:
             if error.args and isinstance(error.args[0], str) and str(link) in error.args[0]:
                 error.args = (error.args[0].replace(str(link), label), *error.args[1:])

@@ -7,9 +7,7 @@ https://github.com/huggingface/safetensors#format, and `Metadata::validate` in s
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy.typing as npt
 from pocketquant.errors import SourceError, listing
 from pocketquant.files import read_at
 from pocketquant.formats import U8Array
+from pocketquant.small_files import parse_json
 from pocketquant.unchanged import FileState, state_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
@@ -173,25 +172,9 @@ def read_safetensors_header(source: Path | RangeFile) -> list[StoredTensor]:
 
 def _read_object(path: RangeFile, length: int) -> dict[str, Any]:
     """The header as JSON; no object in it has a key twice, since readers differ in which of the two they believe."""
-    twice: list[str] = []
-
-    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return entries
-
-    try:
-        header = json.loads(path.read(8, length).tobytes(), object_pairs_hook=to_dict)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
-        raise SourceError(f"{path}: the header is no JSON ({error}); download the file again") from error
+    header = parse_json(path.read(8, length).tobytes(), f"{path}, header", unique=True)
     if not isinstance(header, dict):
         raise SourceError(f"{path}: the header is no JSON object; download the file again")
-    if twice:
-        raise SourceError(
-            f"{path}: the header has keys twice, so nobody knows which of the two is meant; save or download the file "
-            f"again:\n{listing(twice)}"
-        )
     return header
 
 

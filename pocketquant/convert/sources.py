@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pocketquant.architectures.qwen35_vision import QWEN35_VISION
 from pocketquant.convert.adapter import open_adapter
 from pocketquant.convert.chat_template import with_chat_template
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
+from pocketquant.convert.gguf_source import open_gguf_source
 from pocketquant.convert.mtp import MtpMode
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import SourceError
-from pocketquant.gguf_file import open_gguf
-from pocketquant.model import Model
+from pocketquant.gguf_file import read_shards
+from pocketquant.model import Model, Value
+from pocketquant.small_files import kind_of
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"(?:(hf|ms)://)?({_PART}/{_PART})(?:@([\w./+-]{{1,200}}))?")
@@ -88,7 +91,7 @@ def open_parts(
         path = Path(source)
         if adapter is not None:
             raise SourceError(f"{path}: an adapter is merged into a checkpoint, not into a GGUF; give the checkpoint")
-        parts = Parts(open_gguf(path))
+        parts = Parts(open_gguf_source(path))
     else:
         merged = None if adapter is None else open_adapter(adapter)
         with open_snapshot(source, keep_source) as snapshot:
@@ -100,10 +103,39 @@ def open_parts(
     return replace(parts, model=with_chat_template(parts.model, chat_template, refuse=not is_gguf))
 
 
+def open_counterpart(file: Path | str, source: Path | str) -> Model:
+    """Opens the part of a source that a GGUF was made from: the model, its vision tower or its prediction block.
+
+    Args:
+        file: the GGUF; the first one if it is split.
+        source: as for `open_model`.
+
+    Raises:
+        SourceError: the source has no such part; or as `open_model`.
+    """
+    shards = read_shards(file)
+    metadata = shards[0][1].metadata
+    name = str(metadata.get("general.architecture", Value("str", "")).value)
+    holds_trunk = any(tensor.name.startswith("blk.0.") for _, header in shards for tensor in header.tensors)
+    holds_block = bool(metadata.get(f"{name}.nextn_predict_layers", Value("u32", 0)).value)
+    if names_gguf(source) or (name != QWEN35_VISION.name and not holds_block):
+        return open_model(source)
+    with open_snapshot(source) as snapshot:
+        if name == QWEN35_VISION.name:
+            part, what = open_vision(snapshot), "vision tower"
+        elif holds_trunk:
+            part, what = open_checkpoint(snapshot, mtp="embed"), ""
+        else:
+            part, what = open_mtp(snapshot), "multi-token-prediction block"
+    if part is None:
+        raise SourceError(f"{source}: has no {what}, and {file} holds one; give the checkpoint it was made from")
+    return part
+
+
 def names_gguf(source: Path | str) -> bool:
     """Whether a source is to be read as a GGUF: any file that is not a checkpoint's safetensors."""
     path = Path(source)
-    return path.is_file() and path.suffix != ".safetensors"
+    return kind_of(path) == "file" and path.suffix != ".safetensors"
 
 
 @contextmanager
@@ -132,7 +164,7 @@ def find_repository(source: Path | str) -> Repository | None:
     Raises:
         SourceError: it starts as an address but names no repository.
     """
-    if isinstance(source, Path) or Path(source).exists():
+    if isinstance(source, Path) or kind_of(source):
         return None
     match = _REPOSITORY.fullmatch(source)
     if match:

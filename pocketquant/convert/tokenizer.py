@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocketquant.convert.added_tokens import DEFAULT, AddedTokens, read_added_tokens
+from pocketquant.convert.folder import refuse_versions
 from pocketquant.errors import TokenizerError, listing
-from pocketquant.files import read_json
+from pocketquant.gguf_values import shown
 from pocketquant.model import Value
+from pocketquant.small_files import is_present, read_object, read_optional_object, read_text
 
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -31,30 +34,43 @@ _FOUND_BY_TEXT = {"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_
 _MAX_TEMPLATE_BYTES = 1 << 20
 
 
-def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dict[str, Value]:
+def read_tokenizer(
+    folder: Path, n_vocab: int, config: Mapping[str, Any], notes: list[str] | None = None
+) -> dict[str, Value]:
     """Tokens, merges, special ids, chat template and sampling of a checkpoint.
 
     Args:
         folder: the checkpoint.
         n_vocab: rows of the embedding; the token list is padded to it.
         config: config.json.
+        notes: what people should know about it is added here.
 
     Raises:
-        TokenizerError: missing, unlike anything the runtimes implement, or larger than the embedding.
+        TokenizerError: missing, unlike anything the runtimes implement, larger than the embedding, with one text under
+            two ids, or without an end token.
     """
+    notes = [] if notes is None else notes
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_present(path):
         raise TokenizerError(
             f"{path}: missing; save the tokenizer in this format (a 'fast' tokenizer's save_pretrained does)"
         )
-    tokenizer = read_json(path)
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+    tokenizer = read_object(path)
+    if not isinstance(tokenizer.get("model"), dict):
         raise TokenizerError(f"{path}: no tokenizer")
-    settings = _optional_object(folder / "tokenizer_config.json")
-    generation = _optional_object(folder / "generation_config.json")
+    if not isinstance(tokenizer.get("added_tokens") or [], list):
+        raise TokenizerError(f"{path}: added_tokens {shown(tokenizer['added_tokens'])}, expected a list")
+    settings = read_optional_object(folder / "tokenizer_config.json")
+    refuse_versions(folder / "tokenizer_config.json", settings.get("fast_tokenizer_files"), "tokenizer")
+    generation = read_optional_object(folder / "generation_config.json")
     pre = _recognise(tokenizer, path)
-    added = _added_tokens(tokenizer, settings, path)
-    tokens, types = _token_list(tokenizer["model"], added, n_vocab, path)
+    _check_vocabulary(tokenizer["model"], path)
+    special_map = read_optional_object(folder / "special_tokens_map.json")
+    added = read_added_tokens(
+        tokenizer, settings, special_map, read_optional_object(folder / "added_tokens.json"), path
+    )
+    notes += added.notes
+    tokens, types = _token_list(tokenizer["model"]["vocab"], added.by_id, n_vocab, path)
     merges = _merges(tokenizer["model"], path)
     if not _is_numbered_as_listed(tokenizer):
         _check_against_library(path, tokens)
@@ -65,17 +81,10 @@ def read_tokenizer(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> dic
         "tokenizer.ggml.token_type": Value("i32[]", types),
         "tokenizer.ggml.merges": Value("str[]", merges),
     }
-    metadata.update(_special_ids(settings, generation, config, tokens, path))
+    metadata.update(_special_ids(added, generation, config, tokens, path, notes))
     metadata["tokenizer.ggml.add_bos_token"] = Value("bool", bool(settings.get("add_bos_token", False)))
     metadata.update(_chat_templates(folder, settings))
     return metadata
-
-
-def _optional_object(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: no JSON object")
-    return value
 
 
 def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
@@ -91,8 +100,9 @@ def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
     steps = _pre_tokenizer_steps(tokenizer.get("pre_tokenizer"))
     splits = [step for step in steps if step.get("type") == "Split"]
     levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    regex = splits[0].get("pattern", {}).get("Regex") if len(splits) == 1 else None
-    if len(steps) != 2 or len(levels) != 1 or regex is None:
+    pattern = splits[0].get("pattern") if len(splits) == 1 else None
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if len(steps) != 2 or len(levels) != 1 or not isinstance(regex, str):
         problems.append("pre_tokenizer is not one Split by a regex, then ByteLevel")
     elif regex not in PRE_TOKENIZERS:
         problems.append(f"the split regex {regex!r} is none that we know: {', '.join(PRE_TOKENIZERS.values())}")
@@ -114,35 +124,19 @@ def _pre_tokenizer_steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
-def _added_tokens(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> dict[int, tuple[str, bool]]:
-    """Id -> (text, is special) from tokenizer.json and tokenizer_config.json; they must agree on the texts."""
-    entries: list[tuple[Any, Any]] = [(item.get("id"), item) for item in tokenizer.get("added_tokens") or []]
-    decoder = settings.get("added_tokens_decoder") or {}
-    entries += [(int(key) if str(key).isdecimal() else key, item) for key, item in decoder.items()]
-    added: dict[int, tuple[str, bool]] = {}
-    problems = []
-    for number, item in entries:
-        text = item.get("content") if isinstance(item, dict) else None
-        if type(number) is not int or number < 0 or not isinstance(text, str):
-            problems.append(f"added token {number!r}: {item!r:.80}")
-        elif number in added and added[number][0] != text:
-            problems.append(f"added token {number} is {added[number][0]!r} and {text!r}")
-        else:
-            added[number] = (text, bool(item.get("special")) or added.get(number, ("", False))[1])
-    if problems:
-        raise TokenizerError(f"{path}: tokens that contradict each other:\n{listing(problems)}")
-    return added
-
-
-def _token_list(
-    model: Mapping[str, Any], added: Mapping[int, tuple[str, bool]], n_vocab: int, path: Path
-) -> tuple[list[str], list[int]]:
+def _check_vocabulary(model: Mapping[str, Any], path: Path) -> None:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
         raise TokenizerError(f"{path}: model.vocab is missing or no object of token -> id")
+    n_ids = len(set(vocab.values()))
+    if n_ids != len(vocab):
+        raise TokenizerError(f"{path}: model.vocab gives {len(vocab)} tokens only {n_ids} different ids")
+
+
+def _token_list(
+    vocab: Mapping[str, int], added: Mapping[int, tuple[str, bool]], n_vocab: int, path: Path
+) -> tuple[list[str], list[int]]:
     by_id = {number: (token, _NORMAL) for token, number in vocab.items()}
-    if len(by_id) != len(vocab):
-        raise TokenizerError(f"{path}: model.vocab gives {len(vocab)} tokens only {len(by_id)} different ids")
     for number, (text, is_special) in added.items():
         looks_special = text.startswith("<|") and text.endswith("|>")
         by_id[number] = (text, _CONTROL if is_special or looks_special else _USER_DEFINED)
@@ -152,8 +146,32 @@ def _token_list(
         raise TokenizerError(
             f"{path}: tokens beyond the embedding's {n_vocab} rows; the two do not belong together:\n{names}"
         )
-    listed = [by_id.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(n_vocab)]
+    texts = _refuse_twice(by_id, path)
+    listed = [by_id.get(number) or (_padding(number, texts), _UNUSED) for number in range(n_vocab)]
     return [token for token, _ in listed], [kind for _, kind in listed]
+
+
+def _refuse_twice(by_id: Mapping[int, tuple[str, int]], path: Path) -> set[str]:
+    """All texts, which llama.cpp wants to differ: it aborts while loading, where the list is shorter than its map."""
+    texts = {text for text, _ in by_id.values()}
+    if len(texts) == len(by_id):
+        return texts
+    numbers: dict[str, list[int]] = {}
+    for number, (text, _) in sorted(by_id.items()):
+        numbers.setdefault(text, []).append(number)
+    twice = [f"{text!r}: {', '.join(map(str, ids))}" for text, ids in numbers.items() if len(ids) > 1]
+    raise TokenizerError(
+        f"{path}: one text under several ids, which no runtime loads; take the ones out that the model was not trained "
+        f"with:\n{listing(twice)}"
+    )
+
+
+def _padding(number: int, texts: set[str]) -> str:
+    """The name of a row of the embedding without a token, as llama.cpp's converter gives it unless a token has it."""
+    name = f"[PAD{number}]"
+    while name in texts:
+        name = f"[{name}]"
+    return name
 
 
 def _is_numbered_as_listed(tokenizer: Mapping[str, Any]) -> bool:
@@ -208,29 +226,29 @@ def _merges(model: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _special_ids(
-    settings: Mapping[str, Any],
+    added: AddedTokens,
     generation: Mapping[str, Any],
     config: Mapping[str, Any],
     tokens: Sequence[str],
     path: Path,
+    notes: list[str],
 ) -> dict[str, Value]:
-    """Special ids: by name in tokenizer_config.json, else by number in the configs; more ends as eot and eom."""
+    """Special ids: by name as transformers finds them, else by number in the configs; more ends as eot and eom."""
     ids, n_vocab = {token: number for number, token in enumerate(tokens)}, len(tokens)
     text_config = config.get("text_config")
     configs = [config, text_config if isinstance(text_config, dict) else {}]
     found: dict[str, int] = {}
     for name in _SPECIAL:
-        token = settings.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            if text not in ids:
-                raise TokenizerError(f"{path.parent}: {name}_token {text!r} is not in the vocabulary")
+        text = added.named.get(f"{name}_token")
+        if text is not None and text not in ids:
+            raise TokenizerError(f"{path.parent}: {name}_token {text!r} is not in the vocabulary")
+        stated = [number for c in configs for number in _as_list(c.get(f"{name}_token_id"))]
+        if text is not None:
             found[name] = ids[text]
-        else:
-            numbers = [c[f"{name}_token_id"] for c in configs if f"{name}_token_id" in c]
-            number = _as_list(numbers[0])[0] if numbers and numbers[0] else None
-            if type(number) is int:
-                found[name] = number
+        elif stated and type(stated[0]) is int:
+            found[name] = stated[0]
+    if "eos" not in found:
+        found["eos"] = _find_end(added, generation, ids, path, notes)
     ends = [end for c in (generation, *configs) for end in _as_list(c.get("eos_token_id"))]
     wrong = [
         f"{name}: {number}"
@@ -251,6 +269,26 @@ def _special_ids(
     return values
 
 
+def _find_end(
+    added: AddedTokens, generation: Mapping[str, Any], ids: Mapping[str, int], path: Path, notes: list[str]
+) -> int:
+    """The end token where neither tokenizer nor config.json has one; without any, llama.cpp ends at 11, a comma."""
+    ends = _as_list(generation.get("eos_token_id"))
+    if ends:
+        notes.append(f"end-of-generation token {ends[0]!r:.20}: only generation_config.json names one")
+        return ends[0]
+    late = added.late.get("eos_token")
+    text = late or (DEFAULT if added.has_default_eos else None)
+    if text not in ids or text is None:
+        raise TokenizerError(
+            f"{path.parent}: no end-of-generation token in tokenizer_config.json, special_tokens_map.json, config.json "
+            "or generation_config.json, so generation would end at a comma; write eos_token_id into the last of them"
+        )
+    where = "only special_tokens_map.json names one" if late else "nothing names one, so it is that of transformers"
+    notes.append(f"end-of-generation token {text!r}: {where}")
+    return ids[text]
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -259,9 +297,8 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
     """`chat_template.jinja` before `chat_template.json` before tokenizer_config.json, as transformers loads them."""
     named: dict[str, str] = {}
     template = settings.get("chat_template")
-    if (folder / "chat_template.json").is_file():
-        template = _optional_object(folder / "chat_template.json").get("chat_template", template)
-    if (folder / "chat_template.jinja").is_file():
+    template = read_optional_object(folder / "chat_template.json").get("chat_template", template)
+    if is_present(folder / "chat_template.jinja"):
         template = _read_template(folder / "chat_template.jinja")
         for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
             named[path.stem] = _read_template(path)
@@ -279,9 +316,4 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
 
 
 def _read_template(path: Path) -> str:
-    if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-        raise TokenizerError(f"{path}: larger than {_MAX_TEMPLATE_BYTES} bytes; no chat template is")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    return read_text(path, _MAX_TEMPLATE_BYTES, TokenizerError)

@@ -17,17 +17,18 @@ import numpy.typing as npt
 
 from pocketquant.architectures.qwen35_vision import PREFIXES, QWEN35_VISION
 from pocketquant.architectures.table import BLOCK, Sizes, TensorRule, shape_of
-from pocketquant.convert.checkpoint import read_tensor_table
+from pocketquant.convert.description import describe_folder
 from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.quantized import DequantizedTensor, dequantize_table
 from pocketquant.convert.rows import CheckpointRows
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
+from pocketquant.convert.tensor_table import choose_weights, read_tensor_table
 from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.files import read_json
-from pocketquant.gguf_file import describe_folder, is_gguf
+from pocketquant.gguf_file import is_gguf
 from pocketquant.model import Model, Tensor, Value
+from pocketquant.small_files import is_present, kind_of, read_object
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,16 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     """
     if not isinstance(source, Snapshot):
         path = Path(source)
-        if path.is_file() and is_gguf(path):
+        if kind_of(path) == "file" and is_gguf(path):
             return None
         source = local_snapshot(path)
-    folder, table = source.folder, read_tensor_table(source)
+    folder = source.folder
+    config = read_object(folder / "config.json")
+    table = read_tensor_table(source, choose_weights(source, config))
     prefix = _prefix_of(folder, table)
     if prefix is None:
         return None
     part = {name: tensor for name, tensor in table.items() if name.startswith(prefix)}
-    config = _object(read_json(folder / "config.json"), folder / "config.json")
     if "vision_config" not in config:
         raise ArchitectureError(
             f"{folder}: {len(part)} tensors under {prefix!r}, and config.json has no vision_config; add the one of the "
@@ -125,7 +127,7 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     if any(isinstance(rows, KernelFrame) and rows.channels_last for rows in map(_stored_of, tensors)):
         notes.append("vision tower saved by MLX (its kernel's channels are last): put back in their place")
     settings = {**vision_config, **read_pixel_scaling(folder)}
-    described = describe_folder(folder, sum(prod(tensor.shape) for tensor in tensors))
+    described = describe_folder(folder, sum(prod(tensor.shape) for tensor in tensors), notes)
     metadata = model_metadata(QWEN35_VISION, settings, sizes, described) | {"general.type": Value("str", "mmproj")}
     return Model(QWEN35_VISION.name, metadata, tensors, sizes, tuple(notes), source.files)
 
@@ -141,8 +143,8 @@ def read_pixel_scaling(folder: Path) -> dict[str, list[float]]:
     """
     found: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            settings = _object(read_json(folder / name), folder / name)
+        if is_present(folder / name):
+            settings = read_object(folder / name)
             found |= settings
             found |= _object(settings.get("image_processor", {}), f"{folder / name} image_processor")
     problems = []
@@ -206,6 +208,11 @@ def _expected(sizes: Sizes, prefix: str) -> Iterator[tuple[str, str, TensorRule,
 
 
 def _map_tensors(sizes: Sizes, stored: Mapping[str, CheckpointTensor], prefix: str) -> tuple[Tensor, ...]:
+    if sizes["n_layer"] > len(stored):
+        raise ArchitectureError(
+            f"config.json vision_config.depth: {sizes['n_layer']} blocks, and there are only {len(stored)} tensors "
+            f"under {prefix!r}"
+        )
     wanted = list(_expected(sizes, prefix))
     rules = {name: rule for name, _, rule, _ in wanted}  # the two frames of a patch are read from one tensor
     missing = [f"{name} {list(shape_of(rule, sizes))}" for name, rule in rules.items() if name not in stored]

@@ -29,13 +29,13 @@ def check_comparable(report: Evidence, baseline: Evidence) -> None:
     for name, get in wanted:
         ours, theirs = get(report.provenance), get(baseline.provenance)
         if ours != theirs:
-            faults.append(f"{name}: {ours} in {report.path}, {theirs} in {baseline.path}")
+            faults.append(f"{name}: {ours!s:.200} in {report.path}, {theirs!s:.200} in {baseline.path}")
     if faults:
         raise EvalError(f"the two reports measure different things; measure one again\n{listing(faults)}")
 
 
 def _kind_of_reference(where: Mapping[str, Any]) -> str:
-    pack = where.get("reference_pack") or {}
+    pack = _object(where.get("reference_pack"))
     if pack.get("kind") != "top":
         return "every token"
     return f"the {pack.get('top')} most likely tokens"
@@ -43,8 +43,12 @@ def _kind_of_reference(where: Mapping[str, Any]) -> str:
 
 def _which_reference(where: Mapping[str, Any]) -> str:
     """The full-precision file by content, whether it was run or is behind a pack."""
-    identity = (where.get("reference_pack") or {}).get("model") or where.get("reference") or {}
+    identity = _object(_object(where.get("reference_pack")).get("model") or where.get("reference"))
     return f"{identity.get('name')} ({str(identity.get('sha256'))[:12]})"
+
+
+def _object(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
 
 
 def changed_metadata(report: Evidence, baseline: Evidence) -> list[str]:

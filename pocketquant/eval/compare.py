@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+from unicodedata import is_normalized
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from pocketquant.errors import EvalError
 from pocketquant.eval.conversations import render_chat, template_digest
 from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
 from pocketquant.eval.evidence import digest_metadata, digest_stream
+from pocketquant.eval.kinship import check_architecture, describe_quantized
 from pocketquant.eval.like_llama import score_rows_like_llama
 from pocketquant.eval.metrics import Scorer, score_rows
 from pocketquant.eval.pack import is_pack
@@ -51,7 +53,14 @@ class Opener(Protocol):
     """Opens the file to judge; `open_runtime` is one."""
 
     def __call__(
-        self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int, rows: int | None = None
+        self,
+        path: str | Path,
+        *,
+        context: int,
+        threads: int | None,
+        gpu_layers: int,
+        rows: int | None = None,
+        flash_attention: bool = False,
     ) -> AbstractContextManager[TextRuntime]: ...
 
 
@@ -59,7 +68,7 @@ class ReferenceOpener(Protocol):
     """Opens what it is judged by; `open_runtime` is one."""
 
     def __call__(
-        self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int
+        self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int, flash_attention: bool = False
     ) -> AbstractContextManager[Runtime]: ...
 
 
@@ -102,7 +111,8 @@ def compare(
         seed: of the bootstrap behind the standard errors.
         positions: score the first half of each window, too, for the numbers by position; no other number contains it.
         noise_floor: run the model against itself at another batch size, on `NOISE_WINDOWS` windows at most.
-        like: "llama-perplexity" to round what that program rounds.
+        like: "llama-perplexity" to round what that program rounds, and to compute attention as it does; else without
+            llama.cpp's flash attention, which makes logits depend on how a window is cut into batches.
         progress: told after each window.
         opener: what opens the model.
         reference_opener: what opens the reference; None for `open_reference` where `opener` is the usual one, too.
@@ -118,18 +128,22 @@ def compare(
     if like is not None and (Path(reference).is_dir() or is_pack(reference)):
         raise EvalError(f"numbers like those of {like} need a GGUF as the reference, which {reference} is not")
     texts = [Text(Path(text).stem, Path(text))] if isinstance(text, str | Path) else list(text)
-    _check_texts(texts)  # before two models are loaded
+    _check_texts(texts, like)  # before two models are loaded
+    check_architecture(Path(model), Path(reference))
     files = states_of(model, reference, *(each.path for each in texts))
     n_threads = threads or usable_threads()
     # two of them run at the same time on half the threads each: fewer threads wait for one another
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
     if is_pack(reference):  # replaying one is little work beside the model's
         half = n_threads
-    with opener(model, context=context, threads=half, gpu_layers=gpu_layers) as model_run:
+    flash = like is not None
+    with opener(model, context=context, threads=half, gpu_layers=gpu_layers, flash_attention=flash) as model_run:
         reference_opener = reference_opener or (open_reference if opener is open_runtime else opener)
         with ExitStack() as stack:
             reference_run = stack.enter_context(
-                reference_opener(reference, context=context, threads=other_half, gpu_layers=gpu_layers)
+                reference_opener(
+                    reference, context=context, threads=other_half, gpu_layers=gpu_layers, flash_attention=flash
+                )
             )
             cuts = _cut_for_both(model, model_run, reference, reference_run, texts, context, chunks, positions)
             count = _Count(progress, sum(len(cut.corpus.windows) for cut in cuts), noise_floor)
@@ -158,7 +172,9 @@ def compare(
         noise = None
         if noise_floor:
             rows = _other_rows(context)
-            with opener(model, context=context, threads=other_half, gpu_layers=gpu_layers, rows=rows) as other_run:
+            with opener(
+                model, context=context, threads=other_half, gpu_layers=gpu_layers, rows=rows, flash_attention=flash
+            ) as other_run:
                 noise = _measure_noise(model_run, other_run, cuts, rows, n_threads, seed, count.step)
         versions = list_versions() | dict(model_run.versions)
         vocabulary = model_run.vocabulary
@@ -180,6 +196,7 @@ def compare(
         chat_templates=_describe_templates(model, reference) if has_chat else None,
         reference_pack=describe_reference(reference),
         model_metadata=digest_metadata(Path(model)),
+        reference_quantized=describe_quantized(Path(reference)) or None,
     )
     check_unchanged(files)
     every = np.concatenate(scored)
@@ -216,7 +233,7 @@ class _Count:
             self.progress(self.done, self.windows + self.has_noise * min(self.windows, NOISE_WINDOWS))
 
 
-def _check_texts(texts: Sequence[Text]) -> None:
+def _check_texts(texts: Sequence[Text], like: str | None) -> None:
     names = [each.domain for each in texts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -224,7 +241,12 @@ def _check_texts(texts: Sequence[Text]) -> None:
     if not texts:
         raise EvalError("no text to score; give at least one")
     for each in texts:
-        read_text(each.path)
+        text = read_text(each.path)
+        if like is not None and not is_normalized("NFC", text):
+            raise EvalError(
+                f"{each.path}: not in Unicode's NFC, which the model's tokenizer brings a text into and {like} does "
+                "not, so the two would count other tokens; give the text in NFC"
+            )
 
 
 def _cut_for_both(

@@ -7,7 +7,6 @@ One conversation a line, as JSON: a list of messages, or an object whose `messag
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pocketquant.errors import EvalError, listing
 from pocketquant.eval.corpus import read_text
 from pocketquant.gguf_file import is_gguf, open_gguf
 from pocketquant.model import Value
+from pocketquant.small_files import kind_of, parse_json
 
 TEMPLATE = "tokenizer.chat_template"
 MAX_CONVERSATIONS = 10_000
@@ -42,7 +42,7 @@ def render_chat(path: Path, model: Path) -> str:
 
 def template_digest(path: Path) -> str | None:
     """SHA-256 of a GGUF's chat template; None if it has none, or if the file is something else."""
-    template = _template(open_gguf(path).metadata) if path.is_file() and is_gguf(path) else None
+    template = _template(open_gguf(path).metadata) if kind_of(path) == "file" and is_gguf(path) else None
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
@@ -58,9 +58,9 @@ def read_conversations(path: Path) -> list[list[dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            faults.append(f"line {number}: not JSON ({error})")
+            value = parse_json(line, f"line {number}", EvalError)
+        except EvalError as error:
+            faults.append(str(error))
             continue
         messages = value.get("messages") if isinstance(value, dict) else value
         if isinstance(messages, list) and _is_conversation(messages):

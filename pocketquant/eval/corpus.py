@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError
 from pocketquant.llama.runtime import Runtime
+from pocketquant.small_files import read_text as read_utf8
 
 MIN_CONTEXT = 8
 CHAT_SUFFIX = ".jsonl"
@@ -82,15 +83,9 @@ def read_text(path: str | Path) -> str:
     """The text of a file, line ends as they are, without one final newline.
 
     Raises:
-        EvalError: the file cannot be read or is not UTF-8.
+        EvalError: the file cannot be read, is not UTF-8, or is larger than 256 MiB.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8") from error
-    return text.removesuffix("\n")
+    return read_utf8(path, error=EvalError).removesuffix("\n")
 
 
 def cut_corpus(

@@ -21,6 +21,7 @@ from pocketquant.eval.metrics import Positions
 from pocketquant.eval.weights import WeightError, weight_errors
 from pocketquant.gguf_file import is_gguf, read_header
 from pocketquant.model import Model, Tensor
+from pocketquant.small_files import kind_of
 
 SHORT = 16
 """Hex digits of a digest that only has to tell two things apart."""
@@ -120,7 +121,7 @@ def digest_stream(windows: npt.NDArray[np.int32]) -> str:
 
 def digest_metadata(path: Path) -> dict[str, str]:
     """Each metadata key of a GGUF with a short digest of its type and value; empty for anything else."""
-    if not path.is_file() or not is_gguf(path):
+    if kind_of(path) != "file" or not is_gguf(path):
         return {}
     return {
         key: hashlib.sha256(json.dumps([value.kind, value.value]).encode()).hexdigest()[:SHORT]

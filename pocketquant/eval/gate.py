@@ -12,8 +12,8 @@ are compared as independent samples, which needs many times as much text for the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,14 @@ from pocketquant.errors import EvalError
 from pocketquant.eval import intervals
 from pocketquant.eval.comparable import changed_metadata, check_comparable, error_ratio
 from pocketquant.eval.intervals import Share
+from pocketquant.eval.kernels import FLOOR, differing
 from pocketquant.eval.limits import AT_LEAST, FAIL, Limits
-from pocketquant.eval.readback import Evidence, parse_report, same_tokens
-from pocketquant.files import read_json
+from pocketquant.eval.readback import MAX_CLUSTERS, Evidence, choose_file, parse_report, same_tokens
+from pocketquant.small_files import read_json
 
 PASS, FAILED, UNDECIDED = "pass", "fail", "undecided"
 
-_METRICS = {
+METRICS = {
     "kld_mean": ("kld", "mean", "se"),
     "kld_median": ("kld", "median", "median_se"),
     "kld_p90": ("kld", "p90", "p90_se"),
@@ -41,6 +42,9 @@ _METRICS = {
     "bpb_difference": ("bpb", "difference", "difference_se"),
 }
 """Key of [absolute] -> where the report has its value and standard error."""
+
+_BOUNDED = ("kld", "tv")
+"""Measures that a pack of the most likely tokens shows only in part."""
 
 _SHARES: dict[str, tuple[str, str]] = {
     "kld_mean_ratio": ("kld", "tokens"),
@@ -91,6 +95,7 @@ class Verdict:
         model: name and digest of the judged file.
         baseline: likewise of the last accepted one, None without.
         is_paired: "yes", "no" or "in part": whether both were measured on the same tokens; None without a baseline.
+        left_out: limits against a baseline that were not decided because there is none yet.
     """
 
     decisions: tuple[Decision, ...]
@@ -99,6 +104,7 @@ class Verdict:
     model: tuple[str, str]
     baseline: tuple[str, str] | None
     is_paired: str | None
+    left_out: int = 0
 
     def count(self, outcome: str) -> int:
         return sum(decision.outcome == outcome for decision in self.decisions)
@@ -112,20 +118,33 @@ class Verdict:
         text = f"{self.model[0]}: {self.count(PASS)} limits kept, {self.count(FAILED)} broken"
         if undecided := self.count(UNDECIDED):
             text += f", {undecided} undecided ({'counted as broken' if self.is_strict else 'not counted as broken'})"
+        if self.left_out:
+            text += f", {self.left_out} against a baseline left out: there is none yet"
         return text
 
 
-def read_report(path: Path) -> Evidence:
-    """Reads what `eval --json` printed.
+def read_report(path: Path, file: str | None = None) -> Evidence:
+    """Reads what `eval --json` printed, or one file of what `make` and `sweep` wrote.
+
+    Args:
+        path: the report.
+        file: name or recipe of the file meant, where the report holds several.
 
     Raises:
         SourceError: it cannot be read or is no JSON.
-        EvalError: it is something else.
+        EvalError: it is something else, or holds several files or another one.
     """
-    return parse_report(read_json(path), str(path))
+    return parse_report(choose_file(read_json(path), str(path), file), str(path))
 
 
-def decide(report: Evidence, limits: Limits, baseline: Evidence | None = None, *, strict: bool = False) -> Verdict:
+def decide(
+    report: Evidence,
+    limits: Limits,
+    baseline: Evidence | None = None,
+    *,
+    strict: bool = False,
+    first: bool = False,
+) -> Verdict:
     """Decides every limit.
 
     Args:
@@ -133,14 +152,15 @@ def decide(report: Evidence, limits: Limits, baseline: Evidence | None = None, *
         limits: what it may lose.
         baseline: of the last accepted file; its metadata is then compared, too.
         strict: undecided limits fail, whatever `limits` says.
+        first: there is no accepted file yet: limits in [baseline] are left out.
 
     Raises:
         EvalError: a limit needs a baseline or a number that is not there, or the two reports cannot be compared.
     """
-    if limits.baseline and baseline is None:
+    if limits.baseline and baseline is None and not first:
         raise EvalError(
             "there are limits in [baseline] and no baseline; give --baseline REPORT.json of the last accepted file, or "
-            "leave the section out until there is one"
+            "--first while there is none"
         )
     if baseline is not None:
         check_comparable(report, baseline)
@@ -154,6 +174,7 @@ def decide(report: Evidence, limits: Limits, baseline: Evidence | None = None, *
         model=report.model,
         baseline=None if baseline is None else baseline.model,
         is_paired=None if baseline is None else _is_paired(report, baseline),
+        left_out=len(limits.baseline) if baseline is None else 0,
     )
 
 
@@ -164,6 +185,7 @@ class _Sampled:
     Attributes:
         degrees: of freedom of its variance.
         interval: standard errors on either side -> its ends.
+        slack: what is added on either side for what no text averages out.
         factor: standard errors on either side -> how many times as much text would decide it.
     """
 
@@ -176,10 +198,13 @@ class _Sampled:
     interval: Callable[[float], tuple[float, float]]
     factor: Callable[[float], float]
     note: str = ""
+    slack: float = 0.0
 
     def decide(self, tail: float) -> Decision:
         t = intervals.student_quantile(tail, self.degrees)
         low, high = self.interval(t)
+        is_decided = not low < self.bound < high
+        low, high = low - self.slack, high + self.slack
         if self.is_least:
             outcome = PASS if low >= self.bound else FAILED if high < self.bound else UNDECIDED
         else:
@@ -188,7 +213,7 @@ class _Sampled:
         if outcome == UNDECIDED:
             factor = self.factor(t)
             # a factor near 1 is what is left between an interval and its approximation
-            needed = _round_up(self.tokens * max(factor, 1.1)) if factor < 1e6 else None
+            needed = _round_up(self.tokens * max(factor, 1.1)) if factor < 1e6 and not is_decided else None
         return Decision(
             limit=self.limit,
             outcome=outcome,
@@ -206,11 +231,12 @@ class _Sampled:
 def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
     pending: list[Decision | _Sampled] = []
     for key, bound in limits.absolute.items():
-        if key in _METRICS:
-            metric, value, se = _METRICS[key]
+        if key in METRICS:
+            metric, value, se = METRICS[key]
             found, error = report.number("metrics", metric, value), report.number("metrics", metric, se)
-            clusters, tokens = int(report.number("clusters")), int(report.number("tokens"))
-            pending.append(_from_error(f"absolute.{key}", bound, key in AT_LEAST, found, error, clusters, tokens))
+            clusters, tokens = report.count("clusters"), report.count("tokens")
+            note = _bound_note(report) if metric in _BOUNDED else ""
+            pending.append(_from_error(f"absolute.{key}", bound, key in AT_LEAST, found, error, clusters, tokens, note))
         elif key == "tensor_rmse":
             pending.append(_largest_error(report, bound))
         elif key in ("domain_kld_mean", "domain_top1"):
@@ -220,14 +246,24 @@ def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
                 error = math.sqrt(known.variance)
                 clusters, tokens = known.degrees + 1, int(text.column("tokens").sum())
                 name = f"absolute.{key}[{text.domain}]"
-                pending.append(_from_error(name, bound, key in AT_LEAST, known.value, error, clusters, tokens))
+                note = _bound_note(report) if column == "kld" else ""
+                pending.append(_from_error(name, bound, key in AT_LEAST, known.value, error, clusters, tokens, note))
     broken, allowed = report.number("non_finite_model"), limits.absolute.get("non_finite", 0.0)
     pending.append(_exact("absolute.non_finite", allowed, broken))
     return pending
 
 
+def _bound_note(report: Evidence) -> str:
+    """What to know where the reference was a pack of top tokens: what breaks a limit does, what keeps it may not."""
+    pack = report.provenance.get("reference_pack")
+    if not isinstance(pack, Mapping) or not pack.get("is_lower_bound"):
+        return ""
+    return f"a lower bound: the reference keeps the {pack.get('top')} most likely tokens"
+
+
 def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decision | _Sampled]:
     pending: list[Decision | _Sampled] = []
+    kernels = differing(*(each.provenance.get("versions") or {} for each in (report, baseline)))
     for key, bound in limits.baseline.items():
         name = f"baseline.{key}"
         if key in _SHARES:
@@ -242,10 +278,20 @@ def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decis
             pending.append(_compare_p99(name, bound, report, baseline))
         else:
             pending.append(_worst_tensor(name, key, bound, report, baseline))
+    if kernels:
+        pending = [_widened(each, kernels) if isinstance(each, _Sampled) else each for each in pending]
     changed = [key for key in changed_metadata(report, baseline) if key not in limits.allow_metadata]
     note = f"changed: {', '.join(changed)}; accept with allow_metadata in [baseline]" if changed else ""
     pending.append(_exact("baseline.metadata", 0, len(changed), note))
     return pending
+
+
+def _widened(sampled: _Sampled, kernels: list[str]) -> _Sampled:
+    """A comparison of two figures from different kernels: what these alone may make of it is no regression."""
+    key = sampled.limit.removeprefix("baseline.").split("[")[0]
+    slack = FLOOR[key] * (sampled.found if key.endswith("_ratio") else 1.0)
+    note = f"other kernels than the baseline's ({', '.join(kernels)}): wider by {slack:.2g}"
+    return replace(sampled, slack=slack, note="; ".join(filter(None, [sampled.note, note])))
 
 
 def compare_kld(report: Evidence, baseline: Evidence, domain: str | None, tail: float) -> tuple[float, float, float]:
@@ -307,7 +353,7 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
     pair = []
     for each in (report, baseline):
         value, error = each.number("metrics", "kld", "p99"), each.number("metrics", "kld", "p99_se")
-        n = int(each.number("clusters"))
+        n = min(each.count("clusters"), MAX_CLUSTERS)
         spread = error * math.sqrt((n - 1) / n / 2) if n > 1 else math.inf
         pair.append(Share(value, np.array([spread, -spread] + [0.0] * max(n - 2, 0))))
     ours, theirs = pair
@@ -318,7 +364,7 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
         bound=bound,
         is_least=False,
         found=ours.value / theirs.value,
-        tokens=min(int(each.number("tokens")) for each in (report, baseline)),
+        tokens=min(each.count("tokens") for each in (report, baseline)),
         degrees=min(ours.degrees, theirs.degrees),
         interval=lambda t: intervals.ratio_interval(ours, theirs, 0.0, t),
         factor=lambda t: intervals.ratio_factor(ours, theirs, 0.0, t, bound),

@@ -16,18 +16,13 @@ Every key is in `ABSOLUTE` or `BASELINE` below; any other is refused with the li
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import EvalError, listing
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from pocketquant.small_files import read_toml
 
 MAX_BYTES = 1 << 16
 _LARGEST = 1e300
@@ -102,18 +97,7 @@ def read_limits(path: Path) -> Limits:
     Raises:
         EvalError: it cannot be read, or something in it is not understood; all such things are named.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); give a TOML file of limits") from error
-    if len(data) > MAX_BYTES:
-        raise EvalError(f"{path}: larger than the {MAX_BYTES} bytes that a file of limits may have")
-    try:
-        found = tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise EvalError(f"{path}: broken TOML: {error}") from error
-    return parse_limits(found, str(path))
+    return parse_limits(read_toml(path, MAX_BYTES, EvalError), str(path))
 
 
 def parse_limits(found: Mapping[str, Any], name: str) -> Limits:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pocketquant.escaping import for_markdown
+from pocketquant.eval.kernels import describe_kernels, differing
 from pocketquant.eval.measures import Bucket, Metrics
 from pocketquant.eval.report import Domain, Report
 
@@ -24,11 +26,16 @@ def to_markdown(report: Report) -> str:
         floor = {name: _number(value) for name, value, _ in metric_rows(noise.metrics) if name not in _ABSOLUTE}
         cells = [[*row, floor.get(row[0], "")] for row in cells]
     parts = [_table(head, cells)]
-    where = f"{report.tokens} tokens scored in {report.windows} windows of {from_.context}, {from_.corpus.name}"
+    corpus = for_markdown(from_.corpus.name)
+    where = f"{report.tokens} tokens scored in {report.windows} windows of {from_.context}, {corpus}"
     how = "" if from_.like is None else f", rounded as {from_.like} does"
     parts.append(f"{where}{how}; errors from {report.clusters} {report.cluster_unit}s, seed {from_.seed}.")
     if from_.reference_pack is not None:
         parts.append(_pack_note(from_.reference_pack))
+        if other := differing(from_.versions, from_.reference_pack["versions"]):
+            parts.append(for_markdown(describe_kernels(from_.model.name, "the pack", other)))
+    if from_.reference_quantized is not None:
+        parts.append(f"**{for_markdown(quantized_reference(from_.reference.name, from_.reference_quantized))}**")
     if noise is not None:
         parts.append(
             f"Noise floor: the model against itself, {noise.rows} rows at a time, on {noise.tokens} tokens in "
@@ -82,8 +89,13 @@ def metric_rows(metrics: Metrics) -> list[Row]:
     return rows
 
 
+def quantized_reference(name: str, types: str) -> str:
+    """What a reader has to know where the reference is no full precision."""
+    return f"{name} is itself quantized ({types}): what it lost is missing from these numbers, or counted twice."
+
+
 def _pack_note(pack: Mapping[str, Any]) -> str:
-    floor, name = pack["floor"], pack["model"]["name"]
+    floor, name = pack["floor"], for_markdown(pack["model"]["name"])
     if pack["is_lower_bound"]:
         return (
             f"The reference is a pack of {name}'s {pack['top']} most likely tokens per position: KL divergence and "
@@ -147,8 +159,8 @@ def _range(bucket: Bucket) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = ["| " + " | ".join(map(for_markdown, head)) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(for_markdown, row)) + " |" for row in rows)])
 
 
 def _percent(value: float, se: float | None) -> tuple[float, float | None]:

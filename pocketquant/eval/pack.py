@@ -31,6 +31,7 @@ from pocketquant.errors import EvalError, listing
 from pocketquant.eval.report import FileIdentity
 from pocketquant.files import read_at
 from pocketquant.formats import U8Array
+from pocketquant.small_files import open_regular, parse_json
 
 MAGIC = b"PQREF\0\0\1"
 _FRONT = struct.Struct("<8sQQ32s")
@@ -229,9 +230,9 @@ class PackWriter:
 def is_pack(path: str | Path) -> bool:
     """Whether a file starts as a reference pack does, of any version."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, EvalError) as file:
             return file.read(5) == MAGIC[:5]
-    except OSError:
+    except (OSError, EvalError):
         return False
 
 
@@ -243,8 +244,8 @@ def read_pack(path: str | Path) -> Pack:
     """
     path = Path(path)
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
+        with open_regular(path, EvalError) as file:
+            size = os.fstat(file.fileno()).st_size
             front = file.read(_FRONT.size)
             if front[:5] != MAGIC[:5]:
                 raise EvalError(f"{path}: no reference pack (it does not start with 'PQREF')")
@@ -261,8 +262,8 @@ def read_pack(path: str | Path) -> Pack:
         raise EvalError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     if hashlib.sha256(data).digest() != digest:
         raise _damaged(path, "the digest of its header differs")
+    fields = parse_json(data, f"{path}, header", EvalError)
     try:
-        fields = json.loads(data)
         header, sections = _header_of(fields), _sections_of(fields)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise EvalError(f"{path}: a reference pack with a header that cannot be ({error}); make it again") from error

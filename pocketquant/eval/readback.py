@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.errors import EvalError
+from pocketquant.errors import EvalError, listing
 from pocketquant.eval.intervals import F64Array
 from pocketquant.eval.report import SCHEMA
 
 COLUMNS = ("tokens", "bytes", "kld", "top1", "top5", "tv", "nll_model", "nll_reference")
-_MAX_CLUSTERS = 1 << 20
+RELEASES = ("pocketquant.make/1", "pocketquant.sweep/1")
+_MAX_FILES = 256
+MAX_CLUSTERS = 1 << 20
 _MAX_TENSORS = 1 << 16
-_LARGEST = 1e300
+_LARGEST = 1e100  # whose squares and sums are finite, too
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,13 @@ class Evidence:
             )
         return float(value)
 
+    def count(self, key: str) -> int:
+        """The whole number at `key`, from 1 to what a report can hold; EvalError if it is none."""
+        value = self.number(key)
+        if not 1 <= value <= _MOST or value != int(value):
+            raise EvalError(f"{self.path}: {key} is {value!r:.40}, no number of what was measured; measure again")
+        return int(value)
+
     def need_sums(self) -> tuple[Text, ...]:
         """The sums of each text; EvalError if there are none."""
         if not self.sums:
@@ -120,6 +130,33 @@ class Evidence:
         if not found:
             raise EvalError(f"{self.path}: no text of the domain {domain}")
         return found
+
+
+def choose_file(data: Any, path: str, file: str | None) -> Any:
+    """One measurement of a report of `make` or `sweep`, as `eval --json --weights` would have printed it.
+
+    Raises:
+        EvalError: the report holds several files and none is named, or none of that name.
+    """
+    if not isinstance(data, Mapping) or data.get("schema") not in RELEASES:
+        if file is not None:
+            raise EvalError(f"{path}: a measurement of one file, so there is none to choose; leave --file out")
+        return data
+    entries = [each for each in _list(data.get("variants"), path, "variants", _MAX_FILES) if isinstance(each, Mapping)]
+    found = [each for each in entries if file is None or file in (each.get("file"), each.get("recipe"))]
+    if len(found) != 1 or not isinstance(found[0].get("evaluation"), Mapping):
+        names = listing(f"{each.get('file')} ({each.get('recipe')})"[:200] for each in entries)
+        raise EvalError(f"{path}: say which file by --file NAME or its recipe; it holds:\n{names}")
+    weights = [_as_state(each) for each in _list(found[0].get("weights") or [], path, "weights", _MAX_TENSORS)]
+    return {**found[0]["evaluation"], **({"tensors": weights} if weights else {})}
+
+
+def _as_state(tensor: Any) -> Any:
+    """A tensor's error as `eval --weights` shows it. There is no digest: equal errors count as the same bytes."""
+    if not isinstance(tensor, Mapping):
+        return tensor
+    known = [tensor.get(key) for key in ("format", "relative_rmse", "max_abs_error", "cosine")]
+    return {**tensor, "weights": 0, "sha256": repr(known)}
 
 
 def parse_report(data: Any, path: str) -> Evidence:
@@ -164,7 +201,7 @@ def _text(value: Any, path: str) -> Text:
         raise _broken(path, "a text's sums")
     columns = {}
     for name in COLUMNS:
-        numbers = _list(value.get(name), path, f"sums.{name}", _MAX_CLUSTERS)
+        numbers = _list(value.get(name), path, f"sums.{name}", MAX_CLUSTERS)
         if not all(_is_number(number) for number in numbers):
             raise _broken(path, f"sums.{name}")
         columns[name] = np.array(numbers, np.float64)

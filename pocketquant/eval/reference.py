@@ -36,9 +36,9 @@ from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
 from pocketquant.files import replacing, states_of
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import open_gguf
+from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.unchanged import check_unchanged
-from pocketquant.llama.runtime import Runtime, open_runtime
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""
@@ -248,11 +248,13 @@ def open_reference(
     context: int,
     threads: int | None,
     gpu_layers: int,
+    flash_attention: bool = False,
     head: Path | None = None,
 ) -> AbstractContextManager[Runtime]:
     """Opens a GGUF, a checkpoint's folder or a pack as a `Runtime`.
 
     Args:
+        flash_attention: for a GGUF, as in `open_runtime`.
         head: for a pack without its output matrix: the GGUF that it was made from; None to look beside the pack.
 
     Raises:
@@ -264,7 +266,7 @@ def open_reference(
         return open_torch_runtime(Path(path), context=context, threads=threads)
     if is_pack(path):
         return open_pack(path, context=context, head=head)
-    return open_runtime(path, context=context, threads=threads, gpu_layers=gpu_layers)
+    return open_runtime(path, context=context, threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention)
 
 
 # ---------------------------------------------------------------- making

@@ -20,9 +20,10 @@ from pocketquant.eval.report import identify
 from pocketquant.eval.states import Head, codings_for, decode_states, row_bytes
 from pocketquant.eval.top import MIN_TOP, decode_top, row_dtype
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import GgufRows, GgufTensor, open_gguf
-from pocketquant.model import Role, Tensor
+from pocketquant.gguf_file import GgufRows, open_gguf
+from pocketquant.gguf_tensors import GgufTensor, Placed
 from pocketquant.llama.runtime import default_rows
+from pocketquant.model import Role, Tensor
 
 
 class PackRuntime:
@@ -157,7 +158,8 @@ def _open_head(pack: Pack, file: Path | None) -> Head:
         if section.nbytes != n_vocab * format.row_bytes(wanted.n_embd) or section.sha256 != wanted.sha256:
             raise _contradiction(pack.path, "an output matrix of another size or digest")
         entry = GgufTensor(wanted.name, (n_vocab, wanted.n_embd), format, section.offset, section.nbytes)
-        return Head(Tensor(wanted.name, Role.HEAD, None, entry.shape, format.name, GgufRows(pack.path, entry)))
+        rows = GgufRows(pack.path, Placed(entry.name, entry.shape, (entry,)))
+        return Head(Tensor(wanted.name, Role.HEAD, None, entry.shape, format.name, rows))
     source = pack.path.parent / Path(pack.header.model.name).name if file is None else file
     if not source.is_file():
         raise EvalError(

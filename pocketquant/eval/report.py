@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pocketquant.eval.evidence import TensorState, TextSums, sum_clusters
 from pocketquant.eval.measures import Bucket, Metrics, by_confidence, by_position, measure
 from pocketquant.eval.metrics import Positions
 from pocketquant.files import sha256_of
+from pocketquant.small_files import open_regular
 
 SCHEMA = "pocketquant.report/1"
 
@@ -50,6 +52,7 @@ class Provenance:
         chat_templates: digests of "model" and "reference", where conversations were scored.
         reference_pack: where the reference was a pack: what it holds, its floor, and the file behind it.
         model_metadata: each metadata key of the model with a short digest of its value.
+        reference_quantized: the types that the reference's own matrices are rounded to; None for full precision.
     """
 
     model: FileIdentity
@@ -67,6 +70,7 @@ class Provenance:
     chat_templates: Mapping[str, str | None] | None = None
     reference_pack: Mapping[str, Any] | None = None
     model_metadata: Mapping[str, str] | None = None
+    reference_quantized: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,10 +238,9 @@ def identify(path: str | Path) -> FileIdentity:
         EvalError: the file cannot be read.
     """
     path = Path(path)
-    try:
-        return FileIdentity(path.name, path.stat().st_size, sha256_of(path))
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    with open_regular(path, EvalError) as file:
+        size = os.fstat(file.fileno()).st_size
+    return FileIdentity(path.name, size, sha256_of(path))
 
 
 def identify_all(files: Sequence[FileIdentity]) -> FileIdentity:

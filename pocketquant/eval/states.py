@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,9 @@ from pocketquant.errors import EvalError
 from pocketquant.eval.floor import mean_divergence
 from pocketquant.eval.pack import HeadIdentity
 from pocketquant.formats import FORMATS, F32Array, U8Array
+from pocketquant.llama.ggml import ggml_function
+from pocketquant.llama.library import require_runtime
 from pocketquant.model import Tensor
-from pocketquant.llama.runtime import require_runtime
 
 CODINGS = ("f24", "bf16", "f16", "q8_0")
 """f24 is F32 without its last 8 bits, rounded to nearest; the others are GGML's types."""
@@ -135,9 +135,9 @@ class StateCatcher:
     def __init__(self) -> None:
         library = require_runtime()
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        self._name = _function(library, "ggml_get_name", ctypes.c_char_p, pointer)
-        self._nbytes = _function(library, "ggml_nbytes", size, pointer)
-        self._copy = _function(library, "ggml_backend_tensor_get", None, pointer, pointer, size, size)
+        self._name = ggml_function(library, "ggml_get_name", ctypes.c_char_p, pointer)
+        self._nbytes = ggml_function(library, "ggml_nbytes", size, pointer)
+        self._copy = ggml_function(library, "ggml_backend_tensor_get", None, pointer, pointer, size, size)
         self._caught: list[U8Array] = []
 
     def see(self, address: int, ask: bool) -> bool:
@@ -164,12 +164,3 @@ class StateCatcher:
                 "only (--top-k)"
             )
         return next(data for data in caught if len(data)).view("<f4").reshape(n_rows, n_embd)
-
-
-def _function(library: Any, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    try:
-        return ctypes.CFUNCTYPE(result, *arguments)((name, library.llama_cpp._lib))
-    except AttributeError as error:
-        raise EvalError(
-            f"the installed llama-cpp-python has no {name}; install the version that pocketquant asks for"
-        ) from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import EvalError, listing
+from pocketquant.extras import install_command
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def load_tasks(settings: Settings) -> tuple[dict[str, Any], dict[str, tuple[str,
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvalError(
-            f"tasks need lm-evaluation-harness, which cannot be imported ({error}); pip install 'pocketquant[tasks]'"
+            f"tasks need lm-evaluation-harness, which cannot be imported ({error}); {install_command('tasks')}"
         ) from error
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise EvalError(f"{settings.include_path}: no such folder; --include-path is for one with YAML task files")

@@ -21,10 +21,11 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.eval.report import FileIdentity
 from pocketquant.eval.states import Head
+from pocketquant.extras import install_command
 from pocketquant.files import sha256_of, usable_threads
 from pocketquant.formats import FORMATS, F32Array
-from pocketquant.model import Role, Tensor
 from pocketquant.llama.runtime import Runtime, default_rows
+from pocketquant.model import Role, Tensor
 
 _FILES = ("config.json", "tokenizer.json", "*.safetensors")
 
@@ -152,7 +153,7 @@ def require_torch() -> tuple[Any, Any]:
     except ImportError as error:
         raise EvalError(
             f"a checkpoint as the reference needs torch and transformers, which cannot be imported here ({error}); "
-            "pip install 'pocketquant[reference]', or convert it to a GGUF in f32"
+            f"{install_command('reference')}, or convert it to a GGUF in f32"
         ) from error
     return torch, transformers
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
+from pocketquant.escaping import as_code, for_markdown, one_line
 from pocketquant.eval.gate import FAILED, UNDECIDED, Decision, Verdict
 from pocketquant.eval.moved import Moved, MovedTensor
 
@@ -41,15 +42,18 @@ def to_junit(verdict: Verdict, moved: Moved | None) -> str:
     failures = verdict.count(FAILED) + (n_undecided if verdict.is_strict else 0)
     counts = {"tests": len(cases), "failures": failures, "skipped": 0 if verdict.is_strict else n_undecided}
     suite = ElementTree.Element(
-        "testsuite", {"name": f"pocketquant gate {verdict.model[0]}"} | {key: str(n) for key, n in counts.items()}
+        "testsuite",
+        {"name": one_line(f"pocketquant gate {verdict.model[0]}")} | {key: str(n) for key, n in counts.items()},
     )
     for decision in cases:
-        case = ElementTree.SubElement(suite, "testcase", classname="pocketquant.gate", name=decision.limit)
+        case = ElementTree.SubElement(suite, "testcase", classname="pocketquant.gate", name=one_line(decision.limit))
         if decision.outcome == FAILED or (decision.outcome == UNDECIDED and verdict.is_strict):
-            failure = ElementTree.SubElement(case, "failure", message=sentence(decision), type=decision.outcome)
-            failure.text = "\n".join(describe_moved(moved))
+            failure = ElementTree.SubElement(
+                case, "failure", message=one_line(sentence(decision)), type=decision.outcome
+            )
+            failure.text = "\n".join(map(one_line, describe_moved(moved)))
         elif decision.outcome == UNDECIDED:
-            ElementTree.SubElement(case, "skipped", message=sentence(decision))
+            ElementTree.SubElement(case, "skipped", message=one_line(sentence(decision)))
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
@@ -63,7 +67,7 @@ def to_markdown(verdict: Verdict, moved: Moved | None) -> str:
     for cells in table(verdict):
         lines.append("| " + " | ".join(_escaped(cell) for cell in [cells[0], _MARK[cells[1]], *cells[2:]]) + " |")
     pairing = {"yes": ", window by window", "in part": ", window by window where tokens are the same"}
-    lines += ["", f"`{verdict.model[0]}` ({verdict.model[1][:12]}){_escaped(against)}"]
+    lines += ["", f"{as_code(verdict.model[0])} ({_escaped(verdict.model[1][:12])}){_escaped(against)}"]
     lines[-1] += f"{pairing.get(verdict.is_paired or '', '')}. Intervals hold with {verdict.confidence:.4g} together."
     if described := describe_moved(moved):
         lines += ["", "### What moved", "", *(f"- {_escaped(line)}" for line in described)]
@@ -127,7 +131,7 @@ def _note(decision: Decision) -> str:
     if decision.outcome == UNDECIDED:
         needed = decision.tokens_needed
         parts.append(
-            "no amount of text will decide it: the estimate lies at the limit, or has no error to go by"
+            "no amount of text will decide it: the limit lies within the floor, or the estimate has no error to go by"
             if needed is None
             else f"about {needed:,} scored tokens would decide it; there are {decision.tokens:,}"
         )
@@ -153,7 +157,7 @@ def _number(value: float | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<=", "≤").replace(">=", "≥").replace("<", "&lt;")
+    return for_markdown(text.replace("<=", "≤").replace(">=", "≥"))
 
 
 def _identity(known: tuple[str, str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def compare_towers(
         context=context,
         threads=threads,
         gpu_layers=gpu_layers,
-        versions=list_versions() | {"llama_cpp": metadata.version("llama_cpp_python")},
+        versions=list_versions() | dict(small.versions),
         kld_mean=float(np.concatenate(divergences).mean()),
         kld_standard_error=float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None,
         cosine_mean=float(np.concatenate(cosines).mean()),

@@ -1,4 +1,4 @@
-"""Runs a GGUF with llama.cpp and hands out logits, a few rows at a time. The only importer of `llama_cpp`.
+"""Runs a GGUF with llama.cpp and hands out logits, a few rows at a time.
 
 A `Runtime` is anything that tokenizes and gives logits; `open_runtime` opens the real one. With a vocabulary of 248,320
 one row of logits is 1 MB, so rows are computed and handed out in groups of at most `rows` and are gone at the next
@@ -13,8 +13,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
@@ -24,13 +22,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from pocketquant.activity import begin_doing, doing, end_doing
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
-from pocketquant.llama.callbacks import Callback, abort_function, calling, load_progress
+from pocketquant.llama.callbacks import Callback, abort_function, calling
+from pocketquant.llama.library import load_model, require_runtime, with_log
+from pocketquant.llama.normalization import as_trained
 
 _LOGIT_BYTES = 64 << 20
-_LOG_LINES = 8
 _MAX_BATCH = 512
 _ROW_GROUP = 64
 """DeltaNet is computed in chunks of 64 tokens; cutting elsewhere would change the order of its sums."""
@@ -38,17 +38,11 @@ _ROW_GROUP = 64
 _ABORTED = 2
 """What `llama_decode` answers where the abort callback ended it."""
 
-_KEPT_LEVELS = (3, 4)
-"""GGML_LOG_LEVEL_WARN and GGML_LOG_LEVEL_ERROR of ggml.h."""
-
 Observe = Callable[[int, bool], bool]
 """llama.cpp's callback for a node of its graph: (address of the ggml_tensor, True for "is it wanted?")."""
 
 Item = tuple[int, int, int, bool]
 """Of a batch: token, position, sequence, are its logits wanted."""
-
-_log: deque[str] = deque(maxlen=_LOG_LINES)
-_log_callback: Callback | None = None
 
 
 class Runtime(Protocol):
@@ -74,7 +68,10 @@ class Runtime(Protocol):
     def versions(self) -> Mapping[str, str]: ...
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Tokens of `text`, without BOS; the names of special tokens count as text unless `special`."""
+        """Tokens of `text` as the model's own tokenizer gives them, without BOS.
+
+        The names of special tokens count as text unless `special`.
+        """
         ...
 
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
@@ -122,6 +119,7 @@ def open_runtime(
     gpu_layers: int = 0,
     rows: int | None = None,
     observe: Observe | None = None,
+    flash_attention: bool = False,
 ) -> AbstractContextManager[TextRuntime]:
     """Loads a GGUF into llama.cpp.
 
@@ -133,6 +131,8 @@ def open_runtime(
         rows: most rows of logits at a time; None for about 64 MB of them, in multiples of 64.
         observe: sees each node of the graph before and after it is computed; what it raises ends the computation and
             is raised by it.
+        flash_attention: leave it to llama.cpp whether attention is computed in one fused step, as its own tools do.
+            Logits then depend on how a window is cut into batches, by up to 0.003 nats in F32 and 0.1 in Q4_0.
 
     Returns:
         A context manager that gives a `TextRuntime` and frees the model at its end.
@@ -141,7 +141,16 @@ def open_runtime(
         EvalError: llama-cpp-python is absent, or llama.cpp cannot load the file.
     """
     library = require_runtime()
-    return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, rows, observe)
+    return _LlamaRuntime(
+        library,
+        Path(path),
+        context,
+        threads or usable_threads(),
+        gpu_layers,
+        rows,
+        observe,
+        flash_attention=flash_attention,
+    )
 
 
 def open_sampler(
@@ -169,24 +178,19 @@ class _LlamaRuntime:
         observe: Observe | None = None,
         sequences: int = 1,
         apart: bool = False,
+        flash_attention: bool = False,
     ) -> None:
-        if not path.is_file():
-            raise EvalError(f"{path}: no such file; give the path of a GGUF")
         self._library = library
         self._path = path
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
         self._sequences, self._apart = sequences, apart
-        self._gpu_layers = gpu_layers
+        self._gpu_layers, self._flash_attention = gpu_layers, flash_attention
         self._callbacks = [observing(library, observe)] if observe is not None else []
         self.n_ctx = context
-        _log.clear()
-        model_params = library.llama_model_default_params()
-        model_params.n_gpu_layers = gpu_layers
-        self._model = load_model(library, path, model_params)
-        if not self._model:
-            raise self._failure("llama.cpp cannot load it", "check that it is a whole GGUF of a known architecture")
+        self._model, self._buffers = load_model(library, path, gpu_layers=gpu_layers)
+        self._activity = f"llama.cpp was running {path}"
         trained = library.llama_model_n_ctx_train(self._model)
         if context > trained:
             self.close()
@@ -214,10 +218,10 @@ class _LlamaRuntime:
             params.n_ctx = self.n_ctx + (self._batch_tokens if self._sequences > 1 else 0)
         params.n_batch = params.n_ubatch = self._batch_tokens
         params.n_seq_max = self._sequences
+        if not self._flash_attention:
+            params.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if self._sequences > 1:
             params.kv_unified = not self._apart  # a copied beginning is then kept once
-            # else a token's logits depend on how many are decoded with it: by 0.003 nats in F32, 0.1 in Q4_0
-            params.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = library.GGML_TYPE_F32
         # bounds the graph's own copy of the logits too; without it room for a whole batch of rows is set aside
         params.n_outputs_max = self.rows
@@ -226,7 +230,7 @@ class _LlamaRuntime:
         params.abort_callback, params.abort_callback_data = abort_function(library)
         for callback in self._callbacks:
             params.cb_eval = callback.pointer
-        with calling():
+        with doing(f"llama.cpp was setting up {self.n_ctx} tokens of context for {self._path}"), calling():
             self._context = library.llama_init_from_model(self._model, params)
         if not self._context:
             error = self._failure(
@@ -234,6 +238,7 @@ class _LlamaRuntime:
             )
             self.close()
             raise error
+        begin_doing(self._activity)
         self._batch = library.llama_batch_init(self._batch_tokens, 0, 1)
         for i in range(self._batch_tokens):  # one sequence, always the same
             self._batch.n_seq_id[i] = 1
@@ -241,11 +246,14 @@ class _LlamaRuntime:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        features = self._library.llama_print_system_info().decode()
-        return {"llama_cpp": metadata.version("llama_cpp_python"), "llama_cpp_features": features.strip(" |")}
+        return library_versions(self._library) | {
+            "llama_cpp_kernels": " ".join(self._buffers),
+            "llama_cpp_batch": f"{self._batch_tokens}",
+            "llama_cpp_flash_attention": "auto" if self._flash_attention else "off",
+        }
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        data = text.encode()
+        data = as_trained(self._library, self._model, self._vocab, text, special=special).encode()
         # no vocabulary has more tokens than bytes, but for a prefix space
         buffer = (self._library.llama_token * (len(data) + 8))()
         count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), False, special)
@@ -337,8 +345,7 @@ class _LlamaRuntime:
             raise self._failure(f"llama.cpp cannot decode {what} ({describe_status(status)})", advice)
 
     def _failure(self, what: str, advice: str) -> EvalError:
-        said = "".join(f"\n  llama.cpp: {line}" for line in _log)
-        return EvalError(f"{self._path}: {what}; {advice}{said}")
+        return EvalError(with_log(f"{self._path}: {what}; {advice}"))
 
     def close(self) -> None:
         """Frees the context and the model; a second call does nothing."""
@@ -346,6 +353,7 @@ class _LlamaRuntime:
             self._library.llama_batch_free(self._batch)
             self._library.llama_free(self._context)
             self._context = None
+            end_doing(self._activity)
         if self._model and self._owns_model:
             self._library.llama_model_free(self._model)
         self._model = None
@@ -364,17 +372,15 @@ def observing(library: Any, observe: Observe) -> Callback:
     return Callback(library.ggml_backend_sched_eval_callback, lambda node, ask, _: observe(node, ask), False)
 
 
-def load_model(library: Any, path: Path, params: Any) -> Any:
-    """llama.cpp's model, NULL where it cannot be loaded; an interrupt ends the loading."""
-    progress = load_progress(library)
-    params.progress_callback = progress.pointer
-    with calling(progress):
-        return library.llama_model_load_from_file(os.fsencode(path), params)
-
-
 def describe_status(status: int) -> str:
     """What `llama_decode` answered, in words."""
     return "a signal stopped it" if status == _ABORTED else f"status {status}"
+
+
+def library_versions(library: Any) -> dict[str, str]:
+    """Version of the binding, and what its kernels were compiled for, as llama.cpp says it."""
+    features = library.llama_print_system_info().decode()
+    return {"llama_cpp": metadata.version("llama_cpp_python"), "llama_cpp_features": features.strip(" |")}
 
 
 def default_rows(n_vocab: int) -> int:
@@ -400,30 +406,3 @@ def _digest_vocabulary(library: Any, vocab: Any, n_vocab: int) -> str:
         text = library.llama_vocab_get_text(vocab, token)
         digest.update(b"%d:%d:%b\n" % (library.llama_vocab_get_attr(vocab, token), len(text), text))
     return digest.hexdigest()
-
-
-def _keep_line(level: int, text: bytes, _data: Any) -> None:
-    if level in _KEPT_LEVELS and text.strip():
-        _log.append(text.decode(errors="replace").strip())
-
-
-def require_runtime() -> Any:
-    """The binding, with llama.cpp's log turned into a short memory of warnings and errors.
-
-    Raises:
-        EvalError: it is not installed, or cannot be loaded on this machine.
-    """
-    global _log_callback
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise EvalError(
-            f"running a GGUF needs llama-cpp-python, which cannot be imported here ({error}); "
-            "pip install 'pocketquant[eval]'"
-        ) from error
-    if _log_callback is None:
-        llama_cpp.llama_backend_init()
-
-        _log_callback = Callback(llama_cpp.llama_log_callback, _keep_line, None)  # ctypes does not keep it alive
-    llama_cpp.llama_log_set(_log_callback.pointer, ctypes.c_void_p(0))
-    return llama_cpp

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.files import usable_threads
-from pocketquant.llama.runtime import _LlamaRuntime, require_runtime
+from pocketquant.llama.library import require_runtime
+from pocketquant.llama.runtime import _LlamaRuntime
 
 I32Array = npt.NDArray[np.int32]
 Progress = Callable[[int, int], None]

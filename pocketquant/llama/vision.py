@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.llama import runtime
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.llama.callbacks import calling
-from pocketquant.llama.runtime import _LlamaRuntime, require_runtime
+from pocketquant.llama.library import log_callback, require_runtime
+from pocketquant.llama.runtime import _LlamaRuntime
+from pocketquant.small_files import read_bytes
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64 << 20
@@ -65,8 +66,7 @@ class VisionRuntime:
         self._text, self._mtmd, self._library = text, mtmd_cpp, text._library
         self.n_vocab = text.n_vocab
         self.n_embd: int = self._library.llama_model_n_embd_inp(text._model)
-        if runtime._log_callback is not None:
-            mtmd_cpp.mtmd_helper_log_set(runtime._log_callback.pointer, ctypes.c_void_p(0))
+        mtmd_cpp.mtmd_helper_log_set(log_callback(), ctypes.c_void_p(0))
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu = text._gpu_layers != 0
         params.n_threads = threads
@@ -82,6 +82,11 @@ class VisionRuntime:
             )
             text.close()
             raise error
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """As `Runtime.versions`."""
+        return self._text.versions
 
     def embeddings(self, image: U8Array) -> F32Array:
         """What the tower makes of an image: f32[n_tokens, n_embd], one token for each 32 x 32 pixels, line by line."""
@@ -228,14 +233,7 @@ def check_image(path: Path) -> None:
 
     Source: PNG specification (2003), 11.2.2; ITU-T T.81, B.2.2.
     """
-    try:
-        nbytes = path.stat().st_size
-        data = path.read_bytes() if nbytes <= MAX_IMAGE_BYTES else b""
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); give a PNG or JPEG") from error
-    if not data:
-        raise EvalError(f"{path}: {nbytes} bytes; give a PNG or JPEG of at most {MAX_IMAGE_BYTES >> 20} MiB")
-    width, height = _size_of(data)
+    width, height = _size_of(read_bytes(path, MAX_IMAGE_BYTES, EvalError))
     if not 0 < width * height <= MAX_IMAGE_PIXELS:
         said = f"{width} x {height} pixels, at most {MAX_IMAGE_PIXELS} in all" if width * height else "no PNG or JPEG"
         raise EvalError(f"{path}: {said}; scale it, or save it again as PNG or JPEG")

@@ -27,6 +27,7 @@ from pocketquant.files import check_target, hidden_beside, replacing, states_of
 from pocketquant.gguf_file import open_gguf
 from pocketquant.interrupts import offer_resume, put_in_place
 from pocketquant.leftovers import holding
+from pocketquant.llama.runtime import default_rows, open_runtime
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.collect import SELF, SELF_CHUNKS, cut_windows, digest_file, read_text, sample_windows
 from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, group_rows
@@ -34,7 +35,6 @@ from pocketquant.quant.observing import Observer
 from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
 from pocketquant.unchanged import check_unchanged
-from pocketquant.llama.runtime import default_rows, open_runtime
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all, those of every pass."""

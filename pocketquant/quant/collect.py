@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,11 +27,13 @@ import numpy.typing as npt
 from pocketquant.errors import EvalError, listing
 from pocketquant.files import replacing, states_of
 from pocketquant.interrupts import offer_resume
+from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 from pocketquant.quant.drafting import Block, block_beside, find_block, open_block
 from pocketquant.quant.importance import ImportanceSums
 from pocketquant.quant.observing import InputSums, Observer
+from pocketquant.small_files import open_regular
+from pocketquant.small_files import read_text as read_utf8
 from pocketquant.unchanged import check_unchanged
-from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""
@@ -204,13 +207,8 @@ def sample_windows(
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text without one final newline; EvalError where it cannot be read."""
-    try:
-        return Path(path).read_bytes().decode("utf-8").removesuffix("\n")
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8") from error
+    """A UTF-8 text without one final newline; EvalError where it cannot be read, or is larger than 256 MiB."""
+    return read_utf8(path, error=EvalError).removesuffix("\n")
 
 
 def cut_windows(path: str | Path, runtime: Runtime, context: int, chunks: int | None) -> Calibration:
@@ -231,9 +229,10 @@ def cut_windows(path: str | Path, runtime: Runtime, context: int, chunks: int | 
 
 def digest_file(path: Path) -> str:
     """Digest of a file's size and of 256 pieces of it: enough to tell one model from another, whatever its size."""
-    size, piece = path.stat().st_size, 1 << 16
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    piece = 1 << 16
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
         for i in range(256):
             file.seek(max(size - piece, 0) * i // 255)
             digest.update(file.read(piece))

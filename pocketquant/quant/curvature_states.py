@@ -18,6 +18,7 @@ from pocketquant.formats import F32Array
 from pocketquant.interrupts import offer_resume, put_in_place
 from pocketquant.leftovers import holding
 from pocketquant.quant.statistics_writing import Layout
+from pocketquant.small_files import read_object
 
 
 class States:
@@ -46,7 +47,7 @@ class States:
     def _begin(self, layout: Layout, run: dict[str, Any], resume: bool) -> None:
         about = self._folder / "run.json"
         if resume and about.exists():
-            stated = json.loads(about.read_text())
+            stated = read_object(about, EvalError)
             if stated != run:
                 differs = ", ".join(key for key in run if stated.get(key) != run[key])
                 raise EvalError(

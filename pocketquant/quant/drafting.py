@@ -25,7 +25,8 @@ from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.gguf_file import read_shards
 from pocketquant.llama.callbacks import abort_function, calling
-from pocketquant.llama.runtime import Observe, describe_status, load_model, observing, require_runtime
+from pocketquant.llama.library import load_model, require_runtime
+from pocketquant.llama.runtime import Observe, describe_status, observing
 
 RunBlock = Callable[[npt.NDArray[np.int32], F32Array], None]
 """Runs the block, memory empty at the start: i32[n] tokens and f32[n, n_embd], the hidden state before each."""
@@ -101,16 +102,7 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
     """
     library = require_runtime()
     callback = observing(library, observe)
-    model_params = library.llama_model_default_params()
-    if not hasattr(model_params, "load_mtp"):
-        raise EvalError(
-            "the installed llama-cpp-python runs no multi-token-prediction blocks; "
-            "pip install --upgrade 'pocketquant[eval]'"
-        )
-    model_params.n_gpu_layers, model_params.load_mtp = 0, True
-    model = load_model(library, block.path, model_params)
-    if not model:
-        raise EvalError(f"{block.path}: llama.cpp cannot load its multi-token-prediction block; convert it again")
+    model, _ = load_model(library, block.path, gpu_layers=0, has_mtp=True)
     try:
         params, n_batch = library.llama_context_default_params(), min(_MAX_BATCH, context)
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, n_batch, n_batch, 1

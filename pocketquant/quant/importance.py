@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pocketquant.files import replacing
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.gguf_file import GgufTensor, encode_table, read_header
 from pocketquant.model import Model, Value, padded
+from pocketquant.small_files import open_regular
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
@@ -80,12 +82,27 @@ def importance_of(sums: ImportanceSums, file: str = "") -> Importance:
     return Importance(weights, file, sums.datasets, sums.n_chunks)
 
 
-def merge_sums(parts: Sequence[ImportanceSums]) -> ImportanceSums:
+def merge_sums(parts: Sequence[ImportanceSums], names: Sequence[str] = ()) -> ImportanceSums:
     """Adds matrices of one model up, as if their texts had been one; the first one's window counts the chunks.
 
+    Args:
+        parts: the matrices.
+        names: what to call them in messages.
+
     Raises:
-        RecipeError: the same tensor has other sizes in another matrix (all listed).
+        RecipeError: the same tensor has other sizes in another matrix, or two were made from the same text (all
+            listed).
     """
+    called = [names[i] if names else f"matrix {i + 1}" for i in range(len(parts))]
+    twice = [
+        f"{one} and {other}, from {', '.join(parts[i].datasets) or 'a text without a name'}"
+        for (i, one), (j, other) in combinations(enumerate(called), 2)
+        if _is_same_text(parts[i], parts[j])
+    ]
+    if twice:
+        raise RecipeError(
+            f"importance matrices of the same text would count it twice; leave one of each pair out:\n{listing(twice)}"
+        )
     sums: dict[str, npt.NDArray[Any]] = {}
     counts: dict[str, npt.NDArray[Any]] = {}
     faults = []
@@ -102,6 +119,16 @@ def merge_sums(parts: Sequence[ImportanceSums]) -> ImportanceSums:
         raise RecipeError(f"importance matrices of different models cannot be merged:\n{listing(faults)}")
     datasets = tuple(dict.fromkeys(name for part in parts for name in part.datasets))
     return ImportanceSums(sums, counts, parts[0].context, datasets)
+
+
+def _is_same_text(one: ImportanceSums, other: ImportanceSums) -> bool:
+    """Whether two matrices hold the same sums, but for what another kernel or number of threads changes."""
+    return one.sums.keys() == other.sums.keys() and all(
+        array.shape == other.sums[name].shape
+        and np.array_equal(one.counts[name], other.counts[name])
+        and np.allclose(array, other.sums[name], rtol=1e-3)
+        for name, array in one.sums.items()
+    )
 
 
 def write_sums(sums: ImportanceSums, path: str | Path, *, is_result: bool = True) -> None:
@@ -238,7 +265,7 @@ def _mtp_prefix(model: Model) -> str:
 
 def _check_is_gguf(path: Path) -> None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path, RecipeError) as file:
             magic = file.read(4)
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the importance matrix: {error.strerror}") from error

@@ -15,6 +15,7 @@ from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.sensitivity import EXACT, Sensitivity, read_sensitivity
 from pocketquant.quant.statistics import fingerprint
+from pocketquant.small_files import parse_json, read_text
 
 SCHEMA = "pocketquant.losses/1"
 MAX_TABLE_BYTES = 1 << 26
@@ -90,10 +91,7 @@ def parse_losses(text: str, where: str) -> LossTable:
     Raises:
         RecipeError: not such a table, or figures that make no sense (all listed).
     """
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: not valid JSON: {error}") from error
+    table = parse_json(text, where, RecipeError)
     if not isinstance(table, dict) or table.get("schema") != SCHEMA:
         raise RecipeError(f"{where}: no table of predicted losses; `pocketquant sensitivity` makes one")
     faults = [f"unknown key {key!r}" for key in table if key not in _KEYS]
@@ -134,16 +132,5 @@ def read_figures(path: Path | str | None) -> Sensitivity | LossTable:
     """
     if path is None:
         return read_sensitivity()
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_TABLE_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    if not data.lstrip().startswith(b"{"):
-        return read_sensitivity(path)
-    if len(data) > MAX_TABLE_BYTES:
-        raise RecipeError(f"{path}: larger than {MAX_TABLE_BYTES} bytes, so it is no table of losses")
-    try:
-        return parse_losses(data.decode("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text, so it is no table of losses ({error})") from error
+    text = read_text(path, MAX_TABLE_BYTES, RecipeError)
+    return parse_losses(text, str(path)) if text.lstrip().startswith("{") else read_sensitivity(path)

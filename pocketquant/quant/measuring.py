@@ -24,6 +24,7 @@ from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.pipeline import CHUNK_WEIGHTS, naming_overflow
 from pocketquant.quant.loss_table import LossTable
+from pocketquant.small_files import read_object
 
 PROBE = "Q3_K"
 """Large enough an error to stand out of the noise, small enough for errors to add up."""
@@ -120,7 +121,7 @@ class Runs:
         if not self.state.exists():
             return {}
         try:
-            kept = json.loads(self.state.read_text(encoding="utf-8"))
+            kept = read_object(self.state, EvalError)
             if kept["run"] != json.loads(json.dumps(self._run())):
                 raise EvalError(f"{self.state}: results of another model or other settings; delete it or use them")
             return {str(key): float(value) for key, value in kept["results"].items()}

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
-from pocketquant.llama.runtime import require_runtime
+from pocketquant.llama.library import require_runtime
 
 F64Array = npt.NDArray[np.float64]
 I32Array = npt.NDArray[np.int32]

@@ -65,6 +65,25 @@ def plan(
     return Plan(metadata, tuple(planned), encode_header(metadata, planned), used, files=model.files)
 
 
+def importance_gaps(planned: Plan) -> tuple[str, ...]:
+    """What to tell people whose matrix says nothing about some matrices of the blocks; () where it covers them all.
+
+    The embedding and the head are not counted: llama-imatrix leaves them out of every matrix.
+    """
+    weighted = [item for item in planned.tensors if item.format.block_len > 1 and item.tensor.layer is not None]
+    blind = [item for item in weighted if item.tensor.name not in planned.importance]
+    if not blind or planned.rounding:
+        return ()
+    seen = {item.tensor.layer for item in weighted if item.tensor.name in planned.importance}
+    unseen = sorted({int(item.tensor.layer or 0) for item in blind} - seen)
+    where = f", all of block {', '.join(map(str, unseen))} among them" if unseen else ""
+    names = ", ".join(item.tensor.name for item in blind[:3]) + (" ..." if len(blind) > 3 else "")
+    return (
+        f"the importance matrix has no entries for {len(blind)} of {len(weighted)} matrices of the blocks{where}: they "
+        f"are rounded without importance ({names})",
+    )
+
+
 def _refuse_second_rounding(choices: list[tuple[Tensor, QuantFormat, str]]) -> None:
     # F32 holds every format's values exactly, so a quantized tensor may become F32, but nothing else.
     offenders = [

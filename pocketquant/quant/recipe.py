@@ -36,7 +36,6 @@ qwen35moe.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -46,11 +45,7 @@ from typing import Any
 from pocketquant.errors import RecipeError, listing
 from pocketquant.formats import FORMATS, QuantFormat
 from pocketquant.model import Model, Role, Tensor
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from pocketquant.small_files import is_present, parse_toml, read_text
 
 MAX_RECIPE_BYTES = 65536
 """A recipe file larger than this is refused unread."""
@@ -132,18 +127,11 @@ def open_named_recipe(name_or_path: str | Path) -> Recipe:
         packaged = resources.files("pocketquant.quant") / "recipes" / f"{text.lower()}.toml"
         return parse_recipe(packaged.read_text(encoding="utf-8"), text)
     path = Path(name_or_path)
-    if not path.is_file():
+    if not is_present(path, RecipeError):
         raise RecipeError(
             f"{text}: neither a recipe nor a file; give a TOML file or one of\n{', '.join(builtin_recipes())}"
         )
-    with path.open("rb") as file:
-        data = file.read(MAX_RECIPE_BYTES + 1)
-    if len(data) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes, so it is no recipe")
-    try:
-        return parse_recipe(data.decode("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text, so it is no recipe ({error})") from error
+    return parse_recipe(read_text(path, MAX_RECIPE_BYTES, RecipeError), str(path))
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
@@ -156,10 +144,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     Raises:
         RecipeError: not TOML, or unknown keys, roles, formats, layers, or values of the wrong kind.
     """
-    try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}") from error
+    table = parse_toml(text, where, RecipeError)
     faults = [f"unknown key {key!r}" for key in table if key not in _RECIPE_KEYS]
     name = _text(table, "name", "", faults)
     if name and not _NAME.fullmatch(name):

@@ -20,7 +20,6 @@ How the figures of `sensitivity.toml` (its head names the source) reach another 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -34,11 +33,7 @@ import numpy as np
 from pocketquant.errors import RecipeError, listing
 from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Role, Tensor
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from pocketquant.small_files import parse_toml, read_text
 
 MAX_TABLE_BYTES = 1 << 20
 """A table larger than this is refused unread."""
@@ -200,18 +195,7 @@ def read_sensitivity(path: Path | str | None = None) -> Sensitivity:
     if path is None:
         packaged = resources.files("pocketquant.quant") / "sensitivity.toml"
         return parse_sensitivity(packaged.read_text(encoding="utf-8"), "sensitivity.toml")
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TABLE_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) > MAX_TABLE_BYTES:
-        raise RecipeError(f"{path}: larger than {MAX_TABLE_BYTES} bytes, so it is no table of sensitivities")
-    try:
-        return parse_sensitivity(data.decode("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text, so it is no table of sensitivities ({error})") from error
+    return parse_sensitivity(read_text(path, MAX_TABLE_BYTES, RecipeError), str(path))
 
 
 def parse_sensitivity(text: str, where: str) -> Sensitivity:
@@ -220,10 +204,7 @@ def parse_sensitivity(text: str, where: str) -> Sensitivity:
     Raises:
         RecipeError: not TOML, unknown keys or roles, or figures that are no positive numbers.
     """
-    try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}") from error
+    table = parse_toml(text, where, RecipeError)
     faults = [f"unknown key {key!r}" for key in table if key not in {"schema", "source", "measured"}]
     if table.get("schema") != _SCHEMA:
         faults.append(f"schema: expected {_SCHEMA}, got {table.get('schema')!r}")

@@ -19,7 +19,6 @@ matrices are lower triangles, row by row. Source: https://github.com/huggingface
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
@@ -34,6 +33,7 @@ from pocketquant.errors import RecipeError, listing
 from pocketquant.files import read_at
 from pocketquant.formats import F32Array
 from pocketquant.model import Model
+from pocketquant.small_files import open_regular, parse_json
 from pocketquant.unchanged import FileState, state_of
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -250,17 +250,16 @@ def open_statistics(path: str | Path) -> Statistics:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path, RecipeError) as file:
             state = state_of(path, file.fileno())
             size = state.size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise _no_statistics(path, "its first eight bytes are no length of a header")
-            header = json.loads(file.read(length))
+            data = file.read(length)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise _no_statistics(path, "its header is no JSON") from error
+    header = parse_json(data, f"{path}: no statistics (header)", RecipeError)
     about = _read_about(path, header)
     faults, entries, end = [], {}, 0
     for name, stated in header.items():
@@ -304,7 +303,7 @@ def _read_about(path: Path, header: Any) -> dict[str, Any]:
             raise ValueError
         if metadata["version"] != str(VERSION):
             raise RecipeError(f"{path}: statistics of version {metadata['version']}, this program reads {VERSION}")
-        about = json.loads(metadata["about"])
+        about = parse_json(metadata["about"], f"{path}: no statistics (about)", RecipeError)
         texts = about["texts"]
         kinds = {"name": str, "tokens": int, "sha256": str}
         is_right = (
@@ -322,7 +321,7 @@ def _read_about(path: Path, header: Any) -> dict[str, Any]:
 
 def _read_entry(stated: Any, data_start: int, size: int) -> Entry | None:
     """The entry that a header states, or None where it is none inside the file."""
-    if not isinstance(stated, dict) or stated.get("dtype") not in DTYPES:
+    if not isinstance(stated, dict) or not isinstance(stated.get("dtype"), str) or stated["dtype"] not in DTYPES:
         return None
     shape, offsets = stated.get("shape"), stated.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or not 1 <= len(shape) <= 2 or len(offsets) != 2:

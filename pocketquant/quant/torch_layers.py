@@ -19,6 +19,7 @@ from pocketquant.architectures import architecture_named
 from pocketquant.architectures.hybrid import minus_exp, plus_one
 from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, TensorRule
 from pocketquant.errors import ArchitectureError, EvalError
+from pocketquant.extras import install_command
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
@@ -52,7 +53,7 @@ def require_torch() -> tuple[Any, dict[str, Any]]:
     except ImportError as error:
         raise EvalError(
             f"gradients need torch and transformers, which cannot be imported here ({error}); "
-            "pip install 'pocketquant[curvature]', or calibrate without gradients"
+            f"{install_command('curvature')}, or calibrate without gradients"
         ) from error
     return torch, {"qwen35": dense, "qwen35moe": moe}
 

@@ -25,6 +25,7 @@ from pocketquant.files import check_target, read_at, replacing
 from pocketquant.formats import U8Array
 from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
 from pocketquant.leftovers import work_folder
+from pocketquant.llama.sampling import sample_on
 from pocketquant.model import Model, Tensor, Value, padded
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
 from pocketquant.quant.collect import SELF, digest_of_tokens
@@ -32,7 +33,6 @@ from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import read_whole, set_up
 from pocketquant.quant.tuner import Numbers, Tuner, run_reference
 from pocketquant.unchanged import FileState, check_unchanged
-from pocketquant.llama.sampling import sample_on
 
 Progress = Callable[[int, int], None]
 """Called with batches done and batches in all: those that look at held-back windows, too."""
@@ -68,6 +68,22 @@ class Tuned:
     n_scales: int
     n_codes: int
     n_moved: int
+
+
+class DoesNotPay(EvalError):
+    """Tuning made nothing better. No fault of the input: the command ends with exit code 1.
+
+    Attributes:
+        before: divergence on windows held back.
+        after: the same with what was tuned.
+    """
+
+    def __init__(self, file: Path, before: float, after: float) -> None:
+        super().__init__(
+            f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to {after:.6f}; "
+            "nothing is written; more text or a lower rate may help"
+        )
+        self.before, self.after = before, after
 
 
 def tune_file(
@@ -106,8 +122,8 @@ def tune_file(
         progress: told after each batch.
 
     Raises:
-        EvalError: torch or transformers is absent, too few windows, or the divergence on the windows held back did not
-            fall: `out` is not written.
+        DoesNotPay: the divergence on the windows held back did not fall: `out` is not written.
+        EvalError: torch or transformers is absent, or too few windows.
         RecipeError: the file was made from another model, is split, tuned already, or has nothing to tune.
         ArchitectureError: no text model, or one whose positions are scaled.
         OutputError: `out` cannot be written.
@@ -142,10 +158,7 @@ def tune_file(
             step()
         after = tuner.divergence(_cut(held, batch), step)
         if not after < before:
-            raise EvalError(
-                f"{file}: tuning does not pay: the divergence on windows held back went from {before:.6f} to "
-                f"{after:.6f}; nothing is written; more text or a lower rate may help"
-            )
+            raise DoesNotPay(file, before, after)
         about = ", ".join(text.name for text in texts)
         check_unchanged([header.state, *reference.files])
         _write(header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})

@@ -23,7 +23,7 @@ from moe_checkpoint import golden_checkpoint
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
 from pocketquant.demo import checkpoint_dir, text_path
-from pocketquant.llama.runtime import require_runtime
+from pocketquant.llama.library import require_runtime
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'pocketquant[eval]'")
 N_TOKENS = 256

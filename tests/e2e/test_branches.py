@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pocketquant.errors import EvalError
-from pocketquant.llama.runtime import open_runtime
 from pocketquant.llama.branches import BranchRuntime, open_branches
+from pocketquant.llama.runtime import open_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 SAME = 1e-4

@@ -26,10 +26,10 @@ from pocketquant.quant.statistics import check_statistics, open_statistics
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
 from pocketquant.eval import compare
+from pocketquant.llama.runtime import open_runtime
 from pocketquant.quant.calibrating import calibrate, cut_texts, plan_calibration
 from pocketquant.quant.collect import collect_importance
 from pocketquant.quant.observing import Observer, Product
-from pocketquant.llama.runtime import open_runtime
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 TEXT = text_path("calibration")

@@ -23,6 +23,7 @@ from statistics_maker import make_statistics
 
 import pocketquant
 from pocketquant import cluster, open_model, open_recipe, plan, read_importance, write
+from pocketquant.demo import checkpoint_dir
 from pocketquant.errors import ClusterError, SourceError
 from pocketquant.formats import QuantFormat, U8Array
 from pocketquant.model import Tensor
@@ -227,6 +228,16 @@ def test_rounding_by_statistics_gives_the_same_bytes(machines: Machines, is_moe:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / "cluster.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
     assert (tmp_path / "cluster.gguf").read_bytes()[-1000:] != (tmp_path / "plain.gguf").read_bytes()[-1000:]
+
+
+def test_a_sweep_by_statistics_keeps_the_same_files(machines: Machines, tmp_path: Path) -> None:
+    make_statistics(open_model(checkpoint_dir()), tmp_path / "made.stats", n_group=3)
+    words = ("sweep", str(checkpoint_dir()), "-r", "q4_0", "--stats", "made.stats", "--context", "64", "--chunks", "2")
+    for out, where in (("local", ()), ("cluster", ("--scheduler", machines.address))):
+        result = run(*words, "--imatrix", "none", "--out", out, "--quiet", *where, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    [local], [far] = (list((tmp_path / out).glob("*.gguf")) for out in ("local", "cluster"))
+    assert (local.name, local.read_bytes()) == (far.name, far.read_bytes())
 
 
 def test_whole_matrices_are_one_piece_in_small_batches(

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_maker import changed
 
-from pocketquant.errors import EvalError
+from pocketquant.errors import EvalError, SourceError
 from pocketquant.eval import compare, weight_errors
 from pocketquant.gguf_file import open_gguf
 from pocketquant.llama.runtime import open_runtime
+from pocketquant.model import Value
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+PRE = "tokenizer.ggml.pre"
 
 Recipe = Callable[[str], Path]
 
@@ -111,8 +115,13 @@ def test_files_that_do_not_load_are_refused_with_the_reason(demo_gguf: Recipe, t
     whole = demo_gguf("q8_0").read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(EvalError, match=r"cut\.gguf: llama\.cpp cannot load it(?s:.)*\n  llama\.cpp: "):
+    with pytest.raises(SourceError, match=r"cut\.gguf: broken tensor table"):
         open_runtime(cut, context=64)
+    odd = changed(
+        demo_gguf("q8_0"), tmp_path / "odd.gguf", lambda parts: parts.metadata.update({PRE: Value("str", "odd")})
+    )
+    with pytest.raises(EvalError, match=r"odd\.gguf: llama\.cpp cannot load it(?s:.)*\n  llama\.cpp: .*odd"):
+        open_runtime(odd, context=64)
     with pytest.raises(EvalError, match="use a context of at most"):
         open_runtime(demo_gguf("q8_0"), context=1 << 30)
 

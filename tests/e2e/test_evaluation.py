@@ -95,7 +95,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(demo_gguf: Recipe, demo_text:
 def test_files_that_are_no_conversations_are_refused(demo_gguf: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
     path.write_text('{"messages": []}\nnot json\n[{"content": "x"}]\n{"messages": [{"role": "user"}]}\n')
-    with pytest.raises(EvalError, match=r"(?s)line 1: no list.*line 2: not JSON.*line 3: no list") as caught:
+    with pytest.raises(EvalError, match=r"(?s)line 1: no list.*line 2: broken JSON.*line 3: no list") as caught:
         read_conversations(path)
     assert "line 4" not in str(caught.value)
     path.write_text("\n")
@@ -143,10 +143,24 @@ def test_the_noise_floor_is_far_below_the_loss(demo_gguf: Recipe, demo_text: Pat
     floor = report.noise_floor
     assert floor is not None
     assert (floor.rows, floor.windows, floor.tokens) == (21, 6, 6 * 63)
-    assert 0 < floor.metrics.kld.mean < report.metrics.kld.mean / 5
+    assert 0 <= floor.metrics.kld.mean < report.metrics.kld.mean / 5
     assert floor.metrics.bpb is not None
     assert steps == [(i + 1, 12) for i in range(12)]
     assert "| noise floor |" in to_markdown(report)
+    fused = compare(
+        demo_gguf("q4_0"),
+        demo_gguf("f32"),
+        demo_text,
+        context=128,
+        chunks=6,
+        threads=2,
+        noise_floor=True,
+        like="llama-perplexity",
+    )
+    assert fused.noise_floor is not None
+    assert floor.metrics.kld.mean < fused.noise_floor.metrics.kld.mean < report.metrics.kld.mean / 5
+    assert report.provenance.versions["llama_cpp_flash_attention"] == "off"
+    assert fused.provenance.versions["llama_cpp_flash_attention"] == "auto"
 
 
 def test_texts_are_named_by_stem_or_on_request(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from pocketquant.eval.texts import domain_texts
 from pocketquant.eval.windows import score_windows
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.llama.runtime import open_runtime
 from pocketquant.model import Value
 from pocketquant.quant.recipe import Rule
-from pocketquant.llama.runtime import open_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

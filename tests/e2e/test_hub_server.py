@@ -96,6 +96,12 @@ def test_nothing_is_sent_but_reading_requests_and_no_token_leaves_the_hub(run: R
         assert (TOKEN in str(headers)) == ("/storage/" not in line)
 
 
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+def test_what_a_repository_holds_besides_is_named(scheme: str, run: Run) -> None:
+    shown = run("inspect", f"{scheme}://org/Tiny-1M")
+    assert "passed over (pickled, which is never read): pytorch_model.bin" in shown.stdout, shown.stderr
+
+
 def test_a_second_run_reads_the_small_files_from_the_cache(run: Run, hub: Hub, tmp_path: Path) -> None:
     assert run("inspect", "org/Tiny-1M").returncode == 0
     hub.reset()

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pocketquant.cli.app import app
 from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.quant.rounding.layouts import layout_of
+from pocketquant.quant.tuning import DoesNotPay
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
@@ -82,3 +85,23 @@ def other_model(reference: Path, path: Path) -> Path:
     data[tensor.offset + 2] ^= 0x40
     path.write_bytes(data)
     return path
+
+
+def test_tuning_that_does_not_pay_is_no_bad_input(
+    demo_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command's part of it; tests/peers has a run that really does not pay."""
+
+    def does_not_pay(file: Path, *_: object, **__: object) -> None:
+        raise DoesNotPay(file, 0.011, 0.012)
+
+    monkeypatch.setattr("pocketquant.quant.tuning.tune_file", does_not_pay)
+    monkeypatch.setattr("pocketquant.quant.torch_layers.require_torch", lambda: None)
+    words = [demo_gguf("q4_k_s"), "--reference", demo_gguf("f32"), "--out", tmp_path / "t.gguf", "--context", 64]
+    result = CliRunner().invoke(app, ["tune", *map(str, words), "--chunks", "5", "--json"])
+    assert result.exit_code == 1, result.output
+    document = json.loads(result.stdout)
+    assert (document["schema"], document["out"]) == ("pocketquant.tune/1", None)
+    assert document["held_back_kld"] == {"before": 0.011, "after": 0.012}
+    assert "does not pay" in result.stderr.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []

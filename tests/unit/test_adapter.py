@@ -316,12 +316,11 @@ UP = "model.layers.0.mlp.up_proj"
         ({"trainable_token_indices": [5]}, r"trainable_token_indices"),
         ({"target_parameters": "mlp.experts.gate_up_proj"}, r"target_parameters .*, expected a list of names"),
         ({"layer_replication": [[0, 4], [2, 5]]}, r"layer_replication"),
-        ({"ensure_weight_tying": True}, r"ensure_weight_tying"),
         ({"some_new_method": {"x": 1}}, r"some_new_method .*: not supported"),
         ({"r": 0}, r"r 0, expected"),
         ({"lora_alpha": float("nan")}, r"lora_alpha nan"),
         ({"lora_alpha": True}, r"lora_alpha True"),
-        ({"lora_alpha": 10**400}, r"lora_alpha 1000"),
+        ({"lora_alpha": 10**400}, r"lora_alpha inf"),
         ({"lora_alpha": 1e-300}, r"lora_alpha 1e-300"),
         ({"use_rslora": "yes"}, r"use_rslora 'yes'"),
         ({"alpha_pattern": {"(a+)+": 1}}, r"too intricate"),
@@ -384,13 +383,6 @@ def test_adapter_of_another_model_is_refused_with_every_offender(tmp_path: Path,
     assert "layers.0.mlp.up_proj: [512, 128], in the checkpoint [512, 256]" in str(error.value)
     assert "layers.9.mlp.up_proj: the checkpoint has no such weight" in str(error.value)
     assert "layers.0.conv: the checkpoint has no such weight" in str(error.value)
-
-
-def test_norms_trained_whole_are_refused(tmp_path: Path, checkpoint: Path) -> None:
-    tensors = changed(**{f"{PREFIX}model.layers.0.input_layernorm.weight": np.ones(256)})
-    folder = write_adapter(tmp_path / "lora", tensors, modules_to_save=["input_layernorm"])
-    with pytest.raises(SourceError, match=r"input_layernorm: trained whole.*only matrices can be replaced"):
-        open_model(checkpoint, adapter=folder)
 
 
 def test_non_finite_matrices_are_named(tmp_path: Path, checkpoint: Path) -> None:

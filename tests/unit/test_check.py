@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_maker import found, make_good_gguf, make_trained_checkpoint, message, scale, set_key
+from check_maker import found, message, scale, set_key
 from checkpoint_maker import make_checkpoint, moe_config, text_config, weights_for
 from gguf_maker import Parts, changed, put_together
 from vision_maker import make_vision_checkpoint
@@ -21,17 +21,6 @@ from pocketquant.cli.findings import check_file_or_source
 from pocketquant.convert.vision import open_vision
 from pocketquant.formats import FORMATS
 from pocketquant.model import Value
-
-
-@pytest.fixture(scope="module")
-def realistic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained_checkpoint(tmp_path_factory.mktemp("check") / "c")
-
-
-@pytest.fixture(scope="module")
-def good(realistic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_good_gguf(realistic, tmp_path_factory.mktemp("check") / "good.gguf")
-
 
 # ---------------------------------------------------------------- nothing to find
 
@@ -102,6 +91,7 @@ def test_limits_leave_room_for_heavy_tails_and_importance() -> None:
 def with_mtp_declared(parts: Parts) -> None:
     set_key("qwen35.nextn_predict_layers", "u32", 1)(parts)
     set_key("qwen35.block_count", "u32", 5)(parts)
+    set_key("qwen35.attention.recurrent_layers", "bool[]", [True, True, True, False, False])(parts)
 
 
 def with_mtp_block(parts: Parts) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_maker import found, make_good_gguf, make_trained_checkpoint, message, set_key
+from check_maker import found, message, set_key
 from checkpoint_maker import make_checkpoint, text_config, weights_for
 from gguf_maker import Parts, changed, take_apart
 
@@ -19,17 +19,6 @@ from pocketquant.check.checking import check_header
 from pocketquant.check.contents import contents_of_gguf
 from pocketquant.errors import SourceError
 from pocketquant.model import Value
-
-
-@pytest.fixture(scope="module")
-def realistic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained_checkpoint(tmp_path_factory.mktemp("check") / "c")
-
-
-@pytest.fixture(scope="module")
-def good(realistic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_good_gguf(realistic, tmp_path_factory.mktemp("check") / "good.gguf")
-
 
 # ---------------------------------------------------------------- metadata, tokenizer, structure
 

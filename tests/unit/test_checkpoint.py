@@ -334,8 +334,9 @@ def test_table_covers_every_role_once_per_place() -> None:
     assert {rule.role for architecture in ARCHITECTURES for rule in architecture.tensors} == set(Role)
 
 
-def test_f16_file_next_to_a_stray_one_is_ambiguous(tmp_path: Path) -> None:
+def test_two_files_of_which_none_is_the_model_by_its_name_are_ambiguous(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "c")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
     write_safetensors(folder / "other.safetensors", {"x": np.ones(2, np.float32)})
     with pytest.raises(SourceError, match=r"2 \*\.safetensors files and no index"):
         open_model(folder)

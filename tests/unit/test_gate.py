@@ -16,6 +16,7 @@ from pocketquant.errors import EvalError, SourceError
 from pocketquant.eval import intervals
 from pocketquant.eval.evidence import sum_clusters
 from pocketquant.eval.gate import FAILED, PASS, UNDECIDED, Decision, Verdict, decide, read_report
+from pocketquant.eval.kernels import FLOOR, NAMES, differing
 from pocketquant.eval.limits import ABSOLUTE, BASELINE, parse_limits, read_limits
 from pocketquant.eval.metrics import POSITION, Positions
 from pocketquant.eval.moved import find_moved
@@ -303,7 +304,7 @@ def test_limits_that_are_not_understood_are_refused_all_at_once(tmp_path: Path) 
     with pytest.raises(EvalError, match="a table of limits"):
         read_limits(path)
     path.write_text("= 3")
-    with pytest.raises(EvalError, match="broken TOML"):
+    with pytest.raises(EvalError, match="not valid TOML"):
         read_limits(path)
     path.write_text("#" * 70_000)
     with pytest.raises(EvalError, match="larger than"):
@@ -401,3 +402,38 @@ def test_a_verdict_is_json_junit_and_markdown() -> None:
     assert rows[1].startswith("| absolute.kld_p99 | ❌ fail |")
     assert "window by window" in text
     assert [row[1] for row in table(verdict)] == sorted((row[1] for row in table(verdict)), key="fup".find)
+
+
+# ---------------------------------------------------------------- kernels
+
+ONE = {"llama_cpp_features": "CPU : AVX2 = 1", "llama_cpp_kernels": "CPU", "llama_cpp_batch": "512"}
+OTHER = {**ONE, "llama_cpp_kernels": "AMX CPU"}
+
+
+def test_a_difference_that_kernels_alone_can_make_is_no_regression() -> None:
+    accepted = make_report(versions=ONE)
+    limits = {"baseline": {"kld_mean_ratio": 1 + FLOOR["kld_mean_ratio"] / 2}}
+    assert decide_one(make_report(versions=ONE), accepted, **limits).outcome == PASS
+    other = decide_one(make_report(versions=OTHER), accepted, **limits)
+    assert (other.outcome, other.tokens_needed) == (UNDECIDED, None)
+    assert "other kernels than the baseline's (the buffers its weights lie in): wider by 0.0" in other.note
+    worse = decide_one(make_report(1.5, versions=OTHER), accepted, **limits)
+    assert worse.outcome == FAILED
+
+
+@pytest.mark.parametrize("key", sorted(FLOOR))
+def test_every_sampled_limit_has_a_floor(key: str) -> None:
+    accepted, report = make_report(versions=ONE), make_report(versions=OTHER)
+    limits = parse_limits({"baseline": {key: 3.0 if key.endswith("_ratio") else 0.5}}, "limits")
+    for decision in decide(report, limits, accepted).decisions:
+        assert ("wider by" in decision.note) == (decision.tokens > 0)
+
+
+def test_one_that_says_nothing_of_its_kernels_counts_as_another() -> None:
+    assert differing({}, {}) == []
+    assert differing(ONE, ONE) == []
+    assert differing(ONE, {}) == [NAMES[key] for key in NAMES if key in ONE]
+
+
+def test_every_kind_of_limit_that_is_compared_has_a_floor() -> None:
+    assert set(FLOOR) == set(BASELINE) - {"tensor_rmse_ratio", "tensor_max_error_ratio"}

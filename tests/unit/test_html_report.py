@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from report_maker import make_evaluation, make_tasks
 
+from pocketquant import open_model, open_recipe, plan
 from pocketquant.errors import EvalError
 from pocketquant.eval.html import svg, to_card, to_html, to_sheet
 from pocketquant.eval.html.again import list_steps
@@ -220,3 +221,43 @@ def test_axes() -> None:
     steps = [scale.step(0.001 * 1.5**i) for i in range(14)]
     assert steps == sorted(steps)
     assert (steps[0], steps[-1]) == (0, 8)
+
+
+def test_two_measurements_of_one_file_do_not_beat_each_other() -> None:
+    first, again, other = (make_evaluation("Tiny-Q4_K", kld=kld) for kld in (0.010, 0.011, 0.03))
+    other["provenance"]["model"].update(sha256="1" * 64)
+    sheet = to_sheet([("a.json", first), ("b.json", again), ("c.json", other)])
+    assert [variant.on_front for variant in sheet.variants] == [True, True, False]
+    page = to_html(sheet)
+    assert page.count('class="beaten"') == 1
+
+
+def test_divergences_from_a_pack_of_top_tokens_are_lower_bounds() -> None:
+    document = make_evaluation("Tiny-Q4_K", kld=0.01)
+    document["provenance"]["reference_pack"] = {
+        "kind": "top",
+        "top": 64,
+        "is_lower_bound": True,
+        "floor": {"captured": 0.81},
+        "model": document["provenance"]["reference"],
+    }
+    sheet = to_sheet([("a.json", document)])
+    for page in (" ".join(Page(to_html(sheet)).words), to_card(sheet)):
+        assert "KL divergences are lower bounds" in page
+        assert "64 most likely tokens" in page
+        assert "81 %" in page
+        assert "≥ 0.01" in page
+    assert "lower bound" not in to_card(to_sheet([("a.json", make_evaluation("Tiny-Q4_K", kld=0.01))]))
+    with pytest.raises(EvalError, match="another number of tokens kept of the reference"):
+        to_sheet([("a.json", document), ("b.json", make_evaluation("Tiny-Q5_K", kld=0.005, size=3_000_000))])
+
+
+def test_bits_per_weight_are_those_of_a_plan(checkpoint: Path) -> None:
+    planned = plan(open_model(checkpoint), open_recipe("q4_k_m"))
+    document = make_evaluation("Tiny-Q4_K", kld=0.01, size=planned.file_bytes)
+    document["tensors"] = [
+        {"name": item.tensor.name, "format": item.format.name, "weights": math.prod(item.tensor.shape)}
+        for item in planned.tensors
+    ]
+    [variant] = to_sheet([("a.json", document)]).variants
+    assert variant.bits == pytest.approx(planned.bits_per_weight)

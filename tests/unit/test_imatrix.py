@@ -15,8 +15,8 @@ from pocketquant.quant.importance import ImportanceSums, importance_of, merge_su
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.llama.library import require_runtime
 from pocketquant.quant import observing
-from pocketquant.llama.runtime import require_runtime
 
 
 def matrix(scale: float = 1.0, *, n_cols: int = 6, name: str = "text.txt") -> ImportanceSums:
@@ -61,10 +61,10 @@ def test_the_matrix_in_memory_is_the_one_in_the_file(tmp_path: Path) -> None:
 
 
 def test_merging_adds_sums_counts_and_datasets() -> None:
-    merged = merge_sums([matrix(), matrix(3.0, name="other.txt"), matrix(name="other.txt")])
+    merged = merge_sums([matrix(), matrix(3.0, name="other.txt"), matrix(2.0, name="other.txt")])
     assert merged.datasets == ("text.txt", "other.txt")
     assert merged.n_chunks == 6
-    np.testing.assert_allclose(merged.sums["blk.0.ffn_up.weight"], 5 * matrix().sums["blk.0.ffn_up.weight"])
+    np.testing.assert_allclose(merged.sums["blk.0.ffn_up.weight"], 6 * matrix().sums["blk.0.ffn_up.weight"])
     np.testing.assert_array_equal(merged.counts["blk.0.ffn_up_exps.weight"], [60, 0, 132])
 
 

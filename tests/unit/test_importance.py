@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from qwen35_inventory import Dimensions, build_model
+from typer.testing import CliRunner
 
+from pocketquant import open_model, open_recipe, plan
+from pocketquant.cli.app import app
 from pocketquant.errors import PocketquantError, RecipeError
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant import Importance, check_importance, read_importance
+from pocketquant.quant.importance import ImportanceSums, write_sums
+from pocketquant.quant.planning import importance_gaps
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
@@ -91,7 +97,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     old.write_bytes(b"\x01\x00\x00\x00")
     with pytest.raises(RecipeError, match=r"llama-imatrix --in-file old\.dat"):
         read_importance(old)
-    with pytest.raises(RecipeError, match="cannot read"):
+    with pytest.raises(RecipeError, match="cannot be read"):
         read_importance(tmp_path / "missing.gguf")
     whole = write_matrix(tmp_path / "m.gguf", entry("a", np.ones(64, np.float32), f32(1))).read_bytes()
     for length in (4, 40, len(whole) // 2, len(whole) - 64):
@@ -124,3 +130,30 @@ def test_experts_have_a_row_of_weights_each() -> None:
     check_importance(Importance({experts.name: np.ones((3, 16), np.float32)}), model)
     with pytest.raises(RecipeError, match="has 16 weights, the tensor wants 3 x 16"):
         check_importance(Importance({experts.name: np.ones(16, np.float32)}), model)
+
+
+def test_a_matrix_of_half_the_blocks_is_said(checkpoint: Path) -> None:
+    model, recipe = open_model(checkpoint), open_recipe("q4_0")
+    matrices = [t for t in model.tensors if len(t.shape) > 1 and not t.keep_f32 and t.layer is not None]
+    whole = {t.name: np.ones(t.n_cols, np.float32) for t in matrices}
+    half = {t.name: whole[t.name] for t in matrices if t.layer in (0, 1)}
+    one_less = {name: array for name, array in whole.items() if name != "blk.3.attn_q.weight"}
+    assert importance_gaps(plan(model, recipe, Importance(whole, "w"))) == ()
+    n_half, n_whole = len(half), len(whole)
+    [gap] = importance_gaps(plan(model, recipe, Importance(half, "h")))
+    assert f"no entries for {n_whole - n_half} of {n_whole} matrices of the blocks, all of block 2, 3 among them" in gap
+    [gap] = importance_gaps(plan(model, recipe, Importance(one_less, "o")))
+    assert gap.endswith(
+        f"no entries for 1 of {n_whole} matrices of the blocks: they are rounded without importance "
+        "(blk.3.attn_q.weight)"
+    )
+
+
+def test_the_run_says_it_too(checkpoint: Path, tmp_path: Path) -> None:
+    half = [t for t in open_model(checkpoint).tensors if len(t.shape) > 1 and not t.keep_f32 and t.layer in (0, 1)]
+    ones = {t.name: np.ones((1, t.n_cols), np.float32) for t in half}
+    write_sums(ImportanceSums(ones, {name: np.ones(1, np.float32) for name in ones}, 32), tmp_path / "half.gguf")
+    arguments = ["quantize", str(checkpoint), "--recipe", "q4_0", "--imatrix", str(tmp_path / "half.gguf"), "--dry-run"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert "all of block 2, 3 among them" in result.stderr
+    assert any("all of block 2, 3 among them" in note for note in json.loads(result.stdout)["notes"])

@@ -22,8 +22,8 @@ from pocketquant.eval.report import Report
 from pocketquant.eval.weights import CHUNK_WEIGHTS, weight_errors
 from pocketquant.eval.windows import score_windows
 from pocketquant.formats import F32Array
-from pocketquant.model import Model, Role, Tensor
 from pocketquant.llama.runtime import batch_bounds, default_rows
+from pocketquant.model import Model, Role, Tensor
 
 F64Array = npt.NDArray[np.float64]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_maker import matrices_for, write_adapter
 from checkpoint_maker import (
     ITEM_BYTES,
     encode,
@@ -118,6 +119,19 @@ def test_mlx_with_mtp_is_refused_unless_dropped(tmp_path: Path) -> None:
     dropped = open_checkpoint(folder, mtp="drop")
     assert len(dropped.tensors) == len(weights_for(config))
     assert dropped.notes[0].startswith("saved by MLX")
+
+
+def test_norms_of_an_adapter_do_not_go_into_an_mlx_checkpoint(tmp_path: Path) -> None:
+    """There norms hold 1 + weight, and PEFT saves the weight alone."""
+    weights = weights_for(text_config())
+    folder = make_checkpoint(tmp_path / "c", weights=as_mlx(weights, "BF16"))
+    name = "model.layers.0.input_layernorm"
+    tensors = {f"base_model.model.{name}.weight": np.ones(256, np.float32)}
+    norms = write_adapter(tmp_path / "norms", tensors, modules_to_save=["input_layernorm"])
+    with pytest.raises(SourceError, match=f"saved by MLX(.|\n)*{name}"):
+        open_model(folder, adapter=norms)
+    matrices = write_adapter(tmp_path / "lora", matrices_for({"model.layers.0.mlp.up_proj": (512, 256)}, 4))
+    assert any("merged into 1 tensors" in note for note in open_model(folder, adapter=matrices).notes)
 
 
 def quantized_by_mlx(folder: Path) -> Path:

@@ -112,7 +112,6 @@ def test_tokenizers_that_would_convert_wrong_are_refused(change: Change, message
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("tokenizer_config.json", lambda c: c.update(eos_token="<eos>"), "eos_token '<eos>' is not in the vocabulary"),
         ("generation_config.json", lambda c: c.update(eos_token_id=9999), r"beyond the vocabulary(.|\n)*eos: 9999"),
         ("generation_config.json", lambda c: c.update(eos_token_id=[1, 2, 3]), "3 more end-of-generation tokens"),
         (

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -24,6 +23,7 @@ from pocketquant.convert.quantized.tensor import DequantizedTensor, Reads, check
 from pocketquant.convert.safetensors import StoredTensor
 from pocketquant.errors import SourceError
 from pocketquant.formats import F32Array
+from pocketquant.small_files import parse_json
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -135,10 +135,7 @@ def eight_bit_tensor(name: str, stored: Mapping[str, StoredTensor], reads: Reads
 def _read_state(tensor: StoredTensor, reads: Reads) -> dict[str, Any]:
     if prod(tensor.shape) > _MAX_STATE_BYTES:
         raise SourceError(f"{tensor.name}: {prod(tensor.shape)} bytes are too many for a quantization state")
-    try:
-        state = json.loads(reads.words(tensor).tobytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{tensor.name}: no JSON ({error})") from error
+    state = parse_json(reads.words(tensor).tobytes(), tensor.name)
     if not isinstance(state, dict):
         raise SourceError(f"{tensor.name}: no JSON object")
     return state

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError, listing
-from pocketquant.files import read_json
+from pocketquant.small_files import is_present, read_object
 
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 _FORMATS = {
@@ -86,6 +86,11 @@ def read_settings(config: Mapping[str, Any], folder: Path) -> Settings:
     return Settings(method, lower, _blocks(found), _promised(method, found))
 
 
+def settings_file(config: Mapping[str, Any], folder: Path) -> str:
+    """The file that says how a checkpoint is quantized; config.json where none does."""
+    return _find(config, folder)[1].name
+
+
 def _find(config: Mapping[str, Any], folder: Path) -> tuple[Any, Path]:
     text_config = config.get("text_config")
     for owner in (config, text_config if isinstance(text_config, dict) else {}):
@@ -93,13 +98,12 @@ def _find(config: Mapping[str, Any], folder: Path) -> tuple[Any, Path]:
             if owner.get(key):
                 return owner[key], folder / "config.json"
     modelopt, auto_gptq = folder / "hf_quant_config.json", folder / "quantize_config.json"
-    if modelopt.is_file():
-        content = read_json(modelopt)
-        inner = content.get("quantization") if isinstance(content, dict) else None
+    if is_present(modelopt):
+        content = read_object(modelopt)
+        inner = content.get("quantization")
         return ({"quant_method": "modelopt", **inner} if isinstance(inner, dict) else content), modelopt
-    if auto_gptq.is_file():
-        content = read_json(auto_gptq)
-        return ({"quant_method": "gptq", **content} if isinstance(content, dict) else content), auto_gptq
+    if is_present(auto_gptq):
+        return {"quant_method": "gptq", **read_object(auto_gptq)}, auto_gptq
     return None, folder / "config.json"
 
 

@@ -6,21 +6,30 @@ import shlex
 from collections.abc import Sequence
 
 from pocketquant.eval.html.sheet import Identity, Origin, Sheet, Variant
+from pocketquant.eval.texts import name_in_package
 
 
 def list_steps(sheet: Sheet) -> list[tuple[str, str]]:
-    """(what it does, command), in order."""
-    steps = []
-    if sheet.command:
-        steps.append(("Make and measure all of it; equal versions give equal bytes:", shlex.join(sheet.command)))
-    shown = sheet.variants[:1] if sheet.command else sheet.variants
-    words = "Measure one file by itself:" if sheet.command else "Measure the files, then join the reports:"
-    commands = [_evaluate(variant, f"{variant.label}.json") for variant in shown]
+    """(what it does, command), in order; each runs where the files lie.
+
+    A release deletes the full precision that it was measured against, so that is made anew before a file is measured
+    by itself.
+    """
     if not sheet.command:
-        commands.append(
-            shlex.join(["pocketquant", "report", *(f"{v.label}.json" for v in shown), "--out", "report.html"])
-        )
-    return [*steps, (words, "\n".join(commands))]
+        commands = [_evaluate(variant, variant.origin.given.name) for variant in sheet.variants]
+        reports = [f"{variant.label}.json" for variant in sheet.variants]
+        commands.append(shlex.join(["pocketquant", "report", *reports, "--out", "report.html"]))
+        return [("Measure the files, then join the reports:", "\n".join(commands))]
+    again = [*sheet.command, "--out", "again"]  # the folder is left out of what a report keeps
+    steps = [("Make and measure all of it; equal versions give equal bytes:", shlex.join(again))]
+    first = sheet.variants[0]
+    if sheet.command[1:2] != ("demo",) and sheet.given:
+        reference = first.origin.reference.name
+        if not reference.endswith(".gguf"):
+            return steps
+        full = ["pocketquant", "convert", sheet.given, "--type", sheet.reference_type, "--out", reference]
+        steps.append(("Measure one file by itself:", f"{shlex.join(full)}\n{_evaluate(first, reference)}"))
+    return steps
 
 
 def list_files(sheet: Sheet) -> list[tuple[str, str, str, str]]:
@@ -44,13 +53,14 @@ def made_with(sheet: Sheet) -> str:
     )
 
 
-def _evaluate(variant: Variant, out: str) -> str:
+def _evaluate(variant: Variant, reference: str) -> str:
     origin = variant.origin
-    words = ["pocketquant", "eval", origin.model.name, "--reference", origin.reference.name]
+    words = ["pocketquant", "eval", origin.model.name, "--reference", reference]
     for domain, text in origin.texts:
-        words += ["--text", f"{domain}={text.name}" if domain else text.name]
+        name = name_in_package(text.name, text.sha256)
+        words += ["--text", f"{domain}={name}" if domain else name]
     words += ["--context", str(origin.context), *_options(origin), "--json"]
-    return f"{shlex.join(words)} > {shlex.quote(out)}"
+    return f"{shlex.join(words)} > {shlex.quote(f'{variant.label}.json')}"
 
 
 def _options(origin: Origin) -> Sequence[str]:
@@ -63,6 +73,8 @@ def _options(origin: Origin) -> Sequence[str]:
         options.append("--positions")
     if origin.has_floor:
         options.append("--noise-floor")
+    if origin.like:
+        options += ["--like", origin.like]
     if origin.has_tensors:
         options.append("--weights")
     return options

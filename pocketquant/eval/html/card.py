@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pocketquant.escaping import for_markdown
 from pocketquant.eval.html.again import list_files, list_steps, made_with
 from pocketquant.eval.html.drift import HEAD
 from pocketquant.eval.html.sheet import Sheet, Slice, Value
@@ -31,10 +32,10 @@ def to_card(sheet: Sheet, *, brief: bool = False) -> str:
         bits = [f"{variant.bits:.2f}"] if has_bits and variant.bits is not None else []
         numbers = [number + (f" ± {error}" if error else "") for number, error in number_cells(variant)]
         rows.append([variant.file, size_words(variant.file_bytes), *bits, *numbers])
-    parts = [f"# {_plain(sheet.title)}, quantized", _plain(describe_lead(sheet))]
-    parts += [f"**{_plain(warning)}**" for warning in warnings(sheet)]
+    parts = [f"# {for_markdown(sheet.title)}, quantized", for_markdown(describe_lead(sheet))]
+    parts += [f"**{for_markdown(warning)}**" for warning in warnings(sheet)]
     parts.append(_table([*head, "same top token", "perplexity ratio"], rows))
-    parts.append(_plain(f"KL divergence in nats per token. {describe_table(sheet)}"))
+    parts.append(for_markdown(f"KL divergence in nats per token. {describe_table(sheet)}"))
     if brief:
         return "\n\n".join(parts) + "\n"
     domains = [variant.domains for variant in sheet.variants]
@@ -55,13 +56,13 @@ def to_card(sheet: Sheet, *, brief: bool = False) -> str:
     if worst:
         parts += ["## Tensors that lost most", _table(["file", "tensor", "role", "type", "relative error (%)"], worst)]
     for drift in sheet.tasks:
-        parts += ["## Benchmarks, item by item", _plain(drift.note), _table(HEAD, drift.rows)]
+        parts += ["## Benchmarks, item by item", for_markdown(drift.note), _table(HEAD, drift.rows)]
     parts.append("## How to run it again")
     for words, command in list_steps(sheet):
         parts += [words, _fenced(command)]
     parts.append(_table(["what", "file", "bytes", "SHA-256"], list_files(sheet)))
-    parts.append(_plain(made_with(sheet)))
-    parts += [f"Note: {_plain(note)}" for note in sheet.notes]
+    parts.append(for_markdown(made_with(sheet)))
+    parts += [f"Note: {for_markdown(note)}" for note in sheet.notes]
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,7 +78,7 @@ def _number(value: Value) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [[_plain(cell) for cell in head], *([_plain(cell) for cell in row] for row in rows)]
+    lines = [[for_markdown(cell) for cell in head], *([for_markdown(cell) for cell in row] for row in rows)]
     rule = "|---|" + "---:|" * (len(head) - 1)
     written = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([written[0], rule, *written[1:]])
@@ -88,10 +89,3 @@ def _fenced(command: str) -> str:
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in command).split()), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{command}\n{fence}"
-
-
-def _plain(words: str) -> str:
-    """Text that Markdown leaves as it is: no markup, no HTML, no cell's end."""
-    for sign in "\\`*[]<>|#":
-        words = words.replace(sign, "\\" + sign if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
-    return words

@@ -16,10 +16,11 @@ from typing import Any
 from pocketquant.errors import EvalError, listing
 from pocketquant.eval.html.drift import TaskDrift, is_drift, read_drift
 from pocketquant.eval.html.taking import MAX_ROWS, items, listed, mapping, number, whole, words
+from pocketquant.eval.readback import RELEASES
 from pocketquant.eval.report import SCHEMA as EVALUATION
-from pocketquant.files import read_json
+from pocketquant.formats import FORMATS
+from pocketquant.small_files import read_json
 
-RELEASES = ("pocketquant.make/1", "pocketquant.sweep/1")
 MAX_VARIANTS = 64
 MAX_TENSORS = 1 << 15
 
@@ -73,7 +74,16 @@ class Identity:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a variant was measured with: enough to do it again."""
+    """What a variant was measured with: enough to do it again.
+
+    Attributes:
+        reference_versions: what made the pack that was the reference; empty where it was no pack.
+        top: tokens of each position that the reference pack keeps, which makes divergences lower bounds; 0 for all.
+        given: the file that was given as the reference: the pack, where `reference` is what the pack was made from.
+        like: the program whose rounding was imitated; "" for none.
+        quantized: the types that the reference itself is rounded to; "" for full precision.
+        captured: the share of a small divergence that such a pack shows.
+    """
 
     model: Identity
     reference: Identity
@@ -85,6 +95,12 @@ class Origin:
     has_floor: bool
     has_tensors: bool
     versions: Mapping[str, str]
+    reference_versions: Mapping[str, str]
+    given: Identity
+    like: str = ""
+    quantized: str = ""
+    top: int = 0
+    captured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class Variant:
     Attributes:
         bits: per weight; None where the report does not say.
         floor: mean divergence of the file from itself at another batch size, where that was measured.
-        on_front: no other file is smaller and loses less.
+        on_front: no other file is smaller and loses less; two measurements of one file do not beat each other.
         is_kept: whether a sweep left the file on disk; None where that is no question.
     """
 
@@ -125,6 +141,8 @@ class Sheet:
 
     Attributes:
         command: how the files were made, as words of a command line; empty where only measurements are known.
+        given: the source that they were made from, as it was named; "" likewise.
+        reference_type: recipe of the full-precision file that was made to measure against; "" likewise.
         rounding: a sentence on the importance matrix; empty for none.
     """
 
@@ -135,6 +153,8 @@ class Sheet:
     tasks: tuple[TaskDrift, ...]
     notes: tuple[str, ...]
     command: tuple[str, ...]
+    given: str
+    reference_type: str
     rounding: str
     sidecars: tuple[tuple[str, int], ...]
 
@@ -199,6 +219,8 @@ def _join(variants: list[Variant], tasks: list[TaskDrift], releases: list[Mappin
         tasks=tuple(tasks),
         notes=tuple(dict.fromkeys(notes)),
         command=tuple(words(word) for word in items(first.get("command"))),
+        given=words(source.get("given")),
+        reference_type=words(first.get("reference")),
         rounding=rounding,
         sidecars=tuple((words(item.get("file")), whole(item.get("file_bytes")) or 0) for item in sidecars),
     )
@@ -213,8 +235,7 @@ def _variant(evaluation: Any, entry: Mapping[str, Any], where: str) -> Variant:
     kld, ppl = mapping(metrics.get("kld")), mapping(metrics.get("ppl"))
     noise = mapping(mapping(mapping(found.get("noise_floor")).get("metrics")).get("kld"))
     tensors = listed(entry.get("weights") or found.get("tensors"), MAX_TENSORS, where, "tensors")
-    n_weights = sum(whole(tensor.get("weights")) or 0 for tensor in tensors)
-    bits = number(entry.get("bits_per_weight")) or (8 * model.size / n_weights if n_weights else None)
+    bits = number(entry.get("bits_per_weight")) or _bits_per_weight(tensors)
     domains = listed(found.get("by_domain"), MAX_ROWS, where, "domains")
     kept = entry.get("is_kept")
     return Variant(
@@ -244,7 +265,6 @@ def _origin(
 ) -> Origin:
     pack = mapping(from_.get("reference_pack"))
     texts = [(words(each.get("domain")), _identity(each.get("file"))) for each in domains]
-    versions = mapping(from_.get("versions"))
     return Origin(
         model=model,
         reference=_identity(pack.get("model") or from_.get("reference")),
@@ -255,8 +275,28 @@ def _origin(
         has_positions=found.get("by_position") is not None,
         has_floor=found.get("noise_floor") is not None,
         has_tensors=found.get("tensors") is not None,
-        versions={words(key): words(versions[key]) for key in list(versions)[:20]},
+        versions=_versions(from_.get("versions")),
+        reference_versions=_versions(pack.get("versions")),
+        given=_identity(from_.get("reference")),
+        like=words(from_.get("like")),
+        quantized=words(from_.get("reference_quantized")),
+        top=(whole(pack.get("top")) or 0) if pack.get("is_lower_bound") else 0,
+        captured=number(mapping(pack.get("floor")).get("captured")),
     )
+
+
+def _versions(given: Any) -> dict[str, str]:
+    found = mapping(given)
+    return {words(key): words(found[key]) for key in list(found)[:20]}
+
+
+def _bits_per_weight(tensors: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of the tensors alone, as `Plan.bits_per_weight`: header and tokenizer are in the file's size. None if unknown."""
+    known = [(whole(each.get("weights")) or 0, FORMATS.get(words(each.get("format")))) for each in tensors]
+    n_weights = sum(count for count, _ in known)
+    if not n_weights or any(kind is None for _, kind in known):
+        return None
+    return sum(count * kind.bits_per_weight for count, kind in known if kind is not None) / n_weights
 
 
 def _identity(given: Any) -> Identity:
@@ -299,6 +339,7 @@ def _check_alike(variants: Sequence[Variant]) -> None:
             "context": (ours.context, theirs.context),
             "windows": (first.windows, other.windows),
             "reference": (ours.reference.sha256, theirs.reference.sha256),
+            "number of tokens kept of the reference": (ours.top, theirs.top),
         }
         different = [what for what, (a, b) in pairs.items() if a != b]
         if different:
@@ -335,8 +376,15 @@ def _named(variants: Sequence[Variant]) -> list[Variant]:
 def _marked(variants: Sequence[Variant]) -> tuple[Variant, ...]:
     """By size, each with whether it is on the front."""
     ordered = sorted(variants, key=lambda each: (each.file_bytes, each.kld.mean or 0.0, each.label))
-    front = find_front([(each.file_bytes, each.kld.mean) for each in ordered])
-    return tuple(replace(each, on_front=i in front) for i, each in enumerate(ordered))
+    return tuple(replace(each, on_front=_is_on_front(each, ordered)) for each in ordered)
+
+
+def _is_on_front(variant: Variant, ordered: Sequence[Variant]) -> bool:
+    """Whether no other file beats it; another measurement of the same file is none."""
+    digest = variant.origin.model.sha256
+    others = [each for each in ordered if each is variant or not digest or each.origin.model.sha256 != digest]
+    front = find_front([(each.file_bytes, each.kld.mean) for each in others])
+    return next(i for i, each in enumerate(others) if each is variant) in front
 
 
 def find_front(points: Sequence[tuple[float, float | None]]) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,9 +34,10 @@ def items(found: Any) -> Iterable[Any]:
 
 
 def number(found: Any) -> float | None:
-    """A finite number; None for anything else."""
-    is_number = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e300
-    return float(found) if is_number and math.isfinite(found) else None
+    """A number that a chart has an axis for: 0 for less than 1e-30; None above 1e30 and for anything else."""
+    if not isinstance(found, int | float) or isinstance(found, bool) or not abs(found) <= 1e30:  # NaN is not, either
+        return None
+    return 0.0 if abs(found) < 1e-30 else float(found)
 
 
 def whole(found: Any) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pocketquant.eval.html.published import Published
 from pocketquant.eval.html.sheet import Sheet, Value, Variant
+from pocketquant.eval.kernels import describe_kernels, differing
+from pocketquant.eval.markdown import quantized_reference
 
 
 def describe_lead(sheet: Sheet) -> str:
@@ -20,12 +22,32 @@ def describe_lead(sheet: Sheet) -> str:
 
 def warnings(sheet: Sheet) -> list[str]:
     """What a reader has to know before the numbers."""
-    return [
-        f"{variant.file} gave numbers that are not finite at {variant.non_finite:,} of {variant.tokens:,} positions; "
-        "they are in none of the figures."
-        for variant in sheet.variants
-        if variant.non_finite
-    ]
+    top, captured = sheet.variants[0].origin.top, sheet.variants[0].origin.captured
+    share = "" if captured is None else f", about {100 * captured:.0f} % of a small one"
+    bound = (
+        f"KL divergences are lower bounds: the reference is a pack of the {top} most likely tokens of each position, "
+        f"which shows only part of a divergence{share}."
+    )
+    origin = sheet.variants[0].origin
+    lesser = [quantized_reference(origin.reference.name, origin.quantized)] if origin.quantized else []
+    found = (
+        [bound] * bool(top)
+        + lesser
+        + [
+            f"{variant.file} gave numbers that are not finite at {variant.non_finite:,} of {variant.tokens:,} "
+            "positions; they are in none of the figures."
+            for variant in sheet.variants
+            if variant.non_finite
+        ]
+    )
+    first = sheet.variants[0]
+    for variant in sheet.variants:
+        origin = variant.origin
+        if other := differing(origin.versions, first.origin.versions):
+            found.append(describe_kernels(variant.file, first.file, other))
+        if origin.reference_versions and (other := differing(origin.versions, origin.reference_versions)):
+            found.append(describe_kernels(variant.file, "its reference pack", other))
+    return found
 
 
 def describe_table(sheet: Sheet) -> str:
@@ -63,9 +85,10 @@ def number_cells(variant: Variant) -> list[tuple[str, str]]:
     """(number, standard error) of mean divergence, 99th percentile, same top token and perplexity ratio."""
     top1 = variant.top1
     percent = Value(None if top1.mean is None else 100 * top1.mean, None if top1.se is None else 100 * top1.se)
+    least = "≥ " if variant.origin.top else ""
     return [
-        _cell(variant.kld, ".3g"),
-        _cell(variant.p99, ".3g"),
+        _cell(variant.kld, ".3g", least=least),
+        _cell(variant.p99, ".3g", least=least),
         _cell(percent, ".2f", " %"),
         _cell(variant.ratio, ".4f"),
     ]
@@ -80,7 +103,7 @@ def size_words(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def _cell(value: Value, spec: str, unit: str = "") -> tuple[str, str]:
+def _cell(value: Value, spec: str, unit: str = "", *, least: str = "") -> tuple[str, str]:
     if value.mean is None:
         return "not finite", ""
-    return f"{value.mean:{spec}}{unit}", "" if value.se is None else f"{value.se:.1g}"
+    return f"{least}{value.mean:{spec}}{unit}", "" if value.se is None else f"{value.se:.1g}"

@@ -1,0 +1,5 @@
+"""`python -m pocketquant`: the command line."""
+
+from pocketquant.cli import main
+
+main()

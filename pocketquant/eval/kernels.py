@@ -1,0 +1,45 @@
+"""Whether two figures come from the same kernels of llama.cpp, and how far apart they may be if not.
+
+Kernels differ in how they round a product's inputs and in which order they add up: AMX, weights packed anew, AVX-512 or
+not, a batch's size, flash attention. Of one file they give figures a little apart, and no text is long enough to tell
+that from a better or worse file. So the distance was measured (`benchmarks/kernels_floor.py`, `docs/experiments.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = {
+    "llama_cpp_features": "what llama.cpp was compiled for",
+    "llama_cpp_kernels": "the buffers its weights lie in",
+    "llama_cpp_batch": "tokens in a batch",
+    "llama_cpp_flash_attention": "flash attention",
+}
+"""Key of a report's versions -> what it says, in words."""
+
+FLOOR = {
+    "kld_mean_ratio": 0.02,
+    "kld_p99_ratio": 0.05,
+    "domain_kld_mean_ratio": 0.02,
+    "tv_mean_ratio": 0.01,
+    "top1_drop": 0.002,
+    "top5_drop": 0.002,
+    "bpb_rise": 0.0005,
+}
+"""Limit of [baseline] -> how far apart figures of one file on two kernels may be: relative for ratios, absolute for the
+others."""
+
+
+def describe_kernels(ours: str, theirs: str, other: list[str]) -> str:
+    """A sentence on two figures whose kernels differ in `other`."""
+    percent = 100 * FLOOR["kld_mean_ratio"]
+    return (
+        f"{ours} was measured by other kernels of llama.cpp than {theirs} ({', '.join(other)}): divergences less than "
+        f"{percent:g} % apart mean nothing."
+    )
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What of the kernels differs, in words, from the `versions` of two measurements; what only one states differs."""
+    return [words for key, words in NAMES.items() if ours.get(key) != theirs.get(key)]

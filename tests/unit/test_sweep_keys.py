@@ -1,0 +1,34 @@
+"""What a sweep's measurements depend on: another file of statistics is another measurement."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from statistics_maker import make_statistics
+
+from pocketquant import open_model
+from pocketquant.cli.planning import read_rounding
+from pocketquant.cli.sizing import choice_of
+from pocketquant.demo import text_path
+from pocketquant.release import plan_release
+from pocketquant.sweep import plan_sweep
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+
+def keys_with(checkpoint: Path, stats: Path) -> tuple[str, ...]:
+    rounded = read_rounding(stats, None)
+    choice = choice_of("q4_0", None, None, None, stats, None, rounded)
+    release = plan_release(checkpoint, recipes=[choice], text=text_path("evaluation"), context=64, chunks=2)
+    return plan_sweep(release, statistics=stats).keys
+
+
+def test_another_file_of_statistics_is_measured_anew(checkpoint: Path, tmp_path: Path) -> None:
+    model = open_model(checkpoint)
+    first, other = (make_statistics(model, tmp_path / f"{salt}.stats", salt=salt) for salt in ("a", "b"))
+    (tmp_path / "copy").mkdir()
+    copy = Path(shutil.copy(first, tmp_path / "copy/other-name.stats"))
+    assert keys_with(checkpoint, first) == keys_with(checkpoint, copy)
+    assert keys_with(checkpoint, first) != keys_with(checkpoint, other)
