@@ -19,8 +19,9 @@ import numpy as np
 from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.formats import U8Array
 from pocketquant.interrupts import put_in_place
-from pocketquant.leftovers import make_held_file, remove_leftovers
+from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
 from pocketquant.small_files import open_regular
+from pocketquant.unchanged import FileState, state_of
 
 _FLUSH_SECONDS = 0.2
 _umask_lock = threading.Lock()
@@ -41,14 +42,23 @@ _BESIDE_WEIGHTS = (
 """What a checkpoint is read for but its weights."""
 
 
-def read_at(path: Path, offset: int, nbytes: int) -> U8Array:
+def read_at(path: Path, offset: int, nbytes: int, state: FileState | None = None) -> U8Array:
     """Bytes [offset, offset + nbytes) of a file as u8[nbytes].
 
+    Args:
+        path: the file.
+        offset: where the range begins.
+        nbytes: its length.
+        state: what the file was when its header was read; None where that does not matter.
+
     Raises:
-        SourceError: the file cannot be read, or has become shorter than its header said.
+        SourceError: the file cannot be read, is not what it was, or has become shorter than its header said.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8, count=nbytes, offset=offset)
+        with open(path, "rb", buffering=0) as file:
+            data = np.fromfile(file, dtype=np.uint8, count=nbytes, offset=offset)
+            if state is not None:
+                state.check(file.fileno())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read at byte {offset}: {error.strerror or error}") from error
     if len(data) != nbytes:
@@ -63,6 +73,18 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def checkpoint_states(folder: Path) -> tuple[FileState, ...]:
+    """What the files of a checkpoint's folder are now, but for the model card, which decides nothing."""
+    files = (path for pattern in ("*.safetensors", *_BESIDE_WEIGHTS) for path in folder.glob(pattern))
+    return tuple(state_of(path) for path in files if path.name != "README.md" and path.is_file())
+
+
+def states_of(*sources: Path | str | None) -> tuple[FileState, ...]:
+    """What files are now, with the shards that they belong to, and the files of checkpoints' folders."""
+    files = [path for source in sources if source is not None for path in _files_of(Path(source))]
+    return tuple(state_of(path) for path in files if path.is_file())
 
 
 def check_target(target: Path) -> Path:
@@ -83,6 +105,25 @@ def check_target(target: Path) -> Path:
     return place
 
 
+def _refuse_one_place(outputs: Sequence[Path]) -> list[Path]:
+    """Where outputs go, each to a place of its own."""
+    places: dict[Path, Path] = {}
+    twice = []
+    for output in outputs:
+        first = places.setdefault(check_target(output), output)
+        if first is not output:
+            twice.append(f"{output}" if first == output else f"{first} and {output}")
+    if twice:
+        raise OutputError(f"two outputs would take one place; give each a name of its own:\n{listing(twice)}")
+    return list(places)
+
+
+def hidden_beside(target: Path, what: str) -> Path:
+    """`.NAME.what` beside where an output goes: what lies on disk meanwhile, on the disk that the output will be on."""
+    place = check_target(target)
+    return place.with_name(f".{place.name}.{what}")
+
+
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
     """Refuses outputs that would take the place of what they are made from, through links or not.
 
@@ -91,8 +132,11 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | No
         inputs: files and checkpoint folders that are read, and what may be one; names that are none do not matter.
 
     Raises:
-        OutputError: an output is an input (all listed), or is no file; see `check_target`.
+        OutputError: an output is an input, two outputs are one file (all listed), or one is no file; see
+            `check_target`.
     """
+    outputs = list(outputs)
+    _refuse_one_place(outputs)
     read = {_identity(file): file for given in inputs if given is not None for file in _files_of(Path(given))}
     read.pop(None, None)
     problems = []
@@ -128,22 +172,22 @@ def _files_of(given: Path) -> list[Path]:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, *, is_result: bool = True) -> Iterator[Path]:
     """Gives a temporary path beside `target`; moves it there only if the block ends well.
 
     A link at `target` stays, and what it leads to is replaced. Temporary files that a killed process left of the same
-    target are removed first.
+    target are removed first. `is_result` as in `put_in_place`.
 
     Raises:
         OutputError: the folder is missing or cannot be written, the disk is full, or `target` is no regular file. What
             stood at `target` stays.
     """
-    with replacing_together([target]) as (temporary,):
+    with replacing_together([target], is_result=is_result) as (temporary,):
         yield temporary
 
 
 @contextmanager
-def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
+def replacing_together(targets: Sequence[Path], *, is_result: bool = True) -> Iterator[list[Path]]:
     """The same for several targets: none is replaced before all are finished, and an interrupt replaces all or none.
 
     The first one appears last, so that where it is, the others are too.
@@ -151,7 +195,7 @@ def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
     Raises:
         OutputError: as `replacing`.
     """
-    places = [check_target(target) for target in targets]
+    places = _refuse_one_place(targets)
     with ExitStack() as stack:
         temporaries = []
         for target, place in zip(targets, places, strict=True):
@@ -170,7 +214,7 @@ def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
                 temporary.chmod(0o666 & ~umask)
         except OSError as error:
             raise OutputError(f"{targets[0]}: cannot be written: {error.strerror}") from error
-        put_in_place(reversed(list(zip(temporaries, places, strict=True))))
+        put_in_place(reversed(list(zip(temporaries, places, strict=True))), is_result=is_result)
 
 
 @contextmanager
@@ -178,6 +222,7 @@ def _temporary(place: Path) -> Iterator[Path]:
     """A file beside `place`, held while the block runs and gone afterwards."""
     prefix = f".{place.name}."
     remove_leftovers(place.parent, prefix, ".partial")
+    remove_leftovers(place.parent, prefix, FOLDER_LOCK)  # of `work_folder`
     path, descriptor = make_held_file(place.parent, prefix, ".partial")
     try:
         yield path

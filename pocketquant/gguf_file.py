@@ -7,8 +7,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, li
 
 from __future__ import annotations
 
-import mmap
-import os
 import re
 import struct
 from collections import Counter
@@ -16,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,7 +32,13 @@ from pocketquant.gguf_tensors import Placed, place_tensor
 from pocketquant.gguf_values import KINDS, PACKED, encode_text, encode_value, refuse_unwritable
 from pocketquant.model import ALIGNMENT, Model, PlannedTensor, Tensor, Value, padded
 from pocketquant.small_files import open_regular
+from pocketquant.unchanged import FileState, state_of
 
+_STRUCTS = {kind: struct.Struct("<" + letter) for kind, letter in PACKED.items()}
+_MAX_HEADER_BYTES = 256 << 20
+_MAX_ITEMS = 1 << 23
+"""Of all arrays of a header; real ones have less than a million."""
+_READ_AHEAD, _READ_AT_ONCE = 1 << 20, 1 << 24
 _MAX_TENSORS = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_DIMS = 4
@@ -47,40 +51,81 @@ OTHER_KINDS = {"adapter": "a LoRA adapter", "imatrix": "an importance matrix"}
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Everything before the data section. `data_offset` counts from the start of the file."""
+    """Everything before the data section. `data_offset` counts from the start of the file, `state` tells it again."""
 
     metadata: Mapping[str, Value]
     tensors: tuple[GgufTensor, ...]
     data_offset: int
+    state: FileState
 
 
 # ---------------------------------------------------------------- reading
 
 
 class _Cursor:
-    """Reads numbers and strings from the front of a file and never past its end."""
+    """Reads numbers and strings from the front of a file, never past its end and never more than a header may have.
 
-    def __init__(self, path: Path, data: memoryview) -> None:
-        self.path, self.data, self.at = path, data, 0
+    What has been read is kept from the first byte on, a little ahead of what is asked for.
+    """
+
+    def __init__(self, state: FileState, file: BinaryIO) -> None:
+        self.path, self.size, self.at = state.path, state.size, 0
+        self._file, self._data, self._items = file, bytearray(), 0
 
     def fail(self, what: str) -> SourceError:
         return SourceError(f"{self.path}: {what} at byte {self.at}; the file is truncated or no GGUF that we can read")
 
-    def take(self, nbytes: int) -> memoryview:
-        if nbytes > len(self.data) - self.at:
+    def take(self, nbytes: int) -> int:
+        """Has the next bytes in memory and steps over them; gives the place of the first."""
+        start, end = self.at, self.at + nbytes
+        if end > len(self._data):
+            self._read_on(nbytes)
+        self.at = end
+        return start
+
+    def _read_on(self, nbytes: int) -> None:
+        if nbytes > self.size - self.at:
             raise self.fail(f"{nbytes} more bytes announced than the file has")
-        piece = self.data[self.at : self.at + nbytes]
-        self.at += nbytes
-        return piece
+        end = self.at + nbytes
+        if end > _MAX_HEADER_BYTES:
+            raise self.fail(f"a header of more than {_MAX_HEADER_BYTES} bytes")
+        wanted = min(max(end, 2 * len(self._data), _READ_AHEAD), self.size)
+        while len(self._data) < wanted:
+            piece = self._file.read(min(wanted - len(self._data), _READ_AT_ONCE))
+            if not piece:
+                raise SourceError(f"{self.path}: ends before byte {end}; was it changed while being read?")
+            self._data += piece
 
     def number(self, kind: str) -> Any:
-        return struct.unpack("<" + PACKED[kind], self.take(struct.calcsize("<" + PACKED[kind])))[0]
+        packed = _STRUCTS[kind]
+        return packed.unpack_from(self._data, self.take(packed.size))[0]
 
     def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        items: list[str] = []
+        length_at, data = _STRUCTS["u64"].unpack_from, self._data
         try:
-            return str(self.take(self.number("u64")), "utf-8")
+            for _ in range(count):  # of half a million strings, so as little as possible for each
+                start = self.at + 8
+                if start > len(data):
+                    self._read_on(8)
+                end = start + length_at(data, self.at)[0]
+                self.at = start
+                if end > len(data):
+                    self._read_on(end - start)
+                items.append(data[start:end].decode())
+                self.at = end
         except UnicodeDecodeError:
             raise self.fail("text that is no UTF-8") from None
+        return items
+
+    def _count_items(self, count: int, what: str) -> None:
+        """An item takes up to 60 times as many bytes in memory as in the file."""
+        self._items += count
+        if count > self.size - self.at or self._items > _MAX_ITEMS:
+            raise self.fail(f"an array of {count} {what}")
 
     def value(self) -> Value:
         kind = self.kind()
@@ -92,14 +137,11 @@ class _Cursor:
         if item == "[]":
             raise self.fail("an array of arrays")
         if item == "str":
-            if count > len(self.data) - self.at:
-                raise self.fail(f"an array of {count} strings")
-            return Value("str[]", [self.string() for _ in range(count)])
-        width = struct.calcsize("<" + PACKED[item])
-        if count > len(self.data):
-            raise self.fail(f"an array of {count} numbers")
-        raw = self.take(count * width)
-        return Value(f"{item}[]", list(struct.unpack(f"<{count}{PACKED[item]}", raw)))
+            self._count_items(count, "strings")
+            return Value("str[]", self.strings(count))
+        self._count_items(count, "numbers")
+        start = self.take(count * _STRUCTS[item].size)
+        return Value(f"{item}[]", list(struct.unpack_from(f"<{count}{PACKED[item]}", self._data, start)))
 
     def kind(self) -> str:
         number = self.number("u32")
@@ -123,19 +165,24 @@ def read_header(path: Path | str) -> GgufHeader:
     path = Path(path)
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            state = state_of(path, file.fileno())
             if file.read(4) != b"GGUF":
                 raise SourceError(f"{path}: no GGUF file (it does not start with 'GGUF')")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file.seek(0)
+            header = _read_header(_Cursor(state, file), state)
+            state.check(file.fileno())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    cursor = _Cursor(path, memoryview(data))
-    cursor.at = 4
+    return header
+
+
+def _read_header(cursor: _Cursor, state: FileState) -> GgufHeader:
+    cursor.take(4)
     version = cursor.number("u32")
     if version in (2 << 24, 3 << 24):
         raise SourceError(
-            f"{path}: a big-endian GGUF, made for another kind of processor; turn it around first, with gguf-py's "
-            f"`gguf-convert-endian {path.name} little`, which rewrites the file in place"
+            f"{cursor.path}: a big-endian GGUF, made for another kind of processor; turn it around first, with "
+            f"gguf-py's `gguf-convert-endian {cursor.path.name} little`, which rewrites the file in place"
         )
     if version not in (2, 3):
         raise cursor.fail(f"GGUF version {version}")
@@ -151,9 +198,9 @@ def read_header(path: Path | str) -> GgufHeader:
     alignment = metadata.get("general.alignment", Value("u32", ALIGNMENT)).value
     if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment {alignment!r}, no power of two,")
-    tensors = _read_tensor_table(cursor, n_tensors, alignment, size)
+    tensors = _read_tensor_table(cursor, n_tensors, alignment, state.size)
     data_offset = -(-cursor.at // alignment) * alignment
-    return GgufHeader(metadata, tensors, data_offset)
+    return GgufHeader(metadata, tensors, data_offset, state)
 
 
 def _read_tensor_table(cursor: _Cursor, n_tensors: int, alignment: int, size: int) -> tuple[GgufTensor, ...]:
@@ -239,15 +286,16 @@ def read_shards(path: Path | str) -> list[tuple[Path, GgufHeader]]:
 
 @dataclass(frozen=True)
 class GgufRows:
-    """Rows of one tensor of a GGUF file; a `RowSource`."""
+    """Rows of one tensor of a GGUF file; a `RowSource`. `state` is what the file was; None where nobody compares."""
 
     path: Path
     tensor: Placed
+    state: FileState | None = None
 
     def stored(self, start: int, stop: int) -> U8Array:
         """Rows as the file holds them, u8[n, bytes]; SourceError if a plain number is not finite."""
         kind = self.tensor.format
-        raw = read_rows(self.path, self.tensor, start, stop)
+        raw = read_rows(self.path, self.tensor, start, stop, self.state)
         if kind.block_len == 1:
             self._check_finite(is_finite(raw, kind.name), start, stop)
         return raw
@@ -264,11 +312,11 @@ class GgufRows:
             raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
 
 
-def read_rows(path: Path, tensor: Placed, start: int, stop: int) -> U8Array:
+def read_rows(path: Path, tensor: Placed, start: int, stop: int, state: FileState | None = None) -> U8Array:
     """Rows [start, stop) of a tensor as the file holds them, u8[n, bytes]."""
     row_bytes = tensor.format.row_bytes(tensor.shape[-1])
     runs = [
-        read_at(path, piece.offset + first * row_bytes, (last - first) * row_bytes)
+        read_at(path, piece.offset + first * row_bytes, (last - first) * row_bytes, state)
         for piece, first, last in tensor.runs(start, stop)
     ]
     return (runs[0] if len(runs) == 1 else np.concatenate(runs)).reshape(stop - start, row_bytes)
@@ -286,7 +334,7 @@ def open_gguf(path: Path | str) -> Model:
     path = Path(path)
     shards = read_shards(path)
     header = shards[0][1]
-    entries = [(file, entry) for file, shard in shards for entry in shard.tensors]
+    entries = [(shard.state, entry) for _, shard in shards for entry in shard.tensors]
     kind = str(header.metadata.get("general.type", Value("str", "")).value)
     if kind in OTHER_KINDS:
         raise ArchitectureError(f"{path}: {OTHER_KINDS[kind]}, and no model; `inspect` shows what it holds")
@@ -310,7 +358,7 @@ def open_gguf(path: Path | str) -> Model:
             if rule is None:
                 unknown.append(f"{item.name} {list(item.shape)}")
                 continue
-            source = GgufRows(file, item)
+            source = GgufRows(file.path, item, file)
             tensors.append(
                 Tensor(item.name, rule.role, layer, item.shape, item.format.name, source, keep_f32=rule.keep_f32)
             )
@@ -324,7 +372,8 @@ def open_gguf(path: Path | str) -> Model:
         raise ArchitectureError(f"{path}: {chr(10).join(problems)}\nconvert the checkpoint again, or `check` the file")
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith(_WRITTEN_BY_PLAN)}
     notes = (f"{n_fused} tensors that another tool had fused: taken apart",) if n_fused else ()
-    return Model(architecture.name, metadata, tuple(tensors), sizes, notes)
+    files = tuple(shard.state for _, shard in shards)
+    return Model(architecture.name, metadata, tuple(tensors), sizes, notes, files)
 
 
 def _rule_for(

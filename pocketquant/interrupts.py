@@ -1,4 +1,4 @@
-"""What an interrupt may not cut in two, and what was already in place when one came."""
+"""What an interrupt may not cut in two, what was already in place when one came, and how to go on after one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,25 @@ from pocketquant.activity import note_placed
 from pocketquant.errors import OutputError, listing
 
 _placed: dict[Path, None] = {}  # in the order in which they came
+_resuming: list[str] = []
 
 
-def put_in_place(moves: Iterable[tuple[Path, Path]]) -> None:
+def offer_resume(how: str) -> None:
+    """Notes that what is done so far is kept, and how to go on from there; called while an interrupt passes."""
+    _resuming[:] = [how]
+
+
+def resume_hint() -> str | None:
+    """What to tell whoever interrupted the run: a sentence on what is kept and how to go on, None if nothing is."""
+    return _resuming[0] if _resuming else None
+
+
+def put_in_place(moves: Iterable[tuple[Path, Path]], *, is_result: bool = True) -> None:
     """Renames finished files to their final names; SIGINT and SIGTERM wait until all of them are there.
 
     Args:
         moves: temporary and final path of each, on one file system.
+        is_result: whether `files_in_place` names them; False for what only a resumed run needs.
 
     Raises:
         OutputError: the system refused a rename; says which files were renamed before it.
@@ -32,8 +44,9 @@ def put_in_place(moves: Iterable[tuple[Path, Path]]) -> None:
             except OSError as error:
                 before = f"; these were replaced before:\n{listing(done)}" if done else ""
                 raise OutputError(f"{target}: cannot be written: {error.strerror}{before}") from error
-            _placed[target] = None
-            note_placed(target)
+            if is_result:
+                _placed[target] = None
+                note_placed(target)
             done.append(str(target))
 
 

@@ -1,7 +1,8 @@
-"""Temporary files that a killed process left behind: told from those in use by a lock, and removed.
+"""Locks: temporary files that a killed process left are told from those in use, and two runs do not share their work.
 
 A process holds the lock of each of its temporary files (flock(2)). The system drops it when the process ends, however
-it ends, so a file whose lock can be had is nobody's. Where there are no such locks, as on Windows, nothing is removed.
+it ends, so a file whose lock can be had is nobody's. Where there are no such locks, as on Windows, nothing is removed,
+and nothing keeps a second run away.
 """
 
 from __future__ import annotations
@@ -11,15 +12,83 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pocketquant.activity import note_held
+from pocketquant.errors import OutputError
 
 if sys.platform != "win32":
     import fcntl
 
 FOLDER_LOCK = ".lock"
 """Ending of a file that stands for the folder beside it, `NAME.lock` for `NAME`."""
+
+
+@contextmanager
+def holding(place: Path) -> Iterator[None]:
+    """Keeps other runs away from a file or folder, or from what lies beside it meanwhile, while the block runs.
+
+    The lock is a file `.NAME.lock` beside `place`, gone afterwards; one that a killed run left is taken over.
+
+    Raises:
+        OutputError: another run holds it, or the folder is missing or cannot be written.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    path = place.with_name(f".{place.name.lstrip('.')}{FOLDER_LOCK}")
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise OutputError(f"{place}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(descriptor, 20).decode(errors="replace")
+            os.close(descriptor)
+            raise OutputError(
+                f"{place}: another run (process {who}) works on it; wait for its end, or write elsewhere"
+            ) from None
+        except OSError:  # a file system without locks
+            break
+        if _is_at(path, descriptor):
+            break
+        os.close(descriptor)  # between the two calls another run ended, and removed it
+    try:
+        with suppress(OSError):  # a full disk: the lock is held all the same
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def work_folder(beside: Path) -> Iterator[Path]:
+    """A hidden folder `.NAME.xxxxxxxx` beside an output, gone when the block ends; those of killed runs go first.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written.
+    """
+    prefix = f".{beside.name}."
+    remove_leftovers(beside.parent, prefix, FOLDER_LOCK)
+    try:
+        lock, descriptor = make_held_file(beside.parent, prefix, FOLDER_LOCK)
+    except OSError as error:
+        raise OutputError(f"{beside}: cannot be written: {error.strerror}") from error
+    folder = lock.with_suffix("")
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def make_held_file(folder: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:

@@ -1,24 +1,27 @@
 """The whole job: a source -> quantized files, measured against full precision, with a report and checksums.
 
 Everything is made in a hidden folder inside the target and moved into place at the end. An interrupt before that
-changes nothing that was there, and one meanwhile waits until all files are in place; what a killed run left behind, the
-next one removes. The full-precision reference lives only as long as the evaluation needs it.
+changes nothing that was there, and one meanwhile waits until all files are in place. What an interrupted or killed run
+had finished, the next one takes up if it is asked for the same, and the files are the same to the last byte; all else
+that was left behind it removes. The full-precision reference lives only as long as the evaluation needs it.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import OutputError, listing
 from pocketquant.eval.report import identify
 from pocketquant.files import check_target
-from pocketquant.interrupts import put_in_place
-from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
+from pocketquant.finished import Finished
+from pocketquant.interrupts import offer_resume, put_in_place
+from pocketquant.keys import keys_of
+from pocketquant.leftovers import holding
 from pocketquant.measure import (
     REPORTS,
     Bars,
@@ -32,10 +35,14 @@ from pocketquant.measure import (
     write_variant,
 )
 from pocketquant.pipeline import Run
-from pocketquant.release import DEFAULT_RECIPES, Release, calibration_text, plan_release
+from pocketquant.quant import read_importance
+from pocketquant.release import DEFAULT_RECIPES, Calibrating, Release, calibration_text, plan_again, plan_release
 from pocketquant.splits import split_file, split_plan
+from pocketquant.unchanged import check_unchanged
 
 SCHEMA = "pocketquant.make/1"
+FOLDER = ".making"
+"""Inside the target: where files are until all are finished."""
 
 __all__ = ["DEFAULT_RECIPES", "Bars", "calibration_text", "make_release", "plan_release", "to_markdown"]
 
@@ -71,25 +78,43 @@ def make_release(
     """
     out, means = Path(out), Means(threads, gpu_layers, bars or Bars(), run)
     list_outputs(release, out)
-    with _staging(out, release.disk_bytes) as staging:
-        reference = staging / release.reference.name
-        write_variant(release.reference, reference, means, "reference")
-        calibration = None
-        if release.calibrating:
-            release, calibration = calibrate(release, reference, staging, means)
+    keys = keys_of(release)
+    with _making(out) as folder:
+        done = Finished(folder)
+        wanted = [
+            *zip(keys.variants, release.variants, strict=True),
+            *zip(keys.sidecars, release.sidecars, strict=True),
+        ]
+        named = [(key, variant.name) for key, variant in wanted]
+        named += [(keys.importance, release.calibrating.name)] if release.calibrating else []
+        state = folder / f"{keys.importance}.unfinished"
+        done.forget_all_but(named, state)
+        _check_space(folder, release.disk_bytes - sum(done.nbytes(*one) for one in named))
+        reference = folder / release.reference.name
+        n_measured = len(release.variants)
+        needed = [key for key, _ in wanted[:n_measured]] + ([keys.importance] if release.calibrating else [])
+        if not all(done.has(key) for key in needed):
+            write_variant(release.reference, reference, means, "reference")
+        importance = describe_importance(release, None)
+        if made := release.calibrating:
+            release, importance = _calibrated(release, made, keys.importance, done, reference, means, state)
         measured = []
-        for variant in release.variants:
-            path = staging / variant.name
-            write_variant(variant, path, means)
-            measured.append(measure_variant(release, variant, path, reference, means))
-        reference.unlink()
-        for sidecar in release.sidecars:
-            write_variant(sidecar, staging / sidecar.name, means)
+        for key, variant in zip(keys.variants, release.variants, strict=True):
+            if not done.has(key):
+                write_variant(variant, folder / variant.name, means)
+                entry = measure_variant(release, variant, folder / variant.name, reference, means)
+                done.keep(key, variant.name, entry)
+            measured.append(done.entry(key))
+        reference.unlink(missing_ok=True)
+        for key, sidecar in zip(keys.sidecars, release.sidecars, strict=True):
+            if not done.has(key):
+                write_variant(sidecar, folder / sidecar.name, means)
+                done.keep(key, sidecar.name, {})
         result = {
             "schema": SCHEMA,
             "source": describe_source(release),
             "reference": release.reference.recipe,
-            "importance": describe_importance(release, calibration),
+            "importance": importance,
             "command": list(command),
             "sidecars": [
                 {"recipe": item.recipe, "file": item.name, "file_bytes": item.plan.file_bytes}
@@ -97,15 +122,33 @@ def make_release(
             ],
             "variants": measured,
         }
-        reports = write_reports(result, staging)
-        made = [release.calibrating.name] if release.calibrating else []
-        files = [*release.variants, *release.sidecars]
-        kept = [name for variant in files for name in _split(staging / variant.name, release.split_bytes)]
-        names = [*kept, *made, *reports]
-        sums = "".join(f"{identify(staging / name).sha256}  {name}\n" for name in names)
-        (staging / "SHA256SUMS").write_text(sums, encoding="utf-8")
-        put_in_place([(staging / name, out / name) for name in [*names, "SHA256SUMS"]])
+        _put_all_in_place(release, result, folder, out)
     return result
+
+
+def _calibrated(
+    release: Release, made: Calibrating, key: str, done: Finished, reference: Path, means: Means, state: Path
+) -> tuple[Release, dict[str, Any] | None]:
+    """The release planned with its importance matrix, and what the report says of that; made unless it is there."""
+    if done.has(key):
+        importance = replace(read_importance(done.folder / made.name), file=made.name)
+        return plan_again(release, importance), done.entry(key)
+    release, calibration = calibrate(release, reference, done.folder, means, state)
+    described = describe_importance(release, calibration)
+    done.keep(key, made.name, described)
+    return release, described
+
+
+def _put_all_in_place(release: Release, result: dict[str, Any], folder: Path, out: Path) -> None:
+    reports = write_reports(result, folder)
+    made = [release.calibrating.name] if release.calibrating else []
+    files = [*release.variants, *release.sidecars]
+    kept = [name for variant in files for name in _split(folder / variant.name, release.split_bytes)]
+    names = [*kept, *made, *reports]
+    sums = "".join(f"{identify(folder / name).sha256}  {name}\n" for name in names)
+    (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
+    check_unchanged(state for variant in files for state in variant.plan.files)
+    put_in_place([(folder / name, out / name) for name in [*names, "SHA256SUMS"]])
 
 
 def _split(path: Path, max_bytes: int | None) -> list[str]:
@@ -139,29 +182,38 @@ def list_outputs(release: Release, out: Path) -> list[Path]:
 
 
 @contextmanager
-def _staging(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A hidden folder inside `out`, gone when the block ends, whichever way; those that killed runs left go first."""
-    made_out = not out.exists()
+def _making(out: Path) -> Iterator[Path]:
+    """The hidden folder inside `out` that everything is made in; afterwards what is finished stays there, if anything.
+
+    What runs that were killed left goes, but for what they had finished.
+    """
+    made_out, folder = not out.exists(), out / FOLDER
     try:
         out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out, ".making-", FOLDER_LOCK)
-        lock, descriptor = make_held_file(out, ".making-", FOLDER_LOCK)
-        folder = lock.with_suffix("")
+        with holding(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            try:
+                yield folder
+            except BaseException as error:
+                # an interrupt, or a disk that is full: the same command can end well; else it fails again
+                is_passing = not isinstance(error, Exception) or isinstance(error, OutputError | OSError)
+                if is_passing and Finished(folder).tidy():
+                    offer_resume(f"what is finished is kept in {folder}; the same command goes on from there")
+                elif not is_passing:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
-    try:
-        folder.mkdir(mode=0o700)
-        free = shutil.disk_usage(folder).free
-        if free < needed_bytes:
-            raise OutputError(
-                f"{out}: needs {needed_bytes:,} bytes of disk while it runs and {free:,} are left; free some space or "
-                "write elsewhere"
-            )
-        yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.unlink(missing_ok=True)
-        if descriptor is not None:
-            os.close(descriptor)
-        if made_out and not any(out.iterdir()):
+        if made_out and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"{folder.parent}: needs {needed_bytes:,} bytes of disk while it runs and {free:,} are left; free some "
+            "space or write elsewhere"
+        )

@@ -54,16 +54,19 @@ class Means:
 
 
 def write_variant(variant: Variant, path: Path, means: Means, label: str | None = None) -> None:
-    """Writes a planned file, with a bar."""
+    """Writes a planned file, with a bar; it is not yet where the user will find it."""
     total = sum(item.nbytes for item in variant.plan.tensors)
     with means.bars.bytes(label or variant.name, total) as advance:
-        write(variant.plan, path, threads=means.threads, on_bytes=advance, run=means.run)
+        write(variant.plan, path, threads=means.threads, on_bytes=advance, run=means.run, is_result=False)
 
 
-def calibrate(release: Release, reference: Path, folder: Path, means: Means) -> tuple[Release, Calibration]:
+def calibrate(
+    release: Release, reference: Path, folder: Path, means: Means, state: Path | None = None
+) -> tuple[Release, Calibration]:
     """Makes the importance matrix in `folder`, and plans every file again with it.
 
-    The multi-token-prediction block's part of it needs the block in full precision; that file is gone afterwards.
+    Unfinished sums are kept in `state`, and taken up from there. The multi-token-prediction block's part of the matrix
+    needs the block in full precision; that file is gone afterwards.
     """
     calibrating = release.calibrating
     assert calibrating is not None
@@ -81,11 +84,13 @@ def calibrate(release: Release, reference: Path, folder: Path, means: Means) -> 
             chunks=calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
             threads=means.threads,
             gpu_layers=means.gpu_layers,
+            state=state,
+            resume=True,
             progress=advance,
         )
     if block:
         block.unlink()
-    write_sums(sums, folder / calibrating.name)
+    write_sums(sums, folder / calibrating.name, is_result=False)
     return plan_again(release, importance_of(sums, calibrating.name)), calibration
 
 

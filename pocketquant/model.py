@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
+from pocketquant.unchanged import FileState
 
 
 class Role(str, Enum):
@@ -131,6 +132,7 @@ class Model:
         tensors: in file order.
         sizes: the dimension words above -> numbers.
         notes: what was left out or changed on the way in, for people.
+        files: the files that it was opened from, as they were then.
     """
 
     architecture: str
@@ -138,6 +140,7 @@ class Model:
     tensors: tuple[Tensor, ...]
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    files: tuple[FileState, ...] = ()
 
     @property
     def n_weights(self) -> int:
@@ -197,6 +200,7 @@ class Plan:
         header: the finished bytes before the data section, padding included.
         importance: tensor name -> f32[n_cols] (or f32[n_expert, n_cols]) used in rounding.
         rounding: tensor name -> who encodes it, where not the format's own encoder does.
+        files: the files that it is made from, as they were when they were opened; `pipeline` compares them at the end.
     """
 
     metadata: Mapping[str, Value]
@@ -204,6 +208,7 @@ class Plan:
     header: bytes
     importance: Mapping[str, F32Array]
     rounding: Mapping[str, RowEncoder] = field(default_factory=dict)
+    files: tuple[FileState, ...] = ()
 
     @property
     def file_bytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,13 @@ from pocketquant.errors import OutputError, RecipeError
 from pocketquant.files import flushed_meanwhile, replacing_together, usable_threads
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.model import Plan, PlannedTensor, Tensor
+from pocketquant.unchanged import check_unchanged
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights in a chunk: 4 MiB as f32, small enough to stay in cache between read, encode and write."""
+
+_PATIENCE_SECONDS = 0.5
+"""How long an interrupt waits for chunks in flight."""
 
 OnBytes = Callable[[int], None]
 Run = Callable[[Plan, Path, OnBytes], None]
@@ -78,6 +83,7 @@ def write(
     threads: int | None = None,
     on_bytes: OnBytes | None = None,
     run: Run | None = None,
+    is_result: bool = True,
 ) -> None:
     """Writes a planned file; `target` is replaced only by the finished, checked one.
 
@@ -87,12 +93,13 @@ def write(
         threads: workers; None for one per processor this process may use.
         on_bytes: called from any worker with the number of output bytes just written.
         run: who encodes, instead of threads here: `pocketquant.cluster.open_cluster` gives one.
+        is_result: False for a file that is only needed meanwhile; see `put_in_place`.
 
     Raises:
         OutputError: no space, no permission, no such folder.
-        SourceError: the source cannot be read or holds a non-finite weight.
+        SourceError: the source cannot be read, holds a non-finite weight, or was changed meanwhile.
     """
-    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes, run=run)
+    write_together([(plan, Path(target))], threads=threads, on_bytes=on_bytes, run=run, is_result=is_result)
 
 
 def write_together(
@@ -101,6 +108,7 @@ def write_together(
     threads: int | None = None,
     on_bytes: OnBytes | None = None,
     run: Run | None = None,
+    is_result: bool = True,
 ) -> None:
     """Writes several planned files into one folder; no target is replaced before all of them are finished and checked.
 
@@ -111,11 +119,12 @@ def write_together(
         threads: as `write`.
         on_bytes: as `write`.
         run: as `write`.
+        is_result: as `write`.
 
     Raises:
         OutputError, SourceError: as `write`.
     """
-    with replacing_together([target for _, target in files]) as temporaries:
+    with replacing_together([target for _, target in files], is_result=is_result) as temporaries:
         _check_space(sum(plan.file_bytes for plan, _ in files), files[0][1])
         for (plan, _), temporary in zip(files, temporaries, strict=True):
             with open(temporary, "r+b", buffering=0) as file:
@@ -128,6 +137,7 @@ def write_together(
                 else:
                     _run(plan, temporary, threads or usable_threads(), advance)
             _check_written(plan, temporary)
+        check_unchanged(state for plan, _ in files for state in plan.files)
 
 
 def _check_space(file_bytes: int, target: Path) -> None:
@@ -184,15 +194,18 @@ def _run(plan: Plan, path: Path, n_threads: int, on_bytes: OnBytes) -> None:
             stopping.set()
 
     workers = [threading.Thread(target=work, name=f"encode-{i}", daemon=True) for i in range(n_threads)]
-    for worker in workers:
-        worker.start()
     try:
         for worker in workers:
-            worker.join()
-    finally:  # an interrupt arrives here: let chunks in flight end before the file is closed under them
-        stopping.set()
+            worker.start()
         for worker in workers:
             worker.join()
+    except BaseException:  # an interrupt
+        stopping.set()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for worker in workers:  # a matrix that is rounded whole can take minutes; what is written then is in no folder
+            if worker.ident is not None:
+                worker.join(max(0.0, deadline - time.monotonic()))
+        raise
     if failures:
         raise failures[0]
 

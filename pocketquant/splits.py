@@ -17,6 +17,7 @@ from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.files import read_at, refuse_overwriting, replacing_together
 from pocketquant.gguf_file import GgufTensor, encode_header, encode_table, read_shards, shard_paths
 from pocketquant.model import Plan, Value, padded
+from pocketquant.unchanged import FileState, check_unchanged
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?(?:([KMGT])(I?))?B?", re.IGNORECASE)
 _MAX_SHARDS = 65535  # split.count is a u16
@@ -68,7 +69,9 @@ def split_plan(plan: Plan, target: Path, max_bytes: int | None) -> list[tuple[Pl
         for item in items[start:stop]:
             tensors.append(replace(item, offset=offset))
             offset += padded(item.nbytes)
-        shards.append(Plan(metadata, tuple(tensors), encode_header(metadata, tensors), plan.importance, plan.rounding))
+        shards.append(
+            Plan(metadata, tuple(tensors), encode_header(metadata, tensors), plan.importance, plan.rounding, plan.files)
+        )
     return list(zip(shards, shard_paths(target, len(shards)), strict=True))
 
 
@@ -137,12 +140,13 @@ def join_file(first: Path, target: Path, on_bytes: OnBytes | None = None) -> Non
         OutputError: no space, no permission.
     """
     metadata, places = _whole(first)
-    if len({path for path, _ in places} | {first}) < 2:
+    if len({file.path for file, _ in places} | {first}) < 2:
         raise SourceError(f"{first}: not split, there is nothing to join")
     _copy([(metadata, places)], [target], on_bytes)
 
 
-_Places = list[tuple[Path, GgufTensor]]
+_Places = list[tuple[FileState, GgufTensor]]
+"""Tensors, each with the file that it lies in."""
 
 
 def _whole(source: Path) -> tuple[dict[str, Value], _Places]:
@@ -150,7 +154,7 @@ def _whole(source: Path) -> tuple[dict[str, Value], _Places]:
     shards = read_shards(source)
     stated = shards[0][1].metadata
     metadata = {key: value for key, value in stated.items() if not key.startswith("split.")}
-    places = [(path, entry) for path, header in shards for entry in header.tensors]
+    places = [(header.state, entry) for _, header in shards for entry in header.tensors]
     if len(shards) == 1 and len(metadata) == len(stated):
         _check_reproducible(source, metadata, [entry for _, entry in places])
     return metadata, places
@@ -227,17 +231,19 @@ def _copy(
     files: Sequence[tuple[Mapping[str, Value], _Places]], targets: Sequence[Path], on_bytes: OnBytes | None
 ) -> list[Path]:
     """Writes each file's header and copies its tensors; all of them appear at the end, the first one last."""
-    refuse_overwriting(targets, {path for _, places in files for path, _ in places})
+    refuse_overwriting(targets, {file.path for _, places in files for file, _ in places})
     with replacing_together(targets) as temporaries:
         for (metadata, places), temporary in zip(files, temporaries, strict=True):
             with open(temporary, "wb") as out:
                 table = encode_table(metadata, [entry for _, entry in places])
                 out.write(table.ljust(padded(len(table)), b"\0"))
-                for path, entry in places:
+                for source, entry in places:
                     for start in range(0, entry.nbytes, _COPIED_AT_ONCE):
-                        piece = read_at(path, entry.offset + start, min(_COPIED_AT_ONCE, entry.nbytes - start))
+                        nbytes = min(_COPIED_AT_ONCE, entry.nbytes - start)
+                        piece = read_at(source.path, entry.offset + start, nbytes, source)
                         out.write(piece.data)
                         if on_bytes:
                             on_bytes(piece.nbytes)
                     out.write(bytes(padded(entry.nbytes) - entry.nbytes))
+        check_unchanged(source for _, places in files for source, _ in places)
     return list(targets)

@@ -8,22 +8,23 @@ missing. Files are deleted as soon as another one is no larger and loses less.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketquant import __version__
 from pocketquant.errors import OutputError, SourceError
 from pocketquant.eval.html.sheet import find_front
 from pocketquant.eval.reference import make_reference
-from pocketquant.eval.report import identify, list_versions
+from pocketquant.eval.report import identify
 from pocketquant.files import replacing
-from pocketquant.llama.library import require_runtime
+from pocketquant.interrupts import offer_resume
+from pocketquant.keys import keys_of
+from pocketquant.leftovers import holding
 from pocketquant.measure import (
     Means,
     calibrate,
@@ -34,7 +35,6 @@ from pocketquant.measure import (
     write_variant,
 )
 from pocketquant.quant import read_importance
-from pocketquant.quant.collect import SELF, digest_file
 from pocketquant.release import Release, Variant, plan_again
 from pocketquant.small_files import read_json
 
@@ -100,33 +100,8 @@ def plan_sweep(
     """
     if keep not in KEEP:
         raise OutputError(f"{keep}: files to keep are one of {', '.join(KEEP)}")
-    source = _digest_source(release)
-    texts = [[each.domain, identify(each.path).sha256] for each in release.texts]
-    software = list_versions() | {"pocketquant": __version__, "llama_cpp": str(require_runtime().__version__)}
-    reference = {
-        "source": source,
-        "header": hashlib.sha256(release.reference.plan.header).hexdigest(),
-        "texts": texts,
-        "settings": [release.context, release.chunks, release.positions],
-        "software": software,
-    }
-    importance: dict[str, Any] = {}
-    made = release.calibrating
-    if made is not None:
-        text = SELF if made.text == SELF else identify(made.text).sha256
-        importance = {"reference": reference["header"], "source": source, "text": text, "chunks": made.chunks}
-        importance |= {"context": release.context, "software": software}
-    elif release.importance is not None:
-        digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in _weights(release)}
-        importance = {"given": digests}
-    judged_by: dict[str, Any] = {"pack": identify(pack).sha256} if pack else {"reference": reference}
-    if statistics is not None:
-        judged_by["statistics"] = identify(statistics).sha256
-    keys = [
-        _digest({"plan": hashlib.sha256(variant.plan.header).hexdigest(), "importance": importance, **judged_by})
-        for variant in release.variants
-    ]
-    return Sweep(release, tuple(keys), _digest(reference), _digest(importance) if made else "", pack, keep)
+    keys = keys_of(release, pack, statistics)
+    return Sweep(release, keys.variants, keys.reference, keys.importance, pack, keep)
 
 
 def run_sweep(
@@ -147,10 +122,28 @@ def run_sweep(
         OutputError: the folder cannot be written or the disk is too small; what is finished stays.
         EvalError: a file cannot be evaluated; what is finished stays.
     """
-    out, means, release = Path(out), means or Means(), sweep.release
+    out, means = Path(out), means or Means()
     folder = out / _FOLDER
     missing = sweep.missing(out)
     _prepare(folder, sweep.disk_bytes if missing else 0)
+    with holding(folder), _resumable(folder):
+        return _run(sweep, folder, out, missing, means, command)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if any(folder.glob("*.json")) or any(folder.glob("*.gguf")):
+            offer_resume(f"what is finished is kept in {folder}; the same command goes on from there")
+        raise
+
+
+def _run(
+    sweep: Sweep, folder: Path, out: Path, missing: Sequence[Variant], means: Means, command: Sequence[str]
+) -> dict[str, Any]:
+    release = sweep.release
     matrix = folder / f"{sweep.importance_key}-imatrix.gguf"
     pack = sweep.pack or folder / f"{sweep.reference_key}.pqref"
     needs_matrix = bool(sweep.importance_key)
@@ -166,7 +159,7 @@ def run_sweep(
             path = folder / variant.name
             write_variant(variant, path, means)
             found = measure_variant(release, variant, path, pack, means)
-            with replacing(folder / f"{key}.json") as temporary:
+            with replacing(folder / f"{key}.json", is_result=False) as temporary:
                 temporary.write_text(json.dumps({"key": key, "variant": found}, ensure_ascii=False), encoding="utf-8")
         measured[key] = found
         _drop_files(sweep, folder, measured)
@@ -185,7 +178,8 @@ def run_sweep(
     }
     write_reports(result, out)
     if release.calibrating and matrix.exists():
-        shutil.copyfile(matrix, out / release.calibrating.name)
+        with replacing(out / release.calibrating.name) as temporary:
+            shutil.copyfile(matrix, temporary)
     if sweep.pack is None:
         pack.unlink(missing_ok=True)
     return result
@@ -274,20 +268,3 @@ def _read(folder: Path, key: str) -> Mapping[str, Any] | None:
     if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("variant"), dict):
         return None
     return dict(found["variant"])
-
-
-def _digest_source(release: Release) -> list[list[str]]:
-    """What tells one source from another: pieces of each local file, or a repository's name and revision."""
-    source = Path(release.source)
-    if not source.exists():
-        return [["repository", release.source]]
-    files = [source] if source.is_file() else sorted([*source.glob("*.json"), *source.glob("*.safetensors")])
-    return [[path.name, digest_file(path)] for path in files]
-
-
-def _weights(release: Release) -> Sequence[tuple[str, Any]]:
-    return sorted(release.importance.weights.items()) if release.importance else []
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

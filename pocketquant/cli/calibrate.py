@@ -48,7 +48,8 @@ def calibrate(
 ) -> None:
     """Collect statistics of a model on texts: what a rounding error of each weight will cost."""
     from pocketquant.demo import text_path
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.files import check_target, refuse_overwriting
+    from pocketquant.leftovers import holding
     from pocketquant.quant.statistics_writing import merge_statistics
     from pocketquant.splits import parse_size
 
@@ -83,7 +84,10 @@ def calibrate(
     if dry_run:
         _say_cost(sources[0], task, curvature, json=json)
         return
-    with as_gguf(sources[0], task.beside("source.gguf"), reference_type, threads=threads, quiet=quiet) as gguf:
+    with (
+        holding(check_target(out)),
+        as_gguf(sources[0], out, reference_type, threads=threads, quiet=quiet) as gguf,
+    ):
         if curvature:
             _collect_both(gguf, task)
         else:
@@ -104,9 +108,6 @@ class _Task:
     device: str
     resume: bool
     quiet: bool
-
-    def beside(self, what: str) -> Path:
-        return self.out.with_name(f".{self.out.name}.{what}")
 
 
 def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
@@ -130,13 +131,14 @@ def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
 
 def _collect_both(gguf: Path, task: _Task) -> None:
     """Inputs and gradients into files of their own, which are then joined."""
+    from pocketquant.files import hidden_beside
     from pocketquant.gguf_file import open_gguf
     from pocketquant.quant.calibrating import cut_texts
     from pocketquant.quant.curvature import collect_curvature
     from pocketquant.quant.statistics import fingerprint, open_statistics
     from pocketquant.quant.statistics_writing import merge_statistics
 
-    inputs, gradients = task.beside("inputs"), task.beside("gradients")
+    inputs, gradients = hidden_beside(task.out, "inputs"), hidden_beside(task.out, "gradients")
     windows, texts = cut_texts(gguf, task.texts, task.context, task.chunks, task.threads, task.gpu_layers, task.seed)
     model = open_gguf(gguf)
     is_done = False

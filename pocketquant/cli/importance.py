@@ -23,7 +23,7 @@ def make_matrix(
     quiet: bool,
 ) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.files import hidden_beside, refuse_overwriting
     from pocketquant.quant.collect import collect_importance
     from pocketquant.quant.importance import write_sums
 
@@ -38,7 +38,7 @@ def make_matrix(
             threads=threads,
             gpu_layers=gpu_layers,
             seed=seed,
-            state=out.with_name(f".{out.name}.unfinished"),
+            state=hidden_beside(out, "unfinished"),
             resume=resume,
             progress=advance,
         )

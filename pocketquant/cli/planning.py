@@ -190,10 +190,12 @@ def open_source(
 
 @contextmanager
 def as_gguf(
-    source: str, beside: Path, reference_type: str = "f32", *, threads: int | None = None, quiet: bool = False
+    source: str, out: Path, reference_type: str = "f32", *, threads: int | None = None, quiet: bool = False
 ) -> Iterator[Path]:
-    """A source as a GGUF in full precision: itself, or converted to `beside` for as long as the block runs."""
+    """A source as a GGUF in full precision: itself, or converted, beside `out`, for as long as the block runs."""
     from pocketquant.convert.sources import names_gguf, open_model
+    from pocketquant.files import check_target
+    from pocketquant.leftovers import work_folder
     from pocketquant.pipeline import write
     from pocketquant.quant import open_recipe, plan
 
@@ -201,12 +203,11 @@ def as_gguf(
         yield Path(source)
         return
     planned = plan(open_model(source), open_recipe(reference_type))
-    try:
+    with work_folder(check_target(out)) as folder:
+        converted = folder / "source.gguf"
         with byte_progress("converting", planned.file_bytes, quiet=quiet) as advance:
-            write(planned, beside, threads=threads, on_bytes=advance)
-        yield beside
-    finally:
-        beside.unlink(missing_ok=True)
+            write(planned, converted, threads=threads, on_bytes=advance)
+        yield converted
 
 
 def describe_tensor(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:

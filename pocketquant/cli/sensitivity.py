@@ -92,9 +92,6 @@ class _Task:
     resume: bool
     quiet: bool
 
-    def beside(self, what: str) -> Path:
-        return self.out.with_name(f".{self.out.name}.{what}")
-
 
 @contextmanager
 def _running(task: _Task) -> Iterator[Runs]:
@@ -102,14 +99,14 @@ def _running(task: _Task) -> Iterator[Runs]:
     from pocketquant.convert.sources import open_model
     from pocketquant.eval.compare import compare
     from pocketquant.eval.corpus import Text
-    from pocketquant.files import sha256_of
+    from pocketquant.files import check_target, hidden_beside, sha256_of
+    from pocketquant.interrupts import offer_resume
+    from pocketquant.leftovers import holding, work_folder
     from pocketquant.pipeline import write
     from pocketquant.quant import open_recipe, plan
     from pocketquant.quant.measuring import Runs
 
-    reference, work, state = (task.beside(what) for what in ("reference.gguf", "work.gguf", "runs.json"))
-    if not task.resume:
-        state.unlink(missing_ok=True)
+    state = hidden_beside(task.out, "runs.json")
     texts = [Text(f"{n} {path.stem}", path) for n, path in enumerate(task.texts)]
 
     def judge(model: Path, original: Path) -> float:
@@ -125,16 +122,19 @@ def _running(task: _Task) -> Iterator[Runs]:
         return report.metrics.kld.mean
 
     conditions = {"texts": [sha256_of(path) for path in task.texts], "context": task.context, "chunks": task.chunks}
-    try:
-        planned = plan(open_model(task.source), open_recipe("f32"))
-        with byte_progress("converting", planned.file_bytes, quiet=task.quiet) as advance:
-            write(planned, reference, threads=task.threads, on_bytes=advance)
-        work.unlink(missing_ok=True)
-        yield Runs(reference, work, judge, state, conditions)
+    with holding(check_target(task.out)), work_folder(check_target(task.out)) as folder:
+        if not task.resume:
+            state.unlink(missing_ok=True)
+        try:
+            planned, reference = plan(open_model(task.source), open_recipe("f32")), folder / "reference.gguf"
+            with byte_progress("converting", planned.file_bytes, quiet=task.quiet) as advance:
+                write(planned, reference, threads=task.threads, on_bytes=advance)
+            yield Runs(reference, folder / "work.gguf", judge, state, conditions)
+        except BaseException:
+            if state.exists():
+                offer_resume(f"finished runs are kept in {state}; the same command with --resume goes on from there")
+            raise
         state.unlink(missing_ok=True)
-    finally:
-        reference.unlink(missing_ok=True)
-        work.unlink(missing_ok=True)
 
 
 def _measure(task: _Task, groups: int | None, *, json: bool) -> None:

@@ -77,7 +77,7 @@ def tune(
     more = None
     if sampled:
         with (
-            as_gguf(reference, out.with_name(f".{out.name}.source.gguf"), threads=threads, quiet=quiet) as gguf,
+            as_gguf(reference, out, threads=threads, quiet=quiet) as gguf,
             step_progress("sampling", quiet=quiet) as advance,
         ):
             more = go_on(gguf, windows, sampled, threads=threads, gpu_layers=gpu_layers, seed=seed, progress=advance)

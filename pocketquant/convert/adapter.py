@@ -23,6 +23,7 @@ from pocketquant.convert.adapter_whole import sort_whole
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
 from pocketquant.small_files import is_present, read_object
+from pocketquant.unchanged import FileState, state_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"} | {
@@ -113,6 +114,7 @@ class Adapter:
         trained_weights: module -> weight that was trained whole (`modules_to_save`).
         folder: where it lies.
         keeps_tie: embedding and head were trained as one where they are tied (`ensure_weight_tying`).
+        files: what it was opened from, as that was then.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Adapter:
     trained_weights: Mapping[str, StoredTensor]
     folder: Path | None = None
     keeps_tie: bool = False
+    files: tuple[FileState, ...] = ()
 
 
 def open_adapter(folder: Path | str) -> Adapter:
@@ -143,6 +146,7 @@ def open_adapter(folder: Path | str) -> Adapter:
     if not is_present(weights_path):
         found = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise SourceError(f"{folder}: no {WEIGHTS}{found}; save the adapter as safetensors")
+    files = (state_of(config_path), state_of(weights_path))
     problems = _config_problems(config)
     if problems:
         raise SourceError(
@@ -166,7 +170,7 @@ def open_adapter(folder: Path | str) -> Adapter:
     if not changes and not whole.trained:
         raise SourceError(f"{weights_path}: holds no LoRA matrices")
     keeps_tie = bool(config.get("ensure_weight_tying"))
-    return Adapter(folder.resolve().name, tuple(changes), whole.base, whole.trained, folder.resolve(), keeps_tie)
+    return Adapter(folder.resolve().name, tuple(changes), whole.base, whole.trained, folder.resolve(), keeps_tie, files)
 
 
 # ---------------------------------------------------------------- settings

@@ -115,7 +115,8 @@ def plan_adapter(adapter: Adapter, base: Model, type_name: str = "f32") -> Plan:
         planned.append(PlannedTensor(tensor, kind, offset, nbytes, "number format of the file"))
         offset = padded(offset + nbytes)
     metadata = _metadata(adapter, base, alpha)
-    return Plan(metadata, tuple(planned), encode_header(metadata, planned), {})
+    header = encode_header(metadata, planned)
+    return Plan(metadata, tuple(planned), header, {}, files=(*adapter.files, *base.files))
 
 
 def _place(change: LowRank, base: Model) -> tuple[Tensor, TensorRule] | str:

@@ -116,7 +116,8 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
         **model_metadata(architecture, text_config, sizes, described),
         **read_tokenizer(folder, sizes["n_vocab"], config, notes),
     }
-    return Model(architecture.name, metadata, tensors, sizes, tuple(notes))
+    files = (*snapshot.files, *(adapter.files if adapter is not None else ()))
+    return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files)
 
 
 def _refuse_adapter_inside(snapshot: Snapshot, adapter: Adapter | None) -> None:

@@ -20,6 +20,7 @@ from pocketquant.errors import SourceError, listing
 from pocketquant.files import read_at
 from pocketquant.formats import U8Array
 from pocketquant.small_files import parse_json
+from pocketquant.unchanged import FileState, state_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 ITEM_BYTES = {
@@ -64,9 +65,10 @@ class RangeFile(Protocol):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on this disk."""
+    """A file on this disk. `state` is what it was when it was opened; None where nobody compares."""
 
     path: Path
+    state: FileState | None = None
 
     @property
     def size(self) -> int:
@@ -78,7 +80,7 @@ class LocalFile:
 
     def read(self, offset: int, nbytes: int) -> U8Array:
         """Bytes [offset, offset + nbytes); SourceError if they cannot be had."""
-        return read_at(self.path, offset, nbytes)
+        return read_at(self.path, offset, nbytes, self.state)
 
     def within(self, start: int, stop: int) -> LocalFile:
         """Itself: the operating system reads ahead."""
@@ -139,7 +141,7 @@ def read_safetensors_header(source: Path | RangeFile) -> list[StoredTensor]:
         SourceError: truncated, no JSON, keys that come twice, or offsets that contradict the shapes, overlap, or leave
             bytes of the file to no tensor (all listed).
     """
-    path = LocalFile(source) if isinstance(source, Path) else source
+    path = LocalFile(source, state_of(source)) if isinstance(source, Path) else source
     size = path.size
     length = int.from_bytes(path.read(0, 8).tobytes(), "little") if size >= 8 else 0
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):

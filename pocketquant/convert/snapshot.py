@@ -9,7 +9,9 @@ from pathlib import Path
 from pocketquant.convert.folder import INDEX, SINGLE, list_entries
 from pocketquant.convert.safetensors import LocalFile, RangeFile
 from pocketquant.errors import SourceError
+from pocketquant.files import checkpoint_states
 from pocketquant.small_files import is_present, kind_of, read_object
+from pocketquant.unchanged import FileState, state_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Snapshot:
         weights: name -> every `*.safetensors` file there is. Tensors keep these, so they outlive the folder.
         entries: names of everything in the folder or repository, from `list_entries` or `top_level`.
         is_one_file: the source was one safetensors file by its name, so nobody asked for others beside it.
+        files: all local files, as they were when the folder was opened.
     """
 
     folder: Path
     weights: Mapping[str, RangeFile]
     entries: tuple[str, ...] = ()
     is_one_file: bool = False
+    files: tuple[FileState, ...] = ()
 
 
 def local_snapshot(path: Path) -> Snapshot:
@@ -37,16 +41,20 @@ def local_snapshot(path: Path) -> Snapshot:
         SourceError: neither, or the file is one shard of several.
     """
     if kind_of(path) == "folder":
-        entries = list_entries(path)
-        weights = {name: LocalFile(path / name) for name in entries if name.endswith(".safetensors")}
-        return Snapshot(path, weights, entries)
+        files, entries = checkpoint_states(path), list_entries(path)
+        known = {file.path.name: file for file in files}
+        weights = {name: LocalFile(path / name, known.get(name)) for name in entries if name.endswith(".safetensors")}
+        return Snapshot(path, weights, entries, files=files)
     if path.suffix != ".safetensors" or kind_of(path) != "file":
         raise SourceError(
             f"{path}: no such folder; give a checkpoint folder (config.json, tokenizer.json, *.safetensors), one "
             ".safetensors file beside its config.json, a repository (org/name, hf://org/name@revision, "
             "ms://org/name@revision) or a GGUF file"
         )
-    snapshot = Snapshot(path.parent, {path.name: LocalFile(path)}, list_entries(path.parent), is_one_file=True)
+    beside = [file for file in checkpoint_states(path.parent) if file.path.suffix != ".safetensors"]
+    state = state_of(path)
+    weights = {path.name: LocalFile(path, state)}
+    snapshot = Snapshot(path.parent, weights, list_entries(path.parent), is_one_file=True, files=(state, *beside))
     index = path.parent / INDEX
     if path.name != SINGLE and is_present(index):
         weight_map = read_object(index).get("weight_map")

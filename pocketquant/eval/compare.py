@@ -38,8 +38,9 @@ from pocketquant.eval.report import (
     summarize,
 )
 from pocketquant.eval.windows import MIN_LANE_WINDOWS, Progress, score_windows
-from pocketquant.files import usable_threads
+from pocketquant.files import states_of, usable_threads
 from pocketquant.llama.runtime import Runtime, TextRuntime, open_runtime
+from pocketquant.unchanged import check_unchanged
 
 NOISE_WINDOWS = 32
 """Windows that the noise floor is measured on, at most: more change its first digits no more."""
@@ -117,6 +118,7 @@ def compare(
         reference_opener: what opens the reference; None for `open_reference` where `opener` is the usual one, too.
 
     Raises:
+        SourceError: a file or a text was changed meanwhile.
         EvalError: a file or a text cannot be read, the vocabularies differ, a text is too short, or no logits are
             finite.
     """
@@ -128,6 +130,7 @@ def compare(
     texts = [Text(Path(text).stem, Path(text))] if isinstance(text, str | Path) else list(text)
     _check_texts(texts, like)  # before two models are loaded
     check_architecture(Path(model), Path(reference))
+    files = states_of(model, reference, *(each.path for each in texts))
     n_threads = threads or usable_threads()
     # two of them run at the same time on half the threads each: fewer threads wait for one another
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
@@ -195,6 +198,7 @@ def compare(
         model_metadata=digest_metadata(Path(model)),
         reference_quantized=describe_quantized(Path(reference)) or None,
     )
+    check_unchanged(files)
     every = np.concatenate(scored)
     return summarize(
         every[:, context // 2 :] if positions else every,

@@ -201,8 +201,18 @@ class PackWriter:
         self._sections[name] = replace(section, nbytes=section.nbytes + len(piece), sha256=self._digest.hexdigest())
 
     def finish(self, header: PackHeader) -> None:
-        """Writes the header; nothing may be added after it."""
+        """Writes the header; nothing may be added after it.
+
+        Raises:
+            EvalError: the rows are not those of all positions.
+        """
         assert self._file is not None
+        nbytes = self._sections["rows"].nbytes if "rows" in self._sections else 0
+        if nbytes != header.positions * header.row_bytes:
+            raise EvalError(
+                f"{nbytes} bytes of rows were kept, {header.positions} positions of {header.row_bytes} are wanted: the "
+                "run was cut short"
+            )
         sections = {name: asdict(section) for name, section in self._sections.items()}
         data = json.dumps({**asdict(header), "sections": sections}, sort_keys=True, separators=(",", ":")).encode()
         offset = self._file.tell()

@@ -33,11 +33,12 @@ from pocketquant.eval.states import (
     row_bytes,
 )
 from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
-from pocketquant.files import replacing
+from pocketquant.files import replacing, states_of
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import open_gguf
 from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
+from pocketquant.unchanged import check_unchanged
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""
@@ -147,7 +148,9 @@ def make_reference(
         EvalError: something cannot be read or run, or what the pack gives back is further from the reference than
             `MAX_FLOOR`.
         OutputError: the pack cannot be written; what stood there before stays.
+        SourceError: model or text was changed meanwhile.
     """
+    files = states_of(model, *(text.path for text in texts))
     with _open_run(model, context, threads, gpu_layers, top, texts, chunks) as run:
         cuts = _cut(run.runtime, texts, model, context, chunks, positions)
         with_head = not top and (with_head or not run.tells_head)
@@ -173,30 +176,28 @@ def make_reference(
                     f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
                     f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
                 )
-            writer.finish(
-                PackHeader(
-                    kind="top" if top else "states",
-                    model=run.identity,
-                    sizes=dict(run.sizes),
-                    vocabulary=run.runtime.vocabulary,
-                    n_vocab=run.runtime.n_vocab,
-                    bos=run.runtime.bos,
-                    context=context,
-                    first_scored=first,
-                    texts=tuple(
-                        TextIdentity(
-                            **asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens
-                        )
-                        for text, cut in zip(texts, cuts, strict=True)
-                    ),
-                    row_bytes=keeper.row_bytes,
-                    coding=keeper.coding,
-                    head=None if top else run.head.identify(),
-                    top=top,
-                    floor=floor,
-                    versions=list_versions() | dict(run.runtime.versions),
-                )
+            header = PackHeader(
+                kind="top" if top else "states",
+                model=run.identity,
+                sizes=dict(run.sizes),
+                vocabulary=run.runtime.vocabulary,
+                n_vocab=run.runtime.n_vocab,
+                bos=run.runtime.bos,
+                context=context,
+                first_scored=first,
+                texts=tuple(
+                    TextIdentity(**asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens)
+                    for text, cut in zip(texts, cuts, strict=True)
+                ),
+                row_bytes=keeper.row_bytes,
+                coding=keeper.coding,
+                head=None if top else run.head.identify(),
+                top=top,
+                floor=floor,
+                versions=list_versions() | dict(run.runtime.versions),
             )
+            writer.finish(header)
+            check_unchanged(files)
     return read_pack(out)
 
 

@@ -20,7 +20,9 @@ from pocketquant.eval.answering import write_answer
 from pocketquant.eval.paired import Paired, pair_answers
 from pocketquant.eval.report import FileIdentity, identify, list_versions
 from pocketquant.eval.tasks import Progress, chat_renderer, context_of
+from pocketquant.files import states_of
 from pocketquant.llama.branches import open_branches
+from pocketquant.unchanged import check_unchanged
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256
@@ -115,7 +117,9 @@ def compare_smoke(
 
     Raises:
         EvalError: a file has no chat template, or cannot be run.
+        SourceError: a file was changed meanwhile.
     """
+    files = states_of(model, reference)
     identities = identify(model), identify(reference)
     done = 0
 
@@ -142,6 +146,7 @@ def compare_smoke(
                 written.append(Answer(answer, has_ended, find_faults(prompt, text, answer, has_ended=has_ended)))
                 advance()
             answers.append(written)
+    check_unchanged(files)
     ours, theirs = answers
     return SmokeReport(
         model=identities[0],

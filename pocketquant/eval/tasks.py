@@ -23,9 +23,10 @@ from pocketquant.eval.answering import AnsweringModel, Cost, Render
 from pocketquant.eval.paired import Paired, mean_difference, pair_answers
 from pocketquant.eval.report import FileIdentity, identify, list_versions
 from pocketquant.eval.tasks_loading import Settings, explain, load_tasks, quiet_harness
-from pocketquant.files import replacing
+from pocketquant.files import replacing, states_of
 from pocketquant.gguf_file import open_gguf
 from pocketquant.llama.branches import open_branches
+from pocketquant.unchanged import check_unchanged
 
 SCHEMA = "pocketquant.tasks/1"
 DEFAULT_CONTEXT = 4096
@@ -118,13 +119,16 @@ def compare_on_tasks(
     Raises:
         EvalError: a task is unknown, its data cannot be had, it would run code that models wrote, the two models were
             not asked the same, or llama.cpp cannot run a file.
+        SourceError: a file was changed meanwhile.
     """
+    files = states_of(model, reference)
     identities = identify(model), identify(reference)
     settings = replace(settings, context=settings.context or min(context_of(model), context_of(reference)))
     with quiet_harness():
         tasks, groups = load_tasks(settings)
         theirs, reference_cost, versions = _run(reference, tasks, settings, progress, 0)
         ours, cost, _ = _run(model, tasks, settings, progress, reference_cost.requests)
+    check_unchanged(files)
     results, left_out = _compare(ours, theirs, groups)
     return TasksReport(
         model=identities[0],

@@ -19,9 +19,11 @@ from pocketquant.errors import EvalError
 from pocketquant.eval.bootstrap import F64Array
 from pocketquant.eval.report import FileIdentity, identify, list_versions
 from pocketquant.eval.tasks import Progress, context_of
+from pocketquant.files import states_of
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.gguf_file import open_gguf
 from pocketquant.llama.vision import open_vision_runtime
+from pocketquant.unchanged import check_unchanged
 
 SCHEMA = "pocketquant.vision/1"
 QUESTION = "Describe this image."
@@ -120,7 +122,9 @@ def compare_towers(
 
     Raises:
         EvalError: a file cannot be read or run, an image does not fit, or numbers are not finite.
+        SourceError: a file was changed meanwhile.
     """
+    files = states_of(model, mmproj, reference_mmproj, *images)
     identities = identify(model), identify(mmproj), identify(reference_mmproj)
     context = context or context_of(model)
     before, after = _prompt_around(model, question)
@@ -164,6 +168,7 @@ def compare_towers(
             if progress is not None:
                 progress(i, len(images))
     means = np.array([each.mean() for each in divergences])
+    check_unchanged(files)
     return VisionReport(
         model=identities[0],
         mmproj=identities[1],

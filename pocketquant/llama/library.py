@@ -19,6 +19,7 @@ from pocketquant.extras import install_command
 from pocketquant.gguf_file import OTHER_KINDS, GgufHeader, read_shards
 from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
+from pocketquant.llama.callbacks import Callback, calling, load_progress
 from pocketquant.model import Value
 
 _LOG_LINES = 8
@@ -31,7 +32,7 @@ log_lines: deque[str] = deque(maxlen=_LOG_LINES)
 """The last warnings and errors of llama.cpp."""
 
 _buffers = BufferNames()
-_callbacks: list[Any] = []  # ctypes does not keep them alive
+_callbacks: list[Callback] = []  # ctypes does not keep them alive
 
 
 def require_runtime() -> Any:
@@ -52,13 +53,13 @@ def require_runtime() -> Any:
     if not _callbacks:
         llama_cpp.llama_backend_init()
         _listen(llama_cpp)
-    llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(log_callback(), ctypes.c_void_p(0))
     return llama_cpp
 
 
 def log_callback() -> Any:
     """What takes llama.cpp's log, for parts of it that have a log of their own; after `require_runtime`."""
-    return _callbacks[0]
+    return _callbacks[0].pointer
 
 
 def load_model(library: Any, path: Path, *, gpu_layers: int, has_mtp: bool = False) -> tuple[Any, tuple[str, ...]]:
@@ -89,7 +90,9 @@ def load_model(library: Any, path: Path, *, gpu_layers: int, has_mtp: bool = Fal
         params.load_mtp = True
     log_lines.clear()
     _buffers.clear()
-    with doing(f"llama.cpp was loading {path}"):
+    progress = load_progress(library)
+    params.progress_callback = progress.pointer
+    with doing(f"llama.cpp was loading {path}"), calling(progress):
         model = library.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise EvalError(with_log(f"{path}: llama.cpp cannot load it; `pocketquant check` says what is wrong with it"))
@@ -139,13 +142,12 @@ def is_sidecar(header: GgufHeader, names: set[str]) -> bool:
 
 
 def _listen(library: Any) -> None:
-    @library.llama_log_callback
     def keep_line(level: int, text: bytes, _data: Any) -> None:
         _buffers.read(text)
         if level in _KEPT_LEVELS and text.strip():
             log_lines.append(text.decode(errors="replace").strip())
 
-    _callbacks.append(keep_line)
+    _callbacks.append(Callback(library.llama_log_callback, keep_line, None))
     _keep_last_words(library)
 
 
@@ -161,6 +163,6 @@ def _keep_last_words(library: Any) -> None:
         register = ggml_function(library, "ggml_set_abort_callback", ctypes.c_void_p, kind)
     except EvalError:
         return
-    callback = kind(lambda words: say_last((words or b"").decode(errors="replace")))
-    register(callback)
+    callback = Callback(kind, lambda words: say_last((words or b"").decode(errors="replace")), None)
+    register(callback.pointer)
     _callbacks.append(callback)

@@ -26,6 +26,7 @@ from pocketquant.activity import begin_doing, doing, end_doing
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
+from pocketquant.llama.callbacks import Callback, abort_function, calling
 from pocketquant.llama.library import load_model, require_runtime, with_log
 from pocketquant.llama.normalization import as_trained
 
@@ -33,6 +34,9 @@ _LOGIT_BYTES = 64 << 20
 _MAX_BATCH = 512
 _ROW_GROUP = 64
 """DeltaNet is computed in chunks of 64 tokens; cutting elsewhere would change the order of its sums."""
+
+_ABORTED = 2
+"""What `llama_decode` answers where the abort callback ended it."""
 
 Observe = Callable[[int, bool], bool]
 """llama.cpp's callback for a node of its graph: (address of the ggml_tensor, True for "is it wanted?")."""
@@ -125,7 +129,8 @@ def open_runtime(
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         rows: most rows of logits at a time; None for about 64 MB of them, in multiples of 64.
-        observe: sees each node of the graph before and after it is computed. It must not raise.
+        observe: sees each node of the graph before and after it is computed; what it raises ends the computation and
+            is raised by it.
         flash_attention: leave it to llama.cpp whether attention is computed in one fused step, as its own tools do.
             Logits then depend on how a window is cut into batches, by up to 0.003 nats in F32 and 0.1 in Q4_0.
 
@@ -182,9 +187,7 @@ class _LlamaRuntime:
         self._owns_model = True
         self._sequences, self._apart = sequences, apart
         self._gpu_layers, self._flash_attention = gpu_layers, flash_attention
-        self._observe: Any = None  # kept here because ctypes does not keep it alive
-        if observe is not None:
-            self._observe = library.ggml_backend_sched_eval_callback(lambda node, ask, _: observe(node, ask))
+        self._callbacks = [observing(library, observe)] if observe is not None else []
         self.n_ctx = context
         self._model, self._buffers = load_model(library, path, gpu_layers=gpu_layers)
         self._activity = f"llama.cpp was running {path}"
@@ -224,9 +227,10 @@ class _LlamaRuntime:
         params.n_outputs_max = self.rows
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
-        if self._observe is not None:
-            params.cb_eval = self._observe
-        with doing(f"llama.cpp was setting up {self.n_ctx} tokens of context for {self._path}"):
+        params.abort_callback, params.abort_callback_data = abort_function(library)
+        for callback in self._callbacks:
+            params.cb_eval = callback.pointer
+        with doing(f"llama.cpp was setting up {self.n_ctx} tokens of context for {self._path}"), calling():
             self._context = library.llama_init_from_model(self._model, params)
         if not self._context:
             error = self._failure(
@@ -317,9 +321,7 @@ class _LlamaRuntime:
         np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = wanted
         for i, sequence in enumerate(sequences):
             batch.seq_id[i][0] = sequence
-        status = self._library.llama_decode(self._context, batch)
-        if status:
-            raise self._failure(f"llama.cpp cannot decode {count} tokens (status {status})", "use a smaller context")
+        self._compute(f"{count} tokens", "use a smaller context")
         n_rows = sum(wanted)
         if not n_rows:
             return np.zeros((0, self.n_vocab), np.float32)
@@ -333,12 +335,14 @@ class _LlamaRuntime:
         np.ctypeslib.as_array(batch.token, shape=(count,))[:] = tokens[start:stop]
         np.ctypeslib.as_array(batch.pos, shape=(count,))[:] = positions
         np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = positions >= first
-        status = self._library.llama_decode(self._context, batch)
+        self._compute(f"tokens {start} to {stop - 1}", "use a smaller context or fewer GPU layers")
+
+    def _compute(self, what: str, advice: str) -> None:
+        """Decodes the batch; raises what came meanwhile, and EvalError where llama.cpp says that it failed."""
+        with calling(*self._callbacks):
+            status = self._library.llama_decode(self._context, self._batch)
         if status:
-            raise self._failure(
-                f"llama.cpp cannot decode tokens {start} to {stop - 1} (status {status})",
-                "use a smaller context or fewer GPU layers",
-            )
+            raise self._failure(f"llama.cpp cannot decode {what} ({describe_status(status)})", advice)
 
     def _failure(self, what: str, advice: str) -> EvalError:
         return EvalError(with_log(f"{self._path}: {what}; {advice}"))
@@ -361,6 +365,16 @@ class _LlamaRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def observing(library: Any, observe: Observe) -> Callback:
+    """`observe` as llama.cpp's `cb_eval`."""
+    return Callback(library.ggml_backend_sched_eval_callback, lambda node, ask, _: observe(node, ask), False)
+
+
+def describe_status(status: int) -> str:
+    """What `llama_decode` answered, in words."""
+    return "a signal stopped it" if status == _ABORTED else f"status {status}"
 
 
 def library_versions(library: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array, U8Array
+from pocketquant.llama.callbacks import calling
 from pocketquant.llama.library import log_callback, require_runtime
 from pocketquant.llama.runtime import _LlamaRuntime
 from pocketquant.small_files import read_bytes
@@ -72,7 +73,8 @@ class VisionRuntime:
         params.print_timings = params.warmup = False
         # fused attention rounds keys and values to F16; this measures the file, not the shortcut
         params.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._tower = mtmd_cpp.mtmd_init_from_file(os.fsencode(mmproj), text._model, params)
+        with calling():
+            self._tower = mtmd_cpp.mtmd_init_from_file(os.fsencode(mmproj), text._model, params)
         if not self._tower:
             error = text._failure(
                 f"llama.cpp cannot load the vision tower {mmproj} beside it",
@@ -92,7 +94,9 @@ class VisionRuntime:
             kind = self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE  # the others are the marks around it
             chunk = next(chunk for chunk in chunks if self._mtmd.mtmd_input_chunk_get_type(chunk) == kind)
             n_tokens = self._mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            if self._mtmd.mtmd_encode_chunk(self._tower, chunk):
+            with calling():
+                status = self._mtmd.mtmd_encode_chunk(self._tower, chunk)
+            if status:
                 raise self._text._failure("llama.cpp cannot encode the image", "use a smaller one")
             pointer = self._mtmd.mtmd_get_output_embd(self._tower)
             return np.ctypeslib.as_array(pointer, shape=(n_tokens, self.n_embd)).copy()
@@ -156,9 +160,10 @@ class VisionRuntime:
             for i, chunk in enumerate(chunks):
                 after = library.llama_pos(start)
                 is_last = i == len(chunks) - 1
-                status = self._mtmd.mtmd_helper_eval_chunk_single(
-                    self._tower, text._context, chunk, start, 0, text._batch_tokens, is_last, ctypes.byref(after)
-                )
+                with calling():
+                    status = self._mtmd.mtmd_helper_eval_chunk_single(
+                        self._tower, text._context, chunk, start, 0, text._batch_tokens, is_last, ctypes.byref(after)
+                    )
                 if status:
                     raise text._failure(f"llama.cpp cannot decode the prompt (status {status})", "use a shorter one")
                 start = after.value
@@ -167,9 +172,7 @@ class VisionRuntime:
     def _append(self, token: int, position: int) -> None:
         batch = self._text._batch
         batch.n_tokens, batch.token[0], batch.pos[0], batch.logits[0] = 1, token, position, 1
-        status = self._library.llama_decode(self._text._context, batch)
-        if status:
-            raise self._text._failure(f"llama.cpp cannot decode an answer (status {status})", "use a larger context")
+        self._text._compute("an answer", "use a larger context")
 
     def _row(self) -> F32Array:
         """Logits f32[n_vocab] after the last token."""

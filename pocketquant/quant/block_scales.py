@@ -18,6 +18,7 @@ from pocketquant.gguf_file import GgufTensor
 from pocketquant.model import Tensor
 from pocketquant.quant.free_codes import FreeCodes, open_codes
 from pocketquant.quant.rounding.layouts import Blocks, layout_of
+from pocketquant.unchanged import FileState
 
 _ROWS = 1 << 12
 
@@ -32,6 +33,7 @@ class BlockScales:
         scales: field -> f32[n_rows, n_blocks] as the file has them.
         changes: field -> f32[n_rows, n_blocks], the factor less one; zeros at first, written by whoever tunes.
         codes: where codes are free.
+        state: what the file was when its header was read; None where nobody compares.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class BlockScales:
     scales: dict[str, F32Array]
     changes: dict[str, F32Array]
     codes: FreeCodes | None = None
+    state: FileState | None = None
 
     @property
     def n_cols(self) -> int:
@@ -120,11 +123,11 @@ class BlockScales:
         layout = layout_of(self.tensor.format)
         assert layout is not None
         row_bytes = self.tensor.format.row_bytes(self.n_cols)
-        data = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        data = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes, self.state)
         return data.copy().view(layout.dtype).reshape(stop - start, -1)
 
 
-def read_block_scales(path: Path, tensor: GgufTensor) -> BlockScales | None:
+def read_block_scales(path: Path, tensor: GgufTensor, state: FileState | None = None) -> BlockScales | None:
     """The scales of a tensor; None where its format has no blocks that can be changed."""
     layout = layout_of(tensor.format)
     if layout is None:
@@ -132,7 +135,8 @@ def read_block_scales(path: Path, tensor: GgufTensor) -> BlockScales | None:
     fields = ("d", layout.unit_of_offset) if layout.unit_of_offset else ("d",)
     n_rows = int(np.prod(tensor.shape[:-1]))
     shape = (n_rows, tensor.shape[-1] // tensor.format.block_len)
-    found = BlockScales(path, tensor, fields, {}, {field: np.zeros(shape, np.float32) for field in fields})
+    changes = {field: np.zeros(shape, np.float32) for field in fields}
+    found = BlockScales(path, tensor, fields, {}, changes, state=state)
     for field in fields:
         found.scales[field] = np.empty(shape, np.float32)
     for start, stop in found._ranges():

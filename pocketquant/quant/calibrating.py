@@ -14,6 +14,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import ArchitectureError, EvalError
-from pocketquant.files import check_target, replacing
+from pocketquant.files import check_target, hidden_beside, replacing, states_of
 from pocketquant.gguf_file import open_gguf
-from pocketquant.interrupts import put_in_place
+from pocketquant.interrupts import offer_resume, put_in_place
+from pocketquant.leftovers import holding
 from pocketquant.llama.runtime import default_rows, open_runtime
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.collect import SELF, SELF_CHUNKS, cut_windows, digest_file, read_text, sample_windows
@@ -32,6 +34,7 @@ from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, g
 from pocketquant.quant.observing import Observer
 from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
+from pocketquant.unchanged import check_unchanged
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all, those of every pass."""
@@ -176,6 +179,7 @@ def calibrate(
         progress: told after each window.
 
     Raises:
+        SourceError: model or text was changed meanwhile.
         EvalError: model or text cannot be read, a text is too short, an input is not finite, the unfinished work is of
             another run, memory does not suffice, or the installed llama-cpp-python cannot be looked into.
     """
@@ -184,6 +188,7 @@ def calibrate(
     for text in texts:
         if str(text) != SELF:
             read_text(text)  # before a model is loaded
+    files = states_of(gguf, *(text for text in texts if str(text) != SELF))
     model = open_gguf(gguf)
     if not any(tensor.role is Role.EMBED for tensor in model.tensors):
         raise ArchitectureError(f"{gguf}: holds no embedding; give the whole model")
@@ -198,37 +203,39 @@ def calibrate(
         "model": digest_file(Path(gguf)),
         "header": hashlib.sha256(layout.header).hexdigest(),
         "memory": memory_bytes,
+        "state": 2,
     }
-    work = _Work(out.with_name(f".{out.name}.unfinished"), out.with_name(f".{out.name}.state"), run, save_seconds)
-    work.begin(layout, resume)
-    done_before = work.first_pass * len(windows) + work.first_window
-    if progress is not None:
-        progress(done_before, len(calibration.passes) * len(windows))
-    for number in range(work.first_pass, len(calibration.passes)):
-        sums = _sums_of(calibration.passes[number], row_group, n_group)
-        first = work.load(sums) if number == work.first_pass else 0
-        observer = Observer(sums)
-        is_head = sums.head is not None
-        with open_runtime(
-            gguf,
-            context=context,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            rows=None if is_head else min(context, _BATCH),  # no logits are computed, so room for them costs nothing
-            observe=observer.see,
-        ) as runtime:
-            for i in range(first, len(windows)):
-                for _, logits in runtime.logits(windows[i].tolist()):
-                    if observer.failure is not None:
-                        raise observer.failure
-                    if sums.head is not None:
-                        sums.head.add_logits(logits)
-                if progress is not None:
-                    progress(number * len(windows) + i + 1, len(calibration.passes) * len(windows))
-                work.save(sums, number, i + 1, is_last=i + 1 == len(windows))
-        layout.put(work.unfinished, _finished(sums, frequency, is_last=number + 1 == len(calibration.passes)))
-        work.close_pass(number)
-    work.finish(out)
+    work = _Work(out, run, save_seconds)
+    with work.begun(layout, resume):
+        done_before = work.first_pass * len(windows) + work.first_window
+        if progress is not None:
+            progress(done_before, len(calibration.passes) * len(windows))
+        for number in range(work.first_pass, len(calibration.passes)):
+            sums = _sums_of(calibration.passes[number], row_group, n_group)
+            first = work.load(sums) if number == work.first_pass else 0
+            observer = Observer(sums)
+            is_head = sums.head is not None
+            with open_runtime(
+                gguf,
+                context=context,
+                threads=threads,
+                gpu_layers=gpu_layers,
+                # no logits are computed, so room for them costs nothing
+                rows=None if is_head else min(context, _BATCH),
+                observe=observer.see,
+            ) as runtime:
+                for i in range(first, len(windows)):
+                    for _, logits in runtime.logits(windows[i].tolist()):
+                        if sums.head is not None:
+                            sums.head.add_logits(logits)
+                    if progress is not None:
+                        progress(number * len(windows) + i + 1, len(calibration.passes) * len(windows))
+                    work.save(sums, number, i + 1, is_last=i + 1 == len(windows))
+            sums.check_tokens(windows.size)
+            layout.put(work.unfinished, _finished(sums, frequency, is_last=number + 1 == len(calibration.passes)))
+            work.close_pass(number)
+        check_unchanged(files)
+        work.finish()
     return calibration
 
 
@@ -307,12 +314,28 @@ def _finished(sums: MomentSums, frequency: npt.NDArray[np.int64], *, is_last: bo
 class _Work:
     """Unfinished work on disk: the file as far as it is, and the sums of the pass that is being run."""
 
-    def __init__(self, unfinished: Path, state: Path, run: Mapping[str, Any], save_seconds: float) -> None:
-        self.unfinished, self._state, self._run, self._save_seconds = unfinished, state, run, save_seconds
+    def __init__(self, out: Path, run: Mapping[str, Any], save_seconds: float) -> None:
+        self._place = check_target(out)
+        self.unfinished, self._state = hidden_beside(out, "unfinished"), hidden_beside(out, "state")
+        self._run, self._save_seconds = run, save_seconds
         self.first_pass = self.first_window = 0
         self._saved, self._cost = time.monotonic(), 0.0
 
-    def begin(self, layout: Layout, resume: bool) -> None:
+    @contextmanager
+    def begun(self, layout: Layout, resume: bool) -> Iterator[None]:
+        """Keeps other runs away, and what was saved where the block ends too early; what cannot be taken up goes."""
+        with holding(self.unfinished):
+            try:
+                self._begin(layout, resume)
+                yield
+            except BaseException:
+                if not self._state.exists():
+                    self.unfinished.unlink(missing_ok=True)
+                else:
+                    offer_resume(f"what was saved is in {self._state}; the same command with --resume goes on from it")
+                raise
+
+    def _begin(self, layout: Layout, resume: bool) -> None:
         """Finds out where to begin; a new file unless an unfinished one is to be taken up."""
         if resume and self._state.exists() and self.unfinished.exists():
             stated = self._read("run")
@@ -323,8 +346,8 @@ class _Work:
                     f"{self._state}: was begun with other settings ({differs}); delete it, or repeat the same command"
                 )
             return
+        self._state.unlink(missing_ok=True)  # first: with a new file it would stand for sums that are not there
         layout.create(self.unfinished)
-        self._state.unlink(missing_ok=True)
 
     def load(self, sums: MomentSums) -> int:
         """Fills the sums of the first pass; the window to go on with."""
@@ -348,15 +371,15 @@ class _Work:
             os.fsync(file.fileno())
         self._write(number + 1, 0, {})
 
-    def finish(self, out: Path) -> None:
+    def finish(self) -> None:
         with open(self.unfinished, "rb+") as file:
             os.fsync(file.fileno())
-        put_in_place([(self.unfinished, check_target(out))])
+        put_in_place([(self.unfinished, self._place)])
         self._state.unlink(missing_ok=True)
 
     def _write(self, number: int, window: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         run = json.dumps({**self._run, "pass": number, "window": window})
-        with replacing(self._state) as temporary, open(temporary, "wb") as file:
+        with replacing(self._state, is_result=False) as temporary, open(temporary, "wb") as file:
             np.savez(file, run=np.array(run), **arrays)  # type: ignore[arg-type]
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -377,6 +400,7 @@ def _arrays(sums: MomentSums) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {f"sums {key}": array for key, array in sums.sums.items()}
     arrays |= {f"counts {key}": array for key, array in sums.counts.items()}
     arrays |= {f"rounding {key}": array for key, array in sums.rounding.items()}
+    arrays |= {f"seen {key}": array for key, array in sums.tokens.items()}
     if sums.head is not None:
         arrays |= {"head": sums.head.sums, "variance": sums.head.variance, "tokens": sums.head.tokens}
         arrays["head rounding"] = sums.head.rounding

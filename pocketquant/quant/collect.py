@@ -24,14 +24,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.errors import EvalError
-from pocketquant.files import replacing
+from pocketquant.errors import EvalError, listing
+from pocketquant.files import replacing, states_of
+from pocketquant.interrupts import offer_resume
 from pocketquant.llama.runtime import Runtime, open_runtime, open_sampler
 from pocketquant.quant.drafting import Block, block_beside, find_block, open_block
 from pocketquant.quant.importance import ImportanceSums
 from pocketquant.quant.observing import InputSums, Observer
 from pocketquant.small_files import open_regular
 from pocketquant.small_files import read_text as read_utf8
+from pocketquant.unchanged import check_unchanged
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""
@@ -97,7 +99,7 @@ def collect_importance(
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         seed: of the sampling.
-        state: where unfinished sums are kept meanwhile; deleted at the end.
+        state: where unfinished sums are kept meanwhile, and after an interrupt; deleted at the end.
         resume: go on from `state` if it is there; the result is the same to the last bit.
         save_seconds: least time between two savings of the state.
         progress: told after each window.
@@ -106,12 +108,14 @@ def collect_importance(
         The sums, and what they were made from.
 
     Raises:
-        EvalError: model or text cannot be read, the text is too short, an input is not finite, the state is of another
-            run, or the installed llama-cpp-python cannot be looked into.
+        SourceError: model or text was changed meanwhile.
+        EvalError: model or text cannot be read, the text is too short, an input is not finite, a weight saw another
+            number of tokens than the windows have, the state is of another run, or the installed llama-cpp-python
+            cannot be looked into.
     """
     if context < 16 or (chunks is not None and chunks < 1):
         raise EvalError(f"context {context}, chunks {chunks}: use windows of at least 16 tokens, and at least one")
-    sums = InputSums()
+    files, sums = states_of(gguf, mtp, None if str(text) == SELF else text), InputSums()
     observer = Observer(sums)
     block = None if mtp is None else block_beside(Path(gguf), Path(mtp))
     if str(text) == SELF:
@@ -126,32 +130,46 @@ def collect_importance(
             run_block = stack.enter_context(_running(block, sums, observer, context, threads))
         if str(text) != SELF:
             calibration = cut_windows(text, runtime, context, chunks)
-        run = {"model": digest_file(Path(gguf)), "tokens": calibration.sha256, "context": context} if state else {}
-        if state and mtp is not None:
-            run["mtp"] = digest_file(Path(mtp))
-        done = _load(state, run, sums) if state and resume and state.exists() else 0
-        saved, total = time.monotonic(), len(calibration.windows)
+        kept = _Kept(state, {}, save_seconds)
+        if state:
+            run = {"model": digest_file(Path(gguf)), "tokens": calibration.sha256, "context": context}
+            kept = _Kept(state, run if mtp is None else run | {"mtp": digest_file(Path(mtp))}, save_seconds)
+        done, total = kept.load(sums) if resume else 0, len(calibration.windows)
         if progress is not None:
             progress(done, total)
-        for window in calibration.windows[done:]:
-            # one row of logits, which nobody reads, lets a window go through in large batches
-            for _ in runtime.logits(window.tolist(), first=context - 1):
-                pass
-            if observer.failure is not None:
-                raise observer.failure
-            if block is not None:
-                run_block(window)
-            done += 1
-            if progress is not None:
-                progress(done, total)
-            if state is not None and done < total and time.monotonic() - saved >= save_seconds:
-                _save(state, run | {"done": done}, sums)
-                saved = time.monotonic()
+        with kept.saved_by_interrupts(total):
+            for window in calibration.windows[done:]:
+                # one row of logits, which nobody reads, lets a window go through in large batches
+                for _ in runtime.logits(window.tolist(), first=context - 1):
+                    pass
+                if block is not None:
+                    run_block(window)
+                done += 1
+                _check_counts(sums, done, context, block)
+                if progress is not None:
+                    progress(done, total)
+                kept.keep(sums, done, total)
     if not sums.sums:
         raise EvalError(f"{gguf}: llama.cpp multiplied no weight of a block; the matrix would be empty")
-    if state is not None:
-        state.unlink(missing_ok=True)
+    check_unchanged(files)
+    kept.delete()
     return ImportanceSums(sums.sums, sums.counts, context, (calibration.name,)), calibration
+
+
+def _check_counts(sums: InputSums, n_window: int, context: int, block: Block | None) -> None:
+    """Refuses sums that some token is missing from: a matrix of a part of the text looks as good as one of all."""
+    faults = []
+    for name, counts in sums.counts.items():
+        # of a window, a multi-token-prediction block sees every token but the first
+        is_of_block = block is not None and name.startswith(f"blk.{block.layer}.")
+        expected = n_window * (context - is_of_block) * sums.n_used.get(name, 1)
+        if int(counts.sum()) != expected:
+            faults.append(f"{name}: {int(counts.sum())} of {expected}")
+    if faults:
+        raise EvalError(
+            f"after {n_window} windows of {context} tokens, not every weight has seen all of them; the installed "
+            f"llama-cpp-python computes otherwise than the one that pocketquant asks for:\n{listing(faults)}"
+        )
 
 
 @contextmanager
@@ -173,8 +191,6 @@ def _running(
                     f"block wants {[len(window), block.n_embd]}; install the llama-cpp-python that pocketquant asks for"
                 )
             run(window[1:], states[:-1])
-            if observer.failure is not None:
-                raise observer.failure
 
         yield run_over
 
@@ -223,11 +239,57 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _save(state: Path, run: dict[str, Any], totals: InputSums) -> None:
-    arrays: dict[str, npt.NDArray[Any]] = {f"sums {name}": array for name, array in totals.sums.items()}
-    arrays |= {f"counts {name}": array for name, array in totals.counts.items()}
-    with replacing(state) as temporary, open(temporary, "wb") as file:
-        np.savez(file, run=np.array(json.dumps(run)), **arrays)  # type: ignore[arg-type]
+class _Kept:
+    """Sums of whole windows that outlive an interrupt; with no path for them, none do."""
+
+    def __init__(self, state: Path | None, run: dict[str, Any], save_seconds: float) -> None:
+        self._state, self._run, self._save_seconds = state, run, save_seconds
+        self._saved, self._done, self._sums = time.monotonic(), 0, InputSums()
+
+    def keep(self, sums: InputSums, done: int, total: int) -> None:
+        """Copies the sums of `done` windows, and saves them if that was last done long enough ago."""
+        if self._state is None:
+            return
+        self._sums, self._done = sums.copy(), done
+        if done < total and time.monotonic() - self._saved >= self._save_seconds:
+            self._save()
+            self._saved = time.monotonic()
+
+    @contextmanager
+    def saved_by_interrupts(self, total: int) -> Iterator[None]:
+        """An interrupt of the block saves what was kept last, and says so."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and self._state is not None and self._done:
+                self._save()
+                offer_resume(
+                    f"{self._done} of {total} windows are kept in {self._state}; the same command with --resume goes "
+                    "on from there"
+                )
+            raise
+
+    def delete(self) -> None:
+        """The run is over."""
+        if self._state is not None:
+            self._state.unlink(missing_ok=True)
+
+    def load(self, totals: InputSums) -> int:
+        """Fills the totals with what an earlier run saved; how many windows they hold."""
+        if self._state is None or not self._state.exists():
+            return 0
+        self._done = _load(self._state, self._run, totals)
+        self._sums = totals.copy()
+        return self._done
+
+    def _save(self) -> None:
+        assert self._state is not None
+        arrays: dict[str, npt.NDArray[Any]] = {f"sums {name}": array for name, array in self._sums.sums.items()}
+        arrays |= {f"counts {name}": array for name, array in self._sums.counts.items()}
+        used = self._sums.n_used
+        run = json.dumps(self._run | {"done": self._done, "used": used})
+        with replacing(self._state, is_result=False) as temporary, open(temporary, "wb") as file:
+            np.savez(file, run=np.array(run), **arrays)  # type: ignore[arg-type]
 
 
 def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
@@ -238,7 +300,7 @@ def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
         with np.load(state, allow_pickle=False) as arrays:
             stated = json.loads(str(arrays["run"]))
             kept = {name: arrays[name] for name in arrays.files if name != "run"}
-        done = stated.pop("done")
+        done, used = stated.pop("done"), stated.pop("used")
         if stated != run:
             differs = ", ".join(key for key in sorted(run | stated) if stated.get(key) != run.get(key))
             raise EvalError(
@@ -249,6 +311,7 @@ def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
             if kind == "sums":
                 totals.sums[weight] = array.astype(np.float64)
                 totals.counts[weight] = kept[f"counts {weight}"].astype(np.int64)
+        totals.n_used.update({str(weight): int(count) for weight, count in used.items()})
         return int(done)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise EvalError(f"{state}: not the state of an unfinished importance matrix ({error}); delete it") from error

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from pocketquant.architectures.table import TensorRule
 from pocketquant.errors import EvalError
+from pocketquant.files import hidden_beside
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.collect import digest_of_tokens
@@ -87,37 +88,37 @@ def collect_curvature(
     layout = lay_out(About(0, fingerprint(model), tuple(texts), {}), arrays)
     header, tokens = hashlib.sha256(layout.header).hexdigest(), digest_of_tokens(windows)
     run = {"header": header, "tokens": tokens, "seed": seed, "batch": batch}
-    states = States(out.with_name(f".{out.name}.states"), (*windows.shape, model.sizes["n_embd"]))
-    states.begin(layout, run, resume)
-    n_layer, steps = model.sizes["n_layer"], iter(range(1, 2 * model.sizes["n_layer"] + 2))
+    states = States(hidden_beside(out, "states"), (*windows.shape, model.sizes["n_embd"]))
+    with states.begun(layout, run, resume):
+        n_layer, steps = model.sizes["n_layer"], iter(range(1, 2 * model.sizes["n_layer"] + 2))
 
-    def step() -> None:
-        done = next(steps)
-        if progress is not None:
-            progress(done, 2 * n_layer + 1)
+        def step() -> None:
+            done = next(steps)
+            if progress is not None:
+                progress(done, 2 * n_layer + 1)
 
-    batches = [slice(start, start + batch) for start in range(0, len(windows), batch)]
-    going_back = states.gradients()
-    if going_back is None:
-        _embed(setting, windows, batches, states)
-    for layer in range(n_layer):
-        if going_back is None and not states.has("hidden", layer + 1):
-            _forward(setting, layer, batches, states)
+        batches = [slice(start, start + batch) for start in range(0, len(windows), batch)]
+        going_back = states.gradients()
+        if going_back is None:
+            _embed(setting, windows, batches, states)
+        for layer in range(n_layer):
+            if going_back is None and not states.has("hidden", layer + 1):
+                _forward(setting, layer, batches, states)
+            step()
+        if going_back is None:
+            _differentiate_head(setting, batches, states, seed)
         step()
-    if going_back is None:
-        _differentiate_head(setting, batches, states, seed)
-    step()
-    for layer in reversed(range(n_layer)):
-        if going_back is None or layer < going_back:
-            _backward(setting, layer, linears[layer], batches, states, layout)
-        step()
-    with states.reading("gradient", 0) as gradient:
-        moment = np.zeros((gradient.shape[2],) * 2, np.float32)
-        for part in batches:
-            rows = gradient[part].reshape(-1, gradient.shape[2])
-            moment += rows.T @ rows
-    layout.put(states.unfinished, _pieces(EMBED_OUTPUT, moment[None], windows.size))
-    states.finish(out)
+        for layer in reversed(range(n_layer)):
+            if going_back is None or layer < going_back:
+                _backward(setting, layer, linears[layer], batches, states, layout)
+            step()
+        with states.reading("gradient", 0) as gradient:
+            moment = np.zeros((gradient.shape[2],) * 2, np.float32)
+            for part in batches:
+                rows = gradient[part].reshape(-1, gradient.shape[2])
+                moment += rows.T @ rows
+        layout.put(states.unfinished, _pieces(EMBED_OUTPUT, moment[None], windows.size))
+        states.finish(out)
 
 
 def cost_of_gradients(model: Model, linears: Collection[str]) -> tuple[int, int]:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from pocketquant.errors import EvalError
 from pocketquant.files import check_target, replacing
 from pocketquant.formats import F32Array
-from pocketquant.interrupts import put_in_place
+from pocketquant.interrupts import offer_resume, put_in_place
+from pocketquant.leftovers import holding
 from pocketquant.quant.statistics_writing import Layout
 from pocketquant.small_files import read_object
 
@@ -30,8 +31,20 @@ class States:
         self._folder, self._shape = folder, shape
         self.unfinished = folder / "unfinished"
 
-    def begin(self, layout: Layout, run: dict[str, Any], resume: bool) -> None:
-        """Makes the folder anew, unless it is to be taken up."""
+    @contextmanager
+    def begun(self, layout: Layout, run: dict[str, Any], resume: bool) -> Iterator[None]:
+        """Makes the folder anew, unless it is to be taken up, and keeps other runs away from it."""
+        with holding(self._folder):
+            try:
+                self._begin(layout, run, resume)
+                yield
+            except BaseException:
+                offer_resume(
+                    f"finished layers are kept in {self._folder}; the same command with --resume goes on from there"
+                )
+                raise
+
+    def _begin(self, layout: Layout, run: dict[str, Any], resume: bool) -> None:
         about = self._folder / "run.json"
         if resume and about.exists():
             stated = read_object(about, EvalError)
@@ -56,7 +69,7 @@ class States:
 
     def write(self, kind: str, number: int, parts: Iterator[tuple[slice, F32Array]]) -> None:
         """Takes the states of some windows after the other."""
-        with replacing(self._path(kind, number)) as temporary:
+        with replacing(self._path(kind, number), is_result=False) as temporary:
             array = np.memmap(temporary, np.float32, "w+", shape=self._shape)
             for part, values in parts:
                 array[part] = values

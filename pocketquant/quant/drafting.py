@@ -24,8 +24,9 @@ from pocketquant.errors import EvalError
 from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.gguf_file import read_shards
+from pocketquant.llama.callbacks import abort_function, calling
 from pocketquant.llama.library import load_model, require_runtime
-from pocketquant.llama.runtime import Observe
+from pocketquant.llama.runtime import Observe, describe_status, observing
 
 RunBlock = Callable[[npt.NDArray[np.int32], F32Array], None]
 """Runs the block, memory empty at the start: i32[n] tokens and f32[n, n_embd], the hidden state before each."""
@@ -100,15 +101,17 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
         EvalError: llama-cpp-python is absent, or llama.cpp cannot load or run the block.
     """
     library = require_runtime()
-    callback = library.ggml_backend_sched_eval_callback(lambda node, ask, _: observe(node, ask))
+    callback = observing(library, observe)
     model, _ = load_model(library, block.path, gpu_layers=0, has_mtp=True)
     try:
         params, n_batch = library.llama_context_default_params(), min(_MAX_BATCH, context)
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, n_batch, n_batch, 1
         params.n_outputs_max = 1
         params.n_threads = params.n_threads_batch = threads or usable_threads()
-        params.ctx_type, params.no_perf, params.cb_eval = _CONTEXT_TYPE_MTP, True, callback
-        opened = library.llama_init_from_model(model, params)
+        params.ctx_type, params.no_perf, params.cb_eval = _CONTEXT_TYPE_MTP, True, callback.pointer
+        params.abort_callback, params.abort_callback_data = abort_function(library)
+        with calling():
+            opened = library.llama_init_from_model(model, params)
         if not opened:
             raise EvalError(f"{block.path}: llama.cpp sets up no context of {context} tokens for its block")
         batch = library.llama_batch_init(n_batch, 0, 1)
@@ -126,11 +129,15 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
                 # one row of logits at a time, which nobody reads: without any, nothing would be computed
                 np.ctypeslib.as_array(batch.logits, shape=(count,))[:] = np.arange(count) == count - 1
                 batch.embd = piece.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-                status = library.llama_decode(opened, batch)
-                batch.embd = None  # numpy's, not to be freed with the batch
+                try:
+                    with calling(callback):
+                        status = library.llama_decode(opened, batch)
+                finally:
+                    batch.embd = None  # numpy's, not to be freed with the batch
                 if status:
                     raise EvalError(
-                        f"{block.path}: llama.cpp cannot run its multi-token-prediction block (status {status})"
+                        f"{block.path}: llama.cpp cannot run its multi-token-prediction block "
+                        f"({describe_status(status)})"
                     )
 
         try:

@@ -131,8 +131,10 @@ def _is_same_text(one: ImportanceSums, other: ImportanceSums) -> bool:
     )
 
 
-def write_sums(sums: ImportanceSums, path: str | Path) -> None:
+def write_sums(sums: ImportanceSums, path: str | Path, *, is_result: bool = True) -> None:
     """Writes llama-imatrix's GGUF format; what stood at `path` is replaced by the whole file or not at all.
+
+    `is_result` as in `put_in_place`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -153,7 +155,7 @@ def write_sums(sums: ImportanceSums, path: str | Path) -> None:
         metadata,
         [GgufTensor(name, array.shape, FORMATS["F32"], 0, 4 * prod(array.shape)) for name, array in arrays.items()],
     )
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+    with replacing(Path(path), is_result=is_result) as temporary, open(temporary, "wb") as file:
         file.write(table.ljust(padded(len(table)), b"\0"))
         for array in arrays.values():
             file.write(array.tobytes().ljust(padded(array.nbytes), b"\0"))

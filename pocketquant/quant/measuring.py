@@ -22,7 +22,7 @@ from pocketquant.files import replacing, sha256_of
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file import open_gguf, read_header
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.pipeline import naming_overflow
+from pocketquant.pipeline import CHUNK_WEIGHTS, naming_overflow
 from pocketquant.quant.loss_table import LossTable
 from pocketquant.small_files import read_object
 
@@ -35,7 +35,6 @@ WHOLE = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 LEAST, MOST = 0.25, 4.0
 """Bounds of a multiplier: beyond them the run, not the prediction, is in doubt."""
 
-_CHUNK_ROWS = 4096
 Judge = Callable[[Path, Path], float]
 """Mean KL divergence of the first file from the second, nats a token."""
 
@@ -111,7 +110,7 @@ class Runs:
         if key not in found:
             with _rounded(self.reference, self.work, types):
                 found[key] = self.judge(self.work, self.reference)
-            with replacing(self.state) as temporary:
+            with replacing(self.state, is_result=False) as temporary:
                 temporary.write_text(json.dumps({"run": self._run(), "results": found}, indent=1))
         return found[key]
 
@@ -132,27 +131,33 @@ class Runs:
 
 @contextmanager
 def _rounded(reference: Path, work: Path, types: Mapping[str, str]) -> Iterator[None]:
-    """While the block runs, the work file's named tensors have the values of their formats."""
-    if not work.exists():
-        shutil.copyfile(reference, work)
+    """While the block runs, the work file's named tensors have the values of their formats.
+
+    Where it does not end well the work file is gone: an interrupt does not wait until everything is put back.
+    """
     tensors = {tensor.name: tensor for tensor in open_gguf(reference).tensors}
     places = {tensor.name: tensor.offset for tensor in read_header(reference).tensors}
     wrong = [name for name in types if tensors[name].dtype != "F32"]
     if wrong:
         raise RecipeError(f"{reference}: {wrong[0]} is {tensors[wrong[0]].dtype}; measuring needs a file in F32")
     try:
+        if not work.exists():
+            shutil.copyfile(reference, work)
         _write(work, tensors, places, types)
         yield
-    finally:
         _write(work, tensors, places, dict.fromkeys(types, ""))
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
 
 
 def _write(work: Path, tensors: Mapping[str, Tensor], places: Mapping[str, int], types: Mapping[str, str]) -> None:
     with work.open("r+b") as file:
         for name, kind in types.items():
             tensor = tensors[name]
-            for start in range(0, tensor.n_rows, _CHUNK_ROWS):
-                rows = tensor.rows(start, min(start + _CHUNK_ROWS, tensor.n_rows))
+            step = max(1, CHUNK_WEIGHTS // tensor.n_cols)
+            for start in range(0, tensor.n_rows, step):
+                rows = tensor.rows(start, min(start + step, tensor.n_rows))
                 if kind:
                     with naming_overflow(tensor):
                         rows = FORMATS[kind].decode(FORMATS[kind].encode(np.ascontiguousarray(rows)), tensor.n_cols)

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.errors import EvalError
+from pocketquant.errors import EvalError, listing
 from pocketquant.formats import F32Array
 from pocketquant.quant.activations import add_rounding_errors
 from pocketquant.quant.observing import Product, not_finite
@@ -47,6 +47,7 @@ class MomentSums:
         sums: weight -> f32[n, k, k].
         counts: weight -> i64[n] rows summed.
         rounding: weight -> f64[n, 2, k], squared errors of the kernels' rounding (`activations`).
+        tokens: weight -> i64[1], tokens whose inputs came by; of experts, whichever they were sent to.
         head: the pass's part of the head, None if it has none.
     """
 
@@ -56,6 +57,7 @@ class MomentSums:
     sums: dict[str, F32Array] = field(default_factory=dict)
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     rounding: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    tokens: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     _product: F32Array = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __post_init__(self) -> None:
@@ -63,6 +65,23 @@ class MomentSums:
             self.sums.setdefault(key, np.zeros((share.stop - share.first, share.k, share.k), np.float32))
             self.counts.setdefault(key, np.zeros(share.stop - share.first, np.int64))
             self.rounding.setdefault(key, np.zeros((share.stop - share.first, 2, share.k)))
+            self.tokens.setdefault(key, np.zeros(1, np.int64))
+
+    def check_tokens(self, expected: int) -> None:
+        """Refuses sums that some token is missing from.
+
+        Raises:
+            EvalError: a weight, or the head, saw another number of tokens than were run (all listed).
+        """
+        seen = {key: int(count[0]) for key, count in self.tokens.items()}
+        if self.head is not None:
+            seen["output"] = int(self.head.tokens[0])
+        faults = [f"{key}: {count}" for key, count in seen.items() if count != expected]
+        if faults:
+            raise EvalError(
+                f"not every weight has seen all {expected} tokens; the installed llama-cpp-python computes otherwise "
+                f"than the one that pocketquant asks for:\n{listing(faults)}"
+            )
 
     def wants(self, weight: str) -> bool:
         return weight in self.shares
@@ -88,7 +107,9 @@ class MomentSums:
                 raise EvalError(f"{product.weight}: is of {product.inner} matrices, but its rows are not routed")
             self._add(product.weight, inputs.reshape(-1, share.k), 0)
             counts[0] += inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
+            self.tokens[product.weight] += inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
             return
+        self.tokens[product.weight] += len(product.chosen)
         for expert in range(share.first, share.stop):
             tokens, places = np.nonzero(product.chosen == expert)
             if len(tokens):

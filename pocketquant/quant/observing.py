@@ -106,10 +106,17 @@ class InputSums:
     Attributes:
         sums: weight -> f64[n_matrix, n_cols], squared inputs.
         counts: weight -> i64[1] inputs summed, or i64[n_expert] for experts.
+        n_used: weight of experts -> experts that each token is sent to.
     """
 
     sums: dict[str, F64Array] = field(default_factory=dict)
     counts: dict[str, I64Array] = field(default_factory=dict)
+    n_used: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> InputSums:
+        """The sums as they are now."""
+        sums = {name: array.copy() for name, array in self.sums.items()}
+        return InputSums(sums, {name: array.copy() for name, array in self.counts.items()}, dict(self.n_used))
 
     def wants(self, weight: str) -> bool:
         return weight.startswith("blk.")
@@ -127,6 +134,8 @@ class InputSums:
         name, inputs, (n_inner, n_outer) = product.weight, product.inputs, product.inner
         n_matrix, n_cols = n_inner * n_outer, inputs.shape[3]
         is_routed = product.chosen is not None
+        if product.chosen is not None:
+            self.n_used[name] = product.chosen.shape[1]
         sums = self.sums.setdefault(name, np.zeros((n_matrix, n_cols)))
         counts = self.counts.setdefault(name, np.zeros(n_matrix if is_routed else 1, np.int64))
         if sums.shape != (n_matrix, n_cols):
@@ -149,14 +158,12 @@ class Observer:
     """Hands the inputs of weights to a fold; give `see` to `open_runtime` as `observe`.
 
     Attributes:
-        failure: what went wrong inside a callback, where nothing can be raised; look after each decoding.
         hidden: the trunk's hidden states after the last norm, f32[n_token, n_embd] of each batch; None to keep none.
     """
 
     def __init__(self, fold: Fold) -> None:
         library = require_runtime()
         self._fold = fold
-        self.failure: BaseException | None = None
         self.hidden: list[F32Array] | None = None
         self._ggml = _bind(library)
         self._multiply, self._multiply_experts = _check_layout(self._ggml)
@@ -164,34 +171,28 @@ class Observer:
 
     def see(self, address: int, ask: bool) -> bool:
         """llama.cpp's question whether a node is wanted, and then its answer; False to an answer ends the graph."""
-        try:
-            if self.failure is not None:
+        node = _Node.from_address(address)
+        if node.op == self._multiply or node.op == self._multiply_experts:
+            name = weight_name(self._name(node.src[0]))
+            if self._fold.is_past(name):
+                return ask  # asked: yes, to be called again; then: no, to end the graph
+            if not self._fold.wants(name):
                 return False
-            node = _Node.from_address(address)
-            if node.op == self._multiply or node.op == self._multiply_experts:
-                name = weight_name(self._name(node.src[0]))
-                if self._fold.is_past(name):
-                    return ask  # asked: yes, to be called again; then: no, to end the graph
-                if not self._fold.wants(name):
-                    return False
-                if not ask:
-                    self._add(name, node)
-                return True
-            label = self._ggml.ggml_get_name(address)
-            if label == _HIDDEN and self.hidden is not None:
-                if not ask:
-                    self.hidden.append(self._read(address, node, np.dtype("<f4"))[0, 0].copy())
-                return True
-            if label not in (_BEFORE_HEAD, _BEFORE_DRAFT_HEAD):
-                return False
-            # the product with the output matrix is the dearest of all: stop before it unless it is wanted
-            if not ask and self._fold.wants_hidden():
-                self._fold.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
-                return True
-            return ask
-        except BaseException as error:  # an interrupt too: ctypes would print it and go on
-            self.failure = error
+            if not ask:
+                self._add(name, node)
+            return True
+        label = self._ggml.ggml_get_name(address)
+        if label == _HIDDEN and self.hidden is not None:
+            if not ask:
+                self.hidden.append(self._read(address, node, np.dtype("<f4"))[0, 0].copy())
+            return True
+        if label not in (_BEFORE_HEAD, _BEFORE_DRAFT_HEAD):
             return False
+        # the product with the output matrix is the dearest of all: stop before it unless it is wanted
+        if not ask and self._fold.wants_hidden():
+            self._fold.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
+            return True
+        return ask
 
     def _name(self, address: int) -> str:
         return bytes(self._ggml.ggml_get_name(address)).decode(errors="replace")

@@ -62,7 +62,7 @@ def plan(
     if importance is not None and used:
         metadata.update(_describe_importance(importance))
     metadata.update(metadata_extra or {})
-    return Plan(metadata, tuple(planned), encode_header(metadata, planned), used)
+    return Plan(metadata, tuple(planned), encode_header(metadata, planned), used, files=model.files)
 
 
 def importance_gaps(planned: Plan) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ matrices are lower triangles, row by row. Source: https://github.com/huggingface
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
@@ -35,6 +34,7 @@ from pocketquant.files import read_at
 from pocketquant.formats import F32Array
 from pocketquant.model import Model
 from pocketquant.small_files import open_regular, parse_json
+from pocketquant.unchanged import FileState, state_of
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -115,6 +115,7 @@ class Statistics:
         texts: what was read.
         shared: tensor -> the tensor under whose name their common input stands.
         entries: name of an array -> where it is.
+        state: what the file was when it was opened; None where nobody compares.
     """
 
     path: Path
@@ -123,6 +124,7 @@ class Statistics:
     texts: tuple[Text, ...]
     shared: Mapping[str, str]
     entries: Mapping[str, Entry]
+    state: FileState | None = None
 
     def input(self, tensor: str, expert: int | None = None) -> F32Array | None:
         """H = E[x x^T] f32[k, k] of a tensor's inputs, in GGUF's column order; None if there is none.
@@ -177,7 +179,7 @@ class Statistics:
     def array(self, name: str) -> npt.NDArray[Any]:
         """An array as it is stored, finite; RecipeError otherwise, KeyError if there is none."""
         entry = self.entries[name]
-        data = read_at(self.path, entry.offset, entry.nbytes).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        data = read_at(self.path, entry.offset, entry.nbytes, self.state).view(DTYPES[entry.dtype]).reshape(entry.shape)
         return self._checked(name, data)
 
     def matrix(self, name: str, index: int = 0) -> F32Array:
@@ -190,7 +192,7 @@ class Statistics:
         if not 0 <= index < entry.shape[0]:
             raise RecipeError(f"{self.path}: {name} has {entry.shape[0]} matrices, number {index} was asked for")
         nbytes = 4 * entry.shape[1]
-        return self._checked(name, read_at(self.path, entry.offset + index * nbytes, nbytes).view("<f4"))
+        return self._checked(name, read_at(self.path, entry.offset + index * nbytes, nbytes, self.state).view("<f4"))
 
     def _rounding(self, name: str, expert: int | None) -> F32Array:
         return self.triangle(name, expert or 0).reshape(2, -1)
@@ -249,7 +251,8 @@ def open_statistics(path: str | Path) -> Statistics:
     path = Path(path)
     try:
         with open_regular(path, RecipeError) as file:
-            size = os.fstat(file.fileno()).st_size
+            state = state_of(path, file.fileno())
+            size = state.size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise _no_statistics(path, "its first eight bytes are no length of a header")
@@ -286,7 +289,7 @@ def open_statistics(path: str | Path) -> Statistics:
     if faults:
         raise RecipeError(f"{path}: {len(faults)} fault(s) in the statistics\n{listing(faults)}")
     texts = tuple(Text(**text) for text in about["texts"])
-    return Statistics(path, about["tokens"], about["model"], texts, about["shared"], entries)
+    return Statistics(path, about["tokens"], about["model"], texts, about["shared"], entries, state)
 
 
 def _no_statistics(path: Path, why: str) -> RecipeError:

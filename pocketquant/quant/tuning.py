@@ -13,7 +13,6 @@ last hidden states, and the positions of codes, lie on disk meanwhile.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pocketquant.errors import EvalError, OutputError, RecipeError, listing
 from pocketquant.files import check_target, read_at, replacing
 from pocketquant.formats import U8Array
 from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
+from pocketquant.leftovers import work_folder
 from pocketquant.llama.sampling import sample_on
 from pocketquant.model import Model, Tensor, Value, padded
 from pocketquant.quant.block_scales import BlockScales, read_block_scales
@@ -32,6 +32,7 @@ from pocketquant.quant.collect import SELF, digest_of_tokens
 from pocketquant.quant.statistics import Text
 from pocketquant.quant.torch_layers import read_whole, set_up
 from pocketquant.quant.tuner import Numbers, Tuner, run_reference
+from pocketquant.unchanged import FileState, check_unchanged
 
 Progress = Callable[[int, int], None]
 """Called with batches done and batches in all: those that look at held-back windows, too."""
@@ -127,7 +128,6 @@ def tune_file(
         ArchitectureError: no text model, or one whose positions are scaled.
         OutputError: `out` cannot be written.
     """
-    check_target(out)
     header = read_header(file)
     scales = _read_scales(file, header, reference)
     batch = batch or max(1, 2048 // windows.shape[1])
@@ -147,9 +147,7 @@ def tune_file(
         if progress is not None:
             progress(done, total)
 
-    states = out.with_name(f".{out.name}.states")
-    shutil.rmtree(states, ignore_errors=True)
-    try:
+    with work_folder(check_target(out)) as states:
         scales = _prepare(states, scales, reference, free=code_rate > 0)
         hidden = run_reference(setting, windows, _cut(np.arange(len(windows)), batch), states, step)
         tuner = Tuner(setting, open_gguf(file), scales, windows, hidden)
@@ -162,11 +160,10 @@ def tune_file(
         if not after < before:
             raise DoesNotPay(file, before, after)
         about = ", ".join(text.name for text in texts)
-        _write(file, header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
+        check_unchanged([header.state, *reference.files])
+        _write(header, scales, out, {KEY: Value("str", f"{steps} steps; {windows.size} tokens of {about}")})
         n_codes = sum(0 if each.codes is None else each.codes.positions.size for each in scales.values())
         n_moved = sum(each.n_moved() for each in scales.values())
-    finally:
-        shutil.rmtree(states, ignore_errors=True)
     return Tuned(before, after, steps, _count(scales), n_codes, n_moved)
 
 
@@ -249,7 +246,7 @@ def _read_scales(file: Path, header: GgufHeader, reference: Model) -> dict[str, 
     if faults:
         raise RecipeError(f"{file}: not made from this reference; these tensors differ\n{listing(faults)}")
     names = {tensor.name for tensor in run if not tensor.keep_f32}
-    found = {e.name: read_block_scales(file, e) for e in header.tensors if e.name in names}
+    found = {e.name: read_block_scales(file, e, header.state) for e in header.tensors if e.name in names}
     scales = {name: each for name, each in found.items() if each is not None}
     if not scales:
         raise RecipeError(f"{file}: holds no quantized weights; there is nothing to tune")
@@ -273,16 +270,15 @@ def _batches(used: Numbers, batch: int, steps: int, seed: int) -> list[Numbers]:
 
 
 def _prepare(states: Path, scales: dict[str, BlockScales], reference: Model, *, free: bool) -> dict[str, BlockScales]:
-    """Makes the folder of what lies on disk meanwhile; with `free`, the codes can be moved."""
+    """With `free`, the codes can be moved; what that takes lies in the folder `states` meanwhile."""
     originals = {tensor.name: tensor for tensor in reference.tensors}
     try:
-        states.mkdir(parents=True)
         return {name: each.with_free_codes(originals[name], states) if free else each for name, each in scales.items()}
     except OSError as error:
         raise OutputError(f"{states}: cannot be written: {error.strerror}") from error
 
 
-def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: Path, extra: dict[str, Value]) -> None:
+def _write(header: GgufHeader, scales: dict[str, BlockScales], out: Path, extra: dict[str, Value]) -> None:
     """The file with its scales changed and `extra` in its metadata."""
     table = encode_table({**header.metadata, **extra}, header.tensors)
     start = padded(len(table))
@@ -291,7 +287,7 @@ def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: 
             target.write(table.ljust(start, b"\0"))
             for tensor in header.tensors:
                 target.seek(start)
-                for data in _data_of(file, tensor, scales.get(tensor.name)):
+                for data in _data_of(header.state, tensor, scales.get(tensor.name)):
                     data.tofile(target)
                 start += padded(tensor.nbytes)
             target.truncate(start)
@@ -300,11 +296,11 @@ def _write(file: Path, header: GgufHeader, scales: dict[str, BlockScales], out: 
             raise OutputError(f"{out}: what was written does not read back; the disk may be failing")
 
 
-def _data_of(file: Path, tensor: GgufTensor, scales: BlockScales | None) -> Iterator[U8Array]:
+def _data_of(file: FileState, tensor: GgufTensor, scales: BlockScales | None) -> Iterator[U8Array]:
     """A tensor's bytes, piece by piece."""
     if scales is None:
         for at in range(0, tensor.nbytes, _COPIED):
-            yield read_at(file, tensor.offset + at, min(_COPIED, tensor.nbytes - at))
+            yield read_at(file.path, tensor.offset + at, min(_COPIED, tensor.nbytes - at), file)
         return
     n_rows = len(scales.scales["d"])
     for first in range(0, n_rows, 4096):

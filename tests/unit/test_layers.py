@@ -13,6 +13,7 @@ ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"escaping"},
     {"errors", "activity", "extras"},
+    {"unchanged"},
     {"formats"},
     {"model"},
     {"architectures"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"convert", "quant", "eval", "check"},
     {"outputs"},
     {"release"},
-    {"measure"},
+    {"measure", "keys", "finished"},
     {"make", "sweep", "doctor"},
     {"cli"},
 ]

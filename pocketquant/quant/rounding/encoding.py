@@ -148,8 +148,15 @@ def with_rounding(plan: Plan, statistics: Statistics, options: Rounding = DEFAUL
         planned.append(item)
     metadata = {**plan.metadata, **rounding_metadata(statistics, options)} if encoders else plan.metadata
     header = plan.header if metadata == plan.metadata else encode_header(metadata, planned)
+    files = plan.files if statistics.state is None else (*plan.files, statistics.state)
     return replace(
-        plan, metadata=metadata, tensors=tuple(planned), header=header, importance=importance, rounding=encoders
+        plan,
+        metadata=metadata,
+        tensors=tuple(planned),
+        header=header,
+        importance=importance,
+        rounding=encoders,
+        files=files,
     )
 
 

@@ -1,0 +1,194 @@
+"""Runs that are interrupted, killed, or started twice: what was there stays, and what is done is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pocketquant.demo import checkpoint_dir, text_path
+from pocketquant.errors import OutputError
+from pocketquant.leftovers import holding, work_folder
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and locks are POSIX's")
+
+COMMAND = str(Path(sys.executable).with_name("pocketquant"))
+TEXT = text_path("calibration")
+SMALL = ["--context", "64", "--chunks", "6"]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def run_until(
+    what: str, call: int, number: signal.Signals, *arguments: object, code: int = 130
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command that signals itself at the given call of `module:function` or `module:Class.method`."""
+    module, _, path = what.partition(":")
+    owner, _, name = f"{module}.{path}".rpartition(".")
+    program = (
+        f"import os, sys, {module}, pocketquant.cli\n"
+        "calls = 0\n"
+        f"original = {owner}.{name}\n"
+        "def counted(*args, **kwargs):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        f"    if calls == {call}: os.kill(os.getpid(), {int(number)})\n"
+        "    return original(*args, **kwargs)\n"
+        f"{owner}.{name} = counted\n"
+        f"sys.argv = {['pocketquant', *map(str, arguments)]!r}\n"
+        "pocketquant.cli.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_imatrix_keeps_the_old_matrix_and_what_is_done(
+    number: signal.Signals, demo_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The signal comes within a callback of llama.cpp, in the third of six windows."""
+    out, model = tmp_path / "m.gguf", demo_gguf("f32")
+    arguments = ["imatrix", model, "--text", TEXT, *SMALL, "--out", out]
+    run(*arguments)
+    whole = out.read_bytes()
+    out.write_bytes(b"good")
+    run_until("pocketquant.quant.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
+    assert out.read_bytes() == b"good"
+    assert names(tmp_path) == [".m.gguf.unfinished", "m.gguf"]
+    run(*arguments, "--resume")
+    assert out.read_bytes() == whole
+    assert names(tmp_path) == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("command", "number"), [("reference", signal.SIGINT), ("reference", signal.SIGTERM), ("calibrate", signal.SIGTERM)]
+)
+def test_no_half_of_a_run_is_taken_for_a_whole(
+    command: str, number: signal.Signals, demo_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out, model = tmp_path / "out", demo_gguf("f32")
+    out.write_bytes(b"good")
+    callback, call = {
+        "reference": ("pocketquant.eval.states:StateCatcher.see", 100),
+        "calibrate": ("pocketquant.quant.moments:MomentSums.add", 40),
+    }[command]
+    result = run_until(callback, call, number, command, model, "--text", TEXT, *SMALL, "--out", out)
+    assert "interrupted" in result.stderr
+    assert "llama-cpp-python" not in result.stderr
+    assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
+
+
+def test_a_killed_run_leaves_no_model_for_good(tmp_path: Path) -> None:
+    out = tmp_path / "m.stats"
+    arguments = ["calibrate", checkpoint_dir(), "--text", TEXT, *SMALL, "--out", out]
+    run_until("pocketquant.quant.moments:MomentSums.add", 40, signal.SIGKILL, *arguments, code=-9)
+    assert len(list(tmp_path.glob(".m.stats.????????/source.gguf"))) == 1
+    run(*arguments)
+    assert names(tmp_path) == ["m.stats"]
+
+
+def test_make_goes_on_with_what_is_finished(tmp_path: Path) -> None:
+    """Interrupted when the first of two files is measured: it and the matrix stay, and all bytes are the same."""
+    arguments = ["make", checkpoint_dir(), "--calibrate-chunks", 4, *SMALL, "--out"]
+    run(*arguments, tmp_path / "whole")
+    run_until("pocketquant.finished:Finished.keep", 3, signal.SIGINT, *arguments, tmp_path / "out")
+    assert names(tmp_path / "out") == [".making"]
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/.making").glob("*.gguf")}
+    assert sorted(kept) == ["pocket-demo-3.8M-POCKET_4BIT.gguf", "pocket-demo-3.8M-imatrix.gguf"]
+    run(*arguments, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+    digests = [
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / folder).iterdir()}
+        for folder in ("whole", "out")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_make_takes_nothing_up_that_was_made_otherwise(tmp_path: Path) -> None:
+    arguments = ["make", checkpoint_dir(), "--recipe", "q8_0", "--imatrix", "none", *SMALL]
+    run_until("pocketquant.measure:write_reports", 1, signal.SIGINT, *arguments, "--out", tmp_path / "out")
+    (file,) = (tmp_path / "out/.making").glob("*.gguf")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)  # not what was measured
+    run(*arguments, "--out", tmp_path / "out")
+    run(*arguments, "--out", tmp_path / "whole")
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("command", ["calibrate", "imatrix", "sweep", "make"])
+def test_a_second_run_with_the_same_out_is_refused_at_once(
+    command: str, demo_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out, model = tmp_path / "out", demo_gguf("f32")
+    held = {
+        "imatrix": tmp_path / ".out.unfinished",
+        "sweep": out / ".sweep",
+        "make": out / ".making",
+    }.get(command, out)
+    more = {"imatrix": ["--text", TEXT], "sweep": ["-r", "q8_0", "--imatrix", "none"]}.get(command, [])
+    held.parent.mkdir(exist_ok=True)
+    with holding(held):
+        before = names(held.parent)
+        result = run(command, model, *more, "--out", out, code=2)
+        assert f"another run (process {os.getpid()})" in result.stderr.replace("\n", " ")
+        assert [name for name in names(held.parent) if name not in (".sweep", ".making")] == before
+    assert [name for name in names(held.parent) if name not in (".sweep", ".making")] == []
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").write_text("123456")
+    with holding(tmp_path / "out"), pytest.raises(OutputError, match="another run"), holding(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_work_folder_goes_whatever_happens(tmp_path: Path) -> None:
+    def fail_in_one() -> None:
+        with work_folder(tmp_path / "out") as folder:
+            (folder / "deep").mkdir()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_in_one()
+    assert names(tmp_path) == []
+
+
+def test_calibrate_follows_a_link_to_another_disk(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system to link to")
+    target = elsewhere / f"pocketquant-{os.getpid()}.stats"
+    (tmp_path / "m.stats").symlink_to(target)
+    try:
+        run("calibrate", demo_gguf("f32"), "--text", TEXT, *SMALL, "--out", tmp_path / "m.stats")
+        assert target.stat().st_size > 0
+        assert (tmp_path / "m.stats").is_symlink()
+        assert names(tmp_path) == ["m.stats"]
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def test_two_outputs_at_one_place_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("{}")
+    result = run("report", tmp_path / "r.json", "--out", tmp_path / "a", "--markdown", tmp_path / "a", code=2)
+    assert "two outputs would take one place" in result.stderr
+    assert names(tmp_path) == ["r.json"]
