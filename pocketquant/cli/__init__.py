@@ -27,6 +27,7 @@ __all__ = ["Interrupted", "main"]
 _SAME_SECONDS = 1.0
 """Two signals within this time are one: a terminal sends it to both processes, and the watcher hands it on."""
 
+_UNCHANGED = "interrupted; nothing was replaced"
 _FAULT = 70
 """EX_SOFTWARE of sysexits.h."""
 
@@ -97,14 +98,12 @@ def _run(arguments: list[str], is_debug: bool) -> int:
 
 def _say_interrupted() -> int:
     from pocketquant.cli.screen import print_error
-    from pocketquant.interrupts import files_in_place
+    from pocketquant.interrupts import files_in_place, resume_hint
 
     done = files_in_place()
-    print_error(
-        f"interrupted after these were finished:\n{listing(map(str, done))}"
-        if done
-        else "interrupted; nothing was replaced"
-    )
+    said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED
+    hint = resume_hint()
+    print_error(f"{said}\n{hint}" if hint else said)
     return 128 + signal.SIGINT
 
 
