@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= auto
 
-.PHONY: setup demo test fuzz check docs bench bench-quality peers build clean
+.PHONY: faults setup demo test fuzz check docs bench bench-quality peers build clean
 setup: .venv/ready
 
 # llama-cpp-python is built here, with the flags that this compiler needs to build it right. pip may take a build of its
@@ -38,6 +38,10 @@ docs: setup
 # Loss per byte against llama.cpp's quantizer; QUALITY="--source ... --calibration ... --evaluation NAME=FILE ..."
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py $(QUALITY)
+
+# Hundreds of interrupts, kills and faults through every command: half an hour; FAULTS="--interrupts 20 --kills 20"
+faults: setup
+	$(BIN)/python tools/faults.py $(FAULTS)
 
 bench: setup
 	$(BIN)/python benchmarks/run.py $(BENCH)
