@@ -14,7 +14,7 @@ import numpy as np
 from pocketquant.convert.sources import Parts, open_parts
 from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
-from pocketquant.eval.corpus import Text
+from pocketquant.eval.corpus import Text, read_text
 from pocketquant.gguf_file import file_name
 from pocketquant.llama.library import require_runtime
 from pocketquant.model import Model, Plan
@@ -169,12 +169,14 @@ def plan_release(
         split_bytes: largest file to keep; None for no limit. Files are measured whole and split afterwards.
 
     Raises:
-        EvalError: the same text to calibrate and to measure on.
+        EvalError: a text cannot be read, or the same one is to calibrate and to measure on.
         OutputError: a tensor, or a file that runtimes do not read in shards, is larger than `split_bytes`.
         RecipeError: two of the files would have one name.
     """
     require_runtime()
     texts = _texts(text)
+    for path in (*(each.path for each in texts), *([calibrate] if calibrate not in (None, SELF) else [])):
+        read_text(path)  # before hours of work
     parts = parts or open_parts(source)
     model = parts.model
     importance, calibrating = read_importance(imatrix) if imatrix else None, None

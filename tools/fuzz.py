@@ -35,6 +35,8 @@ CPU_SECONDS = 5
 WALL_SECONDS = 60.0
 MEMORY_BYTES = 1 << 30
 _BATCH = 50
+_TOLD = 10_000
+"""Inputs between two lines that say how far it is."""
 READ, REFUSED = "read", "refused"
 
 
@@ -144,7 +146,9 @@ def fuzz(inputs: int | None, minutes: float, first_seed: int, only: str, out: Pa
                     faults[_tell(i, next_seed[i], outcome, faults, out)] += 1
                 counts[reader.name, outcome if outcome in (READ, REFUSED) else "fault"] += 1
                 next_seed[i] += 1
-        n_done = sum(counts.values())
+        n_before, n_done = n_done, sum(counts.values())
+        if n_before // _TOLD < n_done // _TOLD:
+            print(f"{n_done} inputs, {sum(faults.values())} faults", flush=True)
     worker.close()
     for i in chosen:
         name = READERS[i].name

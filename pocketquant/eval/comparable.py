@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketquant.errors import EvalError, listing
-from pocketquant.eval.readback import Evidence
+from pocketquant.eval.readback import Evidence, as_object
 
 _EXACT = 1e-6
 """Relative error of a tensor that counts as none."""
@@ -35,7 +35,7 @@ def check_comparable(report: Evidence, baseline: Evidence) -> None:
 
 
 def _kind_of_reference(where: Mapping[str, Any]) -> str:
-    pack = _object(where.get("reference_pack"))
+    pack = as_object(where.get("reference_pack"))
     if pack.get("kind") != "top":
         return "every token"
     return f"the {pack.get('top')} most likely tokens"
@@ -43,12 +43,8 @@ def _kind_of_reference(where: Mapping[str, Any]) -> str:
 
 def _which_reference(where: Mapping[str, Any]) -> str:
     """The full-precision file by content, whether it was run or is behind a pack."""
-    identity = _object(_object(where.get("reference_pack")).get("model") or where.get("reference"))
+    identity = as_object(as_object(where.get("reference_pack")).get("model") or where.get("reference"))
     return f"{identity.get('name')} ({str(identity.get('sha256'))[:12]})"
-
-
-def _object(found: Any) -> Mapping[str, Any]:
-    return found if isinstance(found, Mapping) else {}
 
 
 def changed_metadata(report: Evidence, baseline: Evidence) -> list[str]:

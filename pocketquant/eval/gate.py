@@ -263,7 +263,7 @@ def _bound_note(report: Evidence) -> str:
 
 def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decision | _Sampled]:
     pending: list[Decision | _Sampled] = []
-    kernels = differing(*(each.provenance.get("versions") or {} for each in (report, baseline)))
+    kernels = differing(report.versions, baseline.versions)
     for key, bound in limits.baseline.items():
         name = f"baseline.{key}"
         if key in _SHARES:

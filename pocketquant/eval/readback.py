@@ -77,21 +77,23 @@ class Evidence:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        found = self.data.get("provenance")
-        return found if isinstance(found, Mapping) else {}
+        return as_object(self.data.get("provenance"))
+
+    @property
+    def versions(self) -> Mapping[str, Any]:
+        """Of the software that measured."""
+        return as_object(self.provenance.get("versions"))
 
     @property
     def model(self) -> tuple[str, str]:
         """Name and digest of the judged file."""
-        found = self.provenance.get("model")
-        found = found if isinstance(found, Mapping) else {}
+        found = as_object(self.provenance.get("model"))
         return str(found.get("name")), str(found.get("sha256"))
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Digests of the judged file's metadata, by key."""
-        found = self.provenance.get("model_metadata")
-        return found if isinstance(found, Mapping) else {}
+        return as_object(self.provenance.get("model_metadata"))
 
     def number(self, *keys: str) -> float:
         """The number at `keys`; EvalError if it is missing or none."""
@@ -157,6 +159,11 @@ def _as_state(tensor: Any) -> Any:
         return tensor
     known = [tensor.get(key) for key in ("format", "relative_rmse", "max_abs_error", "cosine")]
     return {**tensor, "weights": 0, "sha256": repr(known)}
+
+
+def as_object(found: Any) -> Mapping[str, Any]:
+    """An object; an empty one for anything else."""
+    return found if isinstance(found, Mapping) else {}
 
 
 def parse_report(data: Any, path: str) -> Evidence:

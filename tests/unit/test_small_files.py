@@ -298,6 +298,14 @@ def test_reports_whose_provenance_is_none(change: dict[str, Any], tmp_path: Path
         assert new.model == ("None", "None")
 
 
+def test_versions_that_are_none(tmp_path: Path) -> None:
+    report = make_evaluation("Tiny", kld=0.01) | {"non_finite_model": 0}
+    report["provenance"]["versions"] = "x"
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    read = read_report(tmp_path / "r.json")
+    assert decide(read, Limits({"non_finite": 0}), read).is_accepted
+
+
 @pytest.mark.parametrize("clusters", [10**12, 1e300, 0, -1, 2.5])
 def test_a_report_of_more_clusters_than_there_can_be(clusters: float, tmp_path: Path) -> None:
     changes = {"clusters": clusters, "non_finite_model": 0}
