@@ -130,7 +130,7 @@ CASES = {
     lying_offsets: "data_offsets [0, 2] say 2",
     shifted_offsets: "the 2 before it belong to no tensor",
     trailing_bytes: "the last 64 of the file's",
-    repeated_key: "the header has keys twice",
+    repeated_key: "header: keys twice, so nobody knows",
     wrong_shard_in_the_index: "embed_tokens.weight: in model-00001-of-00003.safetensors, the index says model-00003",
     tensor_in_two_shards: "model.embed_tokens.weight: in extra.safetensors and in model-00001-of-00003.safetensors",
     epsilon_of_zero: "rms_norm_eps: 0, expected a number above 0 and at most 1",
