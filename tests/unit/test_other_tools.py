@@ -17,7 +17,7 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.check import check_gguf
 from pocketquant.errors import ArchitectureError, SourceError
 from pocketquant.eval import weight_errors
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file import open_gguf, open_unfused
 from pocketquant.model import Model, Value
 from pocketquant.quant import Importance
 
@@ -210,3 +210,14 @@ def test_a_matrix_of_the_fused_file_weighs_its_parts(mixture: Path, tmp_path: Pa
         write(plan(model, recipe, Importance(weights, "m")), tmp_path / f"{name}.gguf")
     ours, theirs = (rows_of(open_gguf(tmp_path / f"{name}.gguf")) for name in ("fused", "plain"))
     assert all(np.array_equal(ours[name], values) for name, values in theirs.items())
+
+
+def test_work_on_a_files_own_tensors_needs_them_apart(dense: Path, tmp_path: Path) -> None:
+    other = changed(dense, tmp_path / "other.gguf", QKV)
+    with pytest.raises(ArchitectureError, match=r"quantize \S+ --recipe from:(.|\n)*blk.3.attn_qkv.weight"):
+        open_unfused(other)
+    model = open_model(other)
+    write(plan(model, open_recipe(f"from:{other}")), tmp_path / "apart.gguf")
+    apart, good = open_unfused(tmp_path / "apart.gguf"), open_unfused(dense)
+    assert {t.name: t.dtype for t in apart.tensors} == {t.name: t.dtype for t in good.tensors}
+    assert all(np.array_equal(rows_of(apart)[name], values) for name, values in rows_of(good).items())
