@@ -376,6 +376,25 @@ def open_gguf(path: Path | str) -> Model:
     return Model(architecture.name, metadata, tuple(tensors), sizes, notes, files)
 
 
+def open_unfused(path: Path | str) -> Model:
+    """`open_gguf` for work on the file's own tensors, or with what llama.cpp calls them while it runs.
+
+    Raises:
+        ArchitectureError: also where tensors are fused, with the command that takes them apart.
+    """
+    model = open_gguf(path)
+    sources = [tensor.source for tensor in model.tensors]
+    fused = {rows.tensor.pieces[0].name for rows in sources if isinstance(rows, GgufRows)} - {
+        tensor.name for tensor in model.tensors
+    }
+    if fused:
+        raise ArchitectureError(
+            f"{path}: holds tensors that another tool fused, which must be apart here; make a file of the same types "
+            f"with `pocketquant quantize {path} --recipe from:{path} --out FILE`:\n{listing(sorted(fused))}"
+        )
+    return model
+
+
 def _rule_for(
     name: str, blocks: str, at_model: Mapping[str, TensorRule], in_block: Mapping[str, TensorRule], n_layer: int
 ) -> tuple[TensorRule | None, int | None]:

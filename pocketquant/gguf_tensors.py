@@ -62,6 +62,12 @@ class Placed:
             start += count
 
 
+def fused_parts(name: str) -> tuple[str, ...]:
+    """Names of the tensors that a fused one stands for, where its block is of the right kind; () for any other."""
+    block, _, inside = name.rpartition(".weight")[0].rpartition(".")
+    return tuple(f"{block}.{part}" for part, _ in _FUSED.get(f"{inside}.weight", ()))
+
+
 def place_tensor(
     entry: GgufTensor, architecture: Architecture, kinds: Sequence[str], sizes: Mapping[str, int]
 ) -> tuple[Placed, ...]:

@@ -23,17 +23,18 @@ from pocketquant.quant import Recipe, builtin_recipes, open_recipe
 PAGES = Path(__file__).parent.parent / "docs/reference"
 
 
+_DOCUMENTS = """\
+`--json` prints one document, which begins with `schema` (`pocketquant.COMMAND/1`, and `pocketquant.COMMAND-plan/1` for
+a dry run) and the `version` that wrote it. What is wrong is a document, too, in place of the other:
+`pocketquant.error/1` with the `command` and the `error`'s `kind`, `message` and `exit_code`. Where stderr is no
+terminal, long runs write a line a minute there."""
+
+
 def commands_page() -> str:
     codes = "0 fine, 1 a gate failed or a check found an error, 2 bad input, 70 a fault of pocketquant, 130 interrupted"
     lines = ["# Commands", "", f"stdout is data, stderr is talk. Exit codes: {codes}, 141 nobody reads stdout."]
     lines.append("`--debug` anywhere shows the traceback of an error.")
-    lines += [
-        "",
-        "`--json` prints one document, which begins with `schema` (`pocketquant.COMMAND/1`, and",
-        "`pocketquant.COMMAND-plan/1` for a dry run) and the `version` that wrote it. What is wrong is a document,",
-        "too, in place of the other: `pocketquant.error/1` with the `command` and the `error`'s `kind`, `message` and",
-        "`exit_code`. Where stderr is no terminal, long runs write a line a minute there.",
-    ]
+    lines.append(f"\n{_DOCUMENTS}")
     for name, command in _commands(typer.main.get_command(app)):
         positional = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(["pocketquant", name, *(p.metavar or p.name.upper() for p in positional), "[options]"])

@@ -33,6 +33,7 @@ from pocketquant.eval.report import (
     ScoredText,
     identify,
     identify_all,
+    identify_model,
     list_versions,
     measure_noise,
     summarize,
@@ -181,7 +182,7 @@ def compare(
     identities = [identify(each.path) for each in texts]
     has_chat = any(each.is_chat for each in texts)
     provenance = Provenance(
-        model=identify(model),
+        model=identify_model(model),
         reference=identify_reference(reference),
         corpus=identify_all(identities),
         vocabulary=vocabulary,

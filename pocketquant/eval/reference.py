@@ -22,7 +22,7 @@ from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_t
 from pocketquant.eval.floor import FloorMeter
 from pocketquant.eval.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.replay import open_pack
-from pocketquant.eval.report import FileIdentity, identify, list_versions
+from pocketquant.eval.report import FileIdentity, identify, identify_model, list_versions
 from pocketquant.eval.states import (
     Head,
     StateCatcher,
@@ -239,7 +239,7 @@ def identify_reference(path: str | Path) -> FileIdentity:
         from pocketquant.eval.torch_reference import identify_checkpoint
 
         return identify_checkpoint(Path(path))
-    return identify(path)
+    return identify_model(path)
 
 
 def open_reference(
@@ -363,7 +363,7 @@ def _open_run(
     with open_runtime(model, context=context, threads=threads, gpu_layers=gpu_layers, observe=observe) as runtime:
         opened = open_gguf(model)
         sizes = {name: opened.sizes[name] for name in ("n_layer", "n_embd") if name in opened.sizes}
-        yield _GgufRun(runtime, Head(head_tensor(opened)), identify(model), sizes, catcher)
+        yield _GgufRun(runtime, Head(head_tensor(opened)), identify_model(model), sizes, catcher)
 
 
 def head_tensor(model: Model) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pocketquant.eval.evidence import TensorState, TextSums, sum_clusters
 from pocketquant.eval.measures import Bucket, Metrics, by_confidence, by_position, measure
 from pocketquant.eval.metrics import Positions
 from pocketquant.files import sha256_of
+from pocketquant.gguf_file import is_gguf, read_shards
 from pocketquant.small_files import open_regular
 
 SCHEMA = "pocketquant.report/1"
@@ -253,6 +254,19 @@ def identify_all(files: Sequence[FileIdentity]) -> FileIdentity:
         sum(file.size for file in files),
         hashlib.sha256(digests.encode()).hexdigest(),
     )
+
+
+def identify_model(path: str | Path) -> FileIdentity:
+    """As `identify`; a split GGUF is all of its shards, under the first one's name.
+
+    Raises:
+        EvalError: the file cannot be read.
+        SourceError: shards are missing or do not belong together.
+    """
+    path = Path(path)
+    first = identify(path)
+    shards = [file for file, _ in read_shards(path)] if is_gguf(path) else [path]
+    return first if len(shards) == 1 else replace(identify_all([identify(file) for file in shards]), name=path.name)
 
 
 def list_versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 from pocketquant.errors import EvalError
 from pocketquant.eval.answering import write_answer
 from pocketquant.eval.paired import Paired, pair_answers
-from pocketquant.eval.report import FileIdentity, identify, list_versions
+from pocketquant.eval.report import FileIdentity, identify_model, list_versions
 from pocketquant.eval.tasks import Progress, chat_renderer, context_of
 from pocketquant.files import states_of
 from pocketquant.llama.branches import open_branches
@@ -120,7 +120,7 @@ def compare_smoke(
         SourceError: a file was changed meanwhile.
     """
     files = states_of(model, reference)
-    identities = identify(model), identify(reference)
+    identities = identify_model(model), identify_model(reference)
     done = 0
 
     def advance() -> None:

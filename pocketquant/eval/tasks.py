@@ -21,7 +21,7 @@ from pocketquant.chat_template import RENDERED, Rendering, render_conversations,
 from pocketquant.errors import EvalError
 from pocketquant.eval.answering import AnsweringModel, Cost, Render
 from pocketquant.eval.paired import Paired, mean_difference, pair_answers
-from pocketquant.eval.report import FileIdentity, identify, list_versions
+from pocketquant.eval.report import FileIdentity, identify_model, list_versions
 from pocketquant.eval.tasks_loading import Settings, explain, load_tasks, quiet_harness
 from pocketquant.files import replacing, states_of
 from pocketquant.gguf_file import open_gguf
@@ -122,7 +122,7 @@ def compare_on_tasks(
         SourceError: a file was changed meanwhile.
     """
     files = states_of(model, reference)
-    identities = identify(model), identify(reference)
+    identities = identify_model(model), identify_model(reference)
     settings = replace(settings, context=settings.context or min(context_of(model), context_of(reference)))
     with quiet_harness():
         tasks, groups = load_tasks(settings)

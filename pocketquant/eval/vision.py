@@ -17,7 +17,7 @@ import numpy as np
 from pocketquant.chat_template import RENDERED, render_conversations, special_tokens
 from pocketquant.errors import EvalError
 from pocketquant.eval.bootstrap import F64Array
-from pocketquant.eval.report import FileIdentity, identify, list_versions
+from pocketquant.eval.report import FileIdentity, identify, identify_model, list_versions
 from pocketquant.eval.tasks import Progress, context_of
 from pocketquant.files import states_of
 from pocketquant.formats import F32Array, U8Array
@@ -125,7 +125,7 @@ def compare_towers(
         SourceError: a file was changed meanwhile.
     """
     files = states_of(model, mmproj, reference_mmproj, *images)
-    identities = identify(model), identify(mmproj), identify(reference_mmproj)
+    identities = identify_model(model), identify(mmproj), identify(reference_mmproj)
     context = context or context_of(model)
     before, after = _prompt_around(model, question)
     options: Any = {"context": context, "threads": threads, "gpu_layers": gpu_layers}

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from pocketquant.errors import ArchitectureError, EvalError
 from pocketquant.files import check_target, hidden_beside, replacing, states_of
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file import open_unfused
 from pocketquant.interrupts import offer_resume, put_in_place
 from pocketquant.leftovers import holding
 from pocketquant.llama.runtime import default_rows, open_runtime
@@ -189,7 +189,7 @@ def calibrate(
         if str(text) != SELF:
             read_text(text)  # before a model is loaded
     files = states_of(gguf, *(text for text in texts if str(text) != SELF))
-    model = open_gguf(gguf)
+    model = open_unfused(gguf)
     if not any(tensor.role is Role.EMBED for tensor in model.tensors):
         raise ArchitectureError(f"{gguf}: holds no embedding; give the whole model")
     calibration = plan_calibration(model, memory_bytes=memory_bytes)

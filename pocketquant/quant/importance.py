@@ -25,6 +25,7 @@ from pocketquant.errors import RecipeError, listing
 from pocketquant.files import replacing
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.gguf_file import GgufTensor, encode_table, read_header
+from pocketquant.gguf_tensors import fused_parts
 from pocketquant.model import Model, Value, padded
 from pocketquant.small_files import open_regular
 
@@ -223,6 +224,19 @@ def read_sums(path: str | Path) -> ImportanceSums:
         int(size.value) if size is not None and size.kind == "u32" and size.value else 512,
         tuple(str(item) for item in datasets.value) if datasets is not None and datasets.kind == "str[]" else (),
     )
+
+
+def unfused(importance: Importance, model: Model) -> Importance:
+    """The matrix with its entries for fused tensors given to their parts, which see the same inputs.
+
+    A file with fused tensors, as other tools write it, is run as it is and taken apart when it is read.
+    """
+    names = {tensor.name for tensor in model.tensors}
+    weights: dict[str, F32Array] = {}
+    for name, array in importance.weights.items():
+        parts = fused_parts(name) if name not in names else ()
+        weights |= dict.fromkeys(parts if parts and names.issuperset(parts) else (name,), array)
+    return replace(importance, weights=weights)
 
 
 def check_importance(importance: Importance, model: Model) -> None:

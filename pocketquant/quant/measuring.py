@@ -20,7 +20,7 @@ import numpy as np
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.files import replacing, sha256_of
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file import open_unfused, read_header
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.pipeline import CHUNK_WEIGHTS, naming_overflow
 from pocketquant.quant.loss_table import LossTable
@@ -135,7 +135,7 @@ def _rounded(reference: Path, work: Path, types: Mapping[str, str]) -> Iterator[
 
     Where it does not end well the work file is gone: an interrupt does not wait until everything is put back.
     """
-    tensors = {tensor.name: tensor for tensor in open_gguf(reference).tensors}
+    tensors = {tensor.name: tensor for tensor in open_unfused(reference).tensors}
     places = {tensor.name: tensor.offset for tensor in read_header(reference).tensors}
     wrong = [name for name in types if tensors[name].dtype != "F32"]
     if wrong:
@@ -189,7 +189,7 @@ def measure_sensitivity(
     A group's figure is shared out over its tensors alike; one that the noise made negative or zero is a thousandth of
     the smallest other one.
     """
-    model = open_gguf(runs.reference)
+    model = open_unfused(runs.reference)
     groups = list_groups(model, n_groups)
     total, figures = len(groups) + len(WHOLE), {}
     for done, group in enumerate(groups, start=1):
@@ -232,7 +232,7 @@ def recalibrate(
         The table, and role -> (predicted, measured).
     """
     found: dict[Role, tuple[float, float]] = {}
-    groups = list_groups(open_gguf(runs.reference), 1)
+    groups = list_groups(open_unfused(runs.reference), 1)
     for done, group in enumerate(groups, start=1):
         types = _types(group.tensors, PROBE)
         known = [tensor for tensor in group.tensors if plain.has(tensor, types[tensor.name])]

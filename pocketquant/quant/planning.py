@@ -9,7 +9,7 @@ from pocketquant.errors import RecipeError, listing
 from pocketquant.formats import FORMATS, QuantFormat, unwritten_advice
 from pocketquant.gguf_file import encode_header
 from pocketquant.model import Model, Plan, PlannedTensor, Tensor, Value, padded
-from pocketquant.quant.importance import Importance, check_importance
+from pocketquant.quant.importance import Importance, check_importance, unfused
 from pocketquant.quant.recipe import Recipe, choose_formats
 
 QUANTIZATION_VERSION = 2
@@ -38,6 +38,7 @@ def plan(
             source is quantized already and would have to be rounded a second time.
     """
     if importance is not None:
+        importance = unfused(importance, model)
         check_importance(importance, model)
     choices = choose_formats(model, recipe, importance is not None)
     _refuse_second_rounding(choices)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pocketquant.errors import EvalError, OutputError, RecipeError, listing
 from pocketquant.files import check_target, read_at, replacing
 from pocketquant.formats import U8Array
-from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_gguf, read_header
+from pocketquant.gguf_file import GgufHeader, GgufTensor, encode_table, open_unfused, read_header
 from pocketquant.leftovers import work_folder
 from pocketquant.llama.sampling import sample_on
 from pocketquant.model import Model, Tensor, Value, padded
@@ -150,7 +150,7 @@ def tune_file(
     with work_folder(check_target(out)) as states:
         scales = _prepare(states, scales, reference, free=code_rate > 0)
         hidden = run_reference(setting, windows, _cut(np.arange(len(windows)), batch), states, step)
-        tuner = Tuner(setting, open_gguf(file), scales, windows, hidden)
+        tuner = Tuner(setting, open_unfused(file), scales, windows, hidden)
         before = tuner.divergence(_cut(held, batch), step)
         for number, chosen in enumerate(_batches(used, batch, steps, seed)):
             share = min(1.0, (number + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * number / steps))
@@ -234,7 +234,7 @@ def _read_scales(file: Path, header: GgufHeader, reference: Model) -> dict[str, 
         raise RecipeError(f"{file}: one shard of several; merge them first")
     if KEY in header.metadata:
         raise RecipeError(f"{file}: tuned already; tune the file that it was made from")
-    model = open_gguf(file)
+    model = open_unfused(file)
     theirs = {tensor.name: tensor for tensor in reference.tensors}
     n_layer = model.sizes["n_layer"]
     run = [tensor for tensor in model.tensors if tensor.layer is None or tensor.layer < n_layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.check import check_gguf
 from pocketquant.errors import ArchitectureError, SourceError
 from pocketquant.eval import weight_errors
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file import open_gguf, open_unfused
 from pocketquant.model import Model, Value
+from pocketquant.quant import Importance
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +189,35 @@ def test_a_big_endian_file_is_named(version: int, tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + struct.pack(">IQQ", version, 0, 0))
     with pytest.raises(SourceError, match=r"a big-endian GGUF.*gguf-convert-endian big.gguf little"):
         open_gguf(path)
+
+
+def test_a_matrix_of_the_fused_file_weighs_its_parts(mixture: Path, tmp_path: Path) -> None:
+    model, recipe = open_model(mixture), open_recipe("q4_0")
+    rng = np.random.default_rng(5)
+    plain = {
+        tensor.name: rng.random((*tensor.shape[:-2], tensor.n_cols)).astype(np.float32)
+        for tensor in model.tensors
+        if len(tensor.shape) > 1 and tensor.layer is not None and not tensor.keep_f32
+    }
+    for block in ("blk.0", "blk.1", "blk.2", "blk.3"):
+        plain[f"{block}.ffn_up_exps.weight"] = plain[f"{block}.ffn_gate_exps.weight"]
+    for part in ("k", "v"):
+        plain[f"blk.3.attn_{part}.weight"] = plain["blk.3.attn_q.weight"]
+    fused = {name: array for name, array in plain.items() if not re.search(r"ffn_(up|gate)_exps|attn_[qkv]\.", name)}
+    fused |= {f"blk.{i}.ffn_gate_up_exps.weight": plain[f"blk.{i}.ffn_gate_exps.weight"] for i in range(4)}
+    fused["blk.3.attn_qkv.weight"] = plain["blk.3.attn_q.weight"]
+    for name, weights in (("plain", plain), ("fused", fused)):
+        write(plan(model, recipe, Importance(weights, "m")), tmp_path / f"{name}.gguf")
+    ours, theirs = (rows_of(open_gguf(tmp_path / f"{name}.gguf")) for name in ("fused", "plain"))
+    assert all(np.array_equal(ours[name], values) for name, values in theirs.items())
+
+
+def test_work_on_a_files_own_tensors_needs_them_apart(dense: Path, tmp_path: Path) -> None:
+    other = changed(dense, tmp_path / "other.gguf", QKV)
+    with pytest.raises(ArchitectureError, match=r"quantize \S+ --recipe from:(.|\n)*blk.3.attn_qkv.weight"):
+        open_unfused(other)
+    model = open_model(other)
+    write(plan(model, open_recipe(f"from:{other}")), tmp_path / "apart.gguf")
+    apart, good = open_unfused(tmp_path / "apart.gguf"), open_unfused(dense)
+    assert {t.name: t.dtype for t in apart.tensors} == {t.name: t.dtype for t in good.tensors}
+    assert all(np.array_equal(rows_of(apart)[name], values) for name, values in rows_of(good).items())

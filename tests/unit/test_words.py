@@ -17,9 +17,11 @@ from pocketquant import compare, open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.eval.kinship import check_architecture, describe_quantized
+from pocketquant.eval.report import identify, identify_model
 from pocketquant.eval.texts import read_texts
 from pocketquant.extras import install_command
 from pocketquant.quant.importance import ImportanceSums, merge_sums
+from pocketquant.splits import split_file
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -108,3 +110,15 @@ def test_texts_of_the_package_have_names(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_recipes_are_a_document() -> None:
     result = CliRunner().invoke(app, ["recipe", "list", "--json"])
     assert {entry["name"] for entry in json.loads(result.stdout)["recipes"]} >= {"q4_k_m", "pocket_4bit"}
+
+
+def test_a_split_model_is_as_large_as_all_of_its_shards(checkpoint: Path, tmp_path: Path) -> None:
+    write(plan(open_model(checkpoint), open_recipe("q8_0")), tmp_path / "m.gguf")
+    whole = identify_model(tmp_path / "m.gguf")
+    assert whole == identify(tmp_path / "m.gguf")
+    shards = split_file(tmp_path / "m.gguf", tmp_path / "s.gguf", 1 << 20)
+    found = identify_model(shards[0])
+    assert found.name == shards[0].name
+    assert found.size == sum(shard.stat().st_size for shard in shards)
+    assert whole.size <= found.size < 1.1 * whole.size
+    assert found.sha256 not in {identify(shard).sha256 for shard in shards}
