@@ -319,6 +319,7 @@ READERS = (
     Reader("report, judged", JSON, _make_report, _judge, 1.5),
     Reader("report, shown", JSON, _make_report, _show),
     Reader("release, shown", JSON, _make_release, _show),
+    Reader("release, one file", JSON, _make_release, lambda path: read_report(path, "q4_k.gguf"), 0.5),
     Reader("tasks", JSON, _make_tasks, lambda path: read_sheet([path.parent / "report.json", path])),
     Reader("limits", TEXT, lambda folder: _make_report(folder).parent / "limits.toml", _judge),
     Reader("recipe", TEXT, _package_file("recipes/pocket_4bit.toml"), open_recipe),
