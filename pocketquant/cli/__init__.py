@@ -89,43 +89,48 @@ def _run(arguments: list[str], is_debug: bool) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Interrupted:
-        return _say_interrupted()
+        return _say_interrupted(is_json="--json" in arguments)
     except Exception as error:
         if is_debug:
             raise
-        return _say_error(error)
+        return _say_error(error, is_json="--json" in arguments)
 
 
-def _say_interrupted() -> int:
-    from pocketquant.cli.screen import print_error
+def _say_interrupted(*, is_json: bool) -> int:
     from pocketquant.interrupts import files_in_place, resume_hint
 
     done = files_in_place()
     said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED
     hint = resume_hint()
-    print_error(f"{said}\n{hint}" if hint else said)
-    return 128 + signal.SIGINT
+    return _say(f"{said}\n{hint}" if hint else said, "Interrupted", 128 + signal.SIGINT, is_json=is_json)
 
 
-def _say_error(error: Exception) -> int:
-    from pocketquant.cli.screen import print_error
-
-    if isinstance(error, PocketquantError):
-        print_error(str(error))
-        return 2
+def _say_error(error: Exception, *, is_json: bool) -> int:
+    if isinstance(error, PocketquantError):  # a document, where one was asked for, was printed already
+        return _say(str(error), "", 2, is_json=False)
+    kind, code = type(error).__name__, 2
     if isinstance(error, MemoryError):
-        print_error("memory ran out; `pocketquant doctor` shows how much is free, --threads 1 needs least")
-        return 2
-    if isinstance(error, OSError | ImportError):
-        place = f"{getattr(error, 'filename', None)}: " if getattr(error, "filename", None) else ""
+        message = "memory ran out; `pocketquant doctor` shows how much is free, --threads 1 needs least"
+    elif isinstance(error, OSError | ImportError):
+        place = f"{error.filename}: " if getattr(error, "filename", None) else ""
         what = getattr(error, "strerror", None) or str(error)
-        print_error(f"{place}{what}; `pocketquant doctor` examines this machine")
-        return 2
-    print_error(
-        f"a fault of pocketquant itself, please report it: {type(error).__name__}: {str(error)[:200]}\n"
-        "the same command with --debug shows where"
-    )
-    return _FAULT
+        message = f"{place}{what}; `pocketquant doctor` examines this machine"
+    else:
+        code = _FAULT
+        message = (
+            f"a fault of pocketquant itself, please report it: {kind}: {str(error)[:200]}\n"
+            "the same command with --debug shows where"
+        )
+    return _say(message, kind, code, is_json=is_json)
+
+
+def _say(message: str, kind: str, code: int, *, is_json: bool) -> int:
+    from pocketquant.cli.screen import print_error, print_json_error
+
+    print_error(message)
+    if is_json:
+        print_json_error(message, kind, code)
+    return code
 
 
 def _note_unless(is_quiet: bool):  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError
+from pocketquant.escaping import one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -259,11 +260,5 @@ def note_passed_over(entries: Collection[str], read: Collection[str]) -> list[st
 
 def named(names: Collection[str]) -> str:
     """Eight names at most, each made safe to print, and how many more there are."""
-    shown = ", ".join(_printable(name) for name in islice(names, _NAMED))
+    shown = ", ".join(one_line(name, _LONGEST_NAME) for name in islice(names, _NAMED))
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
-
-
-def _printable(name: str) -> str:
-    """A file's name may hold line breaks and bytes that are no text."""
-    safe = name if name.isprintable() else ascii(name)
-    return safe if len(safe) <= _LONGEST_NAME else f"{safe[: _LONGEST_NAME - 3]}..."

@@ -264,7 +264,7 @@ def test_a_hundred_thousand_files_are_one_line() -> None:
 def test_names_that_are_no_text_are_made_safe() -> None:
     (note,) = note_passed_over(["a\nb \x1b[31m", "c\udcff.dat", "x" * 300], ())
     assert note.isprintable()
-    assert r"'c\udcff.dat'" in note
+    assert r"c\udcff.dat" in note
     assert len(note) < 250
 
 
