@@ -112,7 +112,7 @@ def _say_error(error: Exception, *, is_json: bool) -> int:
     if isinstance(error, MemoryError):
         message = "memory ran out; `pocketquant doctor` shows how much is free, --threads 1 needs least"
     elif isinstance(error, OSError | ImportError):
-        place = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        place = f"{name}: " if (name := getattr(error, "filename", None)) else ""
         what = getattr(error, "strerror", None) or str(error)
         message = f"{place}{what}; `pocketquant doctor` examines this machine"
     else:
