@@ -12,6 +12,7 @@ from typing import Any
 from pocketquant import __version__
 from pocketquant.eval.report import identify, list_versions
 from pocketquant.llama.library import require_runtime
+from pocketquant.llama.runtime import library_versions
 from pocketquant.model import Plan
 from pocketquant.quant.collect import SELF, digest_file
 from pocketquant.release import Release
@@ -45,7 +46,7 @@ def keys_of(release: Release, pack: Path | None = None, statistics: Path | None 
     Raises:
         EvalError: a text cannot be read.
     """
-    software = list_versions() | {"pocketquant": __version__, "llama_cpp": str(require_runtime().__version__)}
+    software = list_versions() | {"pocketquant": __version__} | library_versions(require_runtime())
     reference: dict[str, Any] = {
         "plan": _describe(release, release.reference.plan),
         "texts": [[each.domain, identify(each.path).sha256] for each in release.texts],

@@ -69,8 +69,19 @@ def main() -> None:
     if not is_debug:
         watching.stay_child()
     streams.open_streams()
-    code = _run(arguments, is_debug)
+    try:
+        code = _run(arguments, is_debug)
+        _ignore_interrupts()
+    except Interrupted:  # the work is done, and what is left would be cut in two
+        _ignore_interrupts()
+        code = _say_interrupted(is_json="--json" in arguments)
     raise SystemExit(streams.finish(code, started))
+
+
+def _ignore_interrupts() -> None:
+    """At the end, when Python itself would meet them without a handler."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run(arguments: list[str], is_debug: bool) -> int:

@@ -29,6 +29,7 @@ from pocketquant.formats import F32Array
 from pocketquant.llama.callbacks import Callback, abort_function, calling
 from pocketquant.llama.library import load_model, require_runtime, with_log
 from pocketquant.llama.normalization import as_trained
+from pocketquant.llama.trial import trusted
 
 _LOGIT_BYTES = 64 << 20
 _MAX_BATCH = 512
@@ -378,9 +379,13 @@ def describe_status(status: int) -> str:
 
 
 def library_versions(library: Any) -> dict[str, str]:
-    """Version of the binding, and what its kernels were compiled for, as llama.cpp says it."""
+    """Version of the binding, what its kernels were compiled for, as llama.cpp says it, and whether all may be used."""
     features = library.llama_print_system_info().decode()
-    return {"llama_cpp": metadata.version("llama_cpp_python"), "llama_cpp_features": features.strip(" |")}
+    return {
+        "llama_cpp": metadata.version("llama_cpp_python"),
+        "llama_cpp_features": features.strip(" |"),
+        "llama_cpp_extra_kernels": "used" if trusted().use_extra else "not used",
+    }
 
 
 def default_rows(n_vocab: int) -> int:
