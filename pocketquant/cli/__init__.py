@@ -7,9 +7,14 @@ tracebacks.
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
+
+if sys.argv[0].endswith(("pocketquant", "pocketquant.exe", "-m")):
+    # until there is a handler, Ctrl-C ends the command as it ends others, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import gc
 import threading
 import time
 import warnings
