@@ -31,12 +31,14 @@ class LastSeen:
         doing: what was being done, the newest first, in words that follow "while"; "" for nothing in particular.
         last_words: what native code said when it gave up; "" if it said nothing.
         held: temporary files it made, those that are gone included.
+        locks: files that kept other runs away, likewise.
         placed: files it put in place.
     """
 
     doing: str
     last_words: str
     held: tuple[Path, ...]
+    locks: tuple[Path, ...]
     placed: tuple[Path, ...]
 
 
@@ -81,6 +83,11 @@ def note_held(path: Path) -> None:
     _append("t", path)
 
 
+def note_lock(path: Path) -> None:
+    """Remembers a file that keeps other runs away."""
+    _append("l", path)
+
+
 def note_placed(path: Path) -> None:
     """Remembers a finished file that was put in place."""
     _append("p", path)
@@ -89,13 +96,13 @@ def note_placed(path: Path) -> None:
 def last_seen() -> LastSeen:
     """What the child did last; to be called in the watcher."""
     if _shared is None:
-        return LastSeen("", "", (), ())
+        return LastSeen("", "", (), (), ())
     entries = [entry for entry in _shared[_FILES:_END].split(b"\0") if entry]
-    files: dict[str, list[Path]] = {"t": [], "p": []}
+    files: dict[str, list[Path]] = {"t": [], "l": [], "p": []}
     for entry in entries:
         kind, name = entry[:1].decode(), entry[1:].decode("utf-8", "surrogateescape")
         files[kind].append(Path(name))
-    return LastSeen(_get(_NOW), _get(_WORDS), tuple(files["t"]), tuple(files["p"]))
+    return LastSeen(_get(_NOW), _get(_WORDS), tuple(files["t"]), tuple(files["l"]), tuple(files["p"]))
 
 
 def _show() -> None:

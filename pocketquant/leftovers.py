@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pocketquant.activity import note_held
+from pocketquant.activity import note_held, note_lock
 from pocketquant.errors import OutputError
 
 if sys.platform != "win32":
@@ -57,6 +57,7 @@ def holding(place: Path) -> Iterator[None]:
         if _is_at(path, descriptor):
             break
         os.close(descriptor)  # between the two calls another run ended, and removed it
+    note_lock(path)
     try:
         with suppress(OSError):  # a full disk: the lock is held all the same
             os.truncate(descriptor, 0)
@@ -133,8 +134,11 @@ def remove_leftovers(folder: Path, prefix: str, suffix: str) -> None:
         remove_unheld(Path(name))
 
 
-def remove_unheld(path: Path) -> None:
-    """Removes a file of `make_held_file` unless a living process holds it, and the folder that it stands for."""
+def remove_unheld(path: Path, *, with_folder: bool = True) -> None:
+    """Removes a file of `make_held_file` unless a living process holds it, and the folder that it stands for.
+
+    Without the folder, the lock of `holding` too: what lies in a folder of that name is kept for the next run.
+    """
     if sys.platform == "win32":
         return
     try:
@@ -144,7 +148,7 @@ def remove_unheld(path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(path, descriptor):  # and not renamed to its target meanwhile
-            if path.suffix == FOLDER_LOCK:
+            if with_folder and path.suffix == FOLDER_LOCK:
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
             path.unlink()
     except OSError:

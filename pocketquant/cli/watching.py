@@ -49,11 +49,20 @@ def stay_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    for path in filter(Path.exists, last_seen().held):  # what the child could not tidy up
-        from pocketquant.leftovers import remove_unheld
-
-        remove_unheld(path)
+    _tidy(last_seen())
     os._exit(code if code >= 0 else _tell(-code))
+
+
+def _tidy(seen: LastSeen) -> None:
+    """Removes what the child made for a time and could not remove itself."""
+    held, locks = list(filter(Path.exists, seen.held)), list(filter(Path.exists, seen.locks))
+    if held or locks:
+        from pocketquant.leftovers import remove_unheld  # only now: after a command that ends well there is nothing
+
+        for path in held:
+            remove_unheld(path)
+        for path in locks:
+            remove_unheld(path, with_folder=False)
 
 
 def listen() -> None:

@@ -132,7 +132,7 @@ def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "stopped by SIGKILL" in talk
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing was finished yet
 
 
 def test_the_worker_dies_with_the_command(tmp_path: Path) -> None:
