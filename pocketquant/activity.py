@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_NOW, _WORDS, _FILES, _END = 0, 1 << 12, 2 << 12, 1 << 20
-"""Where the parts of the shared memory begin: what is being done, native code's last words, files."""
+_NOW, _WORDS, _ENDED, _FILES, _END = 0, 1 << 12, 2 << 12, 3 << 12, 1 << 20
+"""Where the parts of the shared memory begin: what is being done, native code's last words, the end, files."""
 
 _lock = threading.RLock()
 _shared: mmap.mmap | None = None
@@ -33,6 +33,7 @@ class LastSeen:
         held: temporary files it made, those that are gone included.
         locks: files that kept other runs away, likewise.
         placed: files it put in place.
+        has_ended: it came to its own end; otherwise native code ended it, with whatever exit code.
     """
 
     doing: str
@@ -40,6 +41,7 @@ class LastSeen:
     held: tuple[Path, ...]
     locks: tuple[Path, ...]
     placed: tuple[Path, ...]
+    has_ended: bool
 
 
 def share() -> None:
@@ -78,6 +80,11 @@ def say_last(words: str) -> None:
     _put(_WORDS, words)
 
 
+def note_end() -> None:
+    """Says that the process comes to its own end."""
+    _put(_ENDED, "ended")
+
+
 def note_held(path: Path) -> None:
     """Remembers a temporary file, so that it can be removed for a process that cannot do it any more."""
     _append("t", path)
@@ -96,13 +103,15 @@ def note_placed(path: Path) -> None:
 def last_seen() -> LastSeen:
     """What the child did last; to be called in the watcher."""
     if _shared is None:
-        return LastSeen("", "", (), (), ())
+        return LastSeen("", "", (), (), (), True)
     entries = [entry for entry in _shared[_FILES:_END].split(b"\0") if entry]
     files: dict[str, list[Path]] = {"t": [], "l": [], "p": []}
     for entry in entries:
         kind, name = entry[:1].decode(), entry[1:].decode("utf-8", "surrogateescape")
         files[kind].append(Path(name))
-    return LastSeen(_get(_NOW), _get(_WORDS), tuple(files["t"]), tuple(files["l"]), tuple(files["p"]))
+    return LastSeen(
+        _get(_NOW), _get(_WORDS), tuple(files["t"]), tuple(files["l"]), tuple(files["p"]), bool(_get(_ENDED))
+    )
 
 
 def _show() -> None:

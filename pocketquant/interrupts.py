@@ -12,6 +12,9 @@ from pathlib import Path
 from pocketquant.activity import note_placed
 from pocketquant.errors import OutputError, listing
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a run to end."""
+
 _placed: dict[Path, None] = {}  # in the order in which they came
 _resuming: list[str] = []
 
@@ -27,7 +30,7 @@ def resume_hint() -> str | None:
 
 
 def put_in_place(moves: Iterable[tuple[Path, Path]], *, is_result: bool = True) -> None:
-    """Renames finished files to their final names; SIGINT and SIGTERM wait until all of them are there.
+    """Renames finished files to their final names; the signals of `ENDING` wait until all of them are there.
 
     Args:
         moves: temporary and final path of each, on one file system.
@@ -57,7 +60,7 @@ def files_in_place() -> list[Path]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back while the block runs, and delivers one of them afterwards.
+    """Holds the signals of `ENDING` back while the block runs, and delivers one of them afterwards.
 
     Python runs signal handlers in the main thread only, so that in any other there is nothing to hold back. Blocking
     the signals by a mask would not do: a mask is one thread's, and the system would hand them to another one.
@@ -68,9 +71,10 @@ def signals_held() -> Iterator[None]:
     held: list[int] = []
     with ExitStack() as stack:
         stack.callback(lambda: signal.raise_signal(held[0]) if held else None)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             handler = signal.getsignal(number)
-            if handler is not None:  # None: not installed from Python, and could not be put back
+            # None: not installed from Python, and could not be put back; one that is ignored stays so
+            if handler is not None and handler is not signal.SIG_IGN:
                 stack.callback(signal.signal, number, handler)
                 signal.signal(number, lambda number, frame: held.append(number))
         yield

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pocketquant import __version__
 from pocketquant.errors import OutputError, listing
 from pocketquant.eval.report import identify
 from pocketquant.files import check_target
@@ -112,6 +113,7 @@ def make_release(
                 done.keep(key, sidecar.name, {})
         result = {
             "schema": SCHEMA,
+            "version": __version__,
             "source": describe_source(release),
             "reference": release.reference.recipe,
             "importance": importance,

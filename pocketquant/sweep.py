@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pocketquant import __version__
 from pocketquant.errors import OutputError, SourceError
 from pocketquant.eval.html.sheet import find_front
 from pocketquant.eval.reference import make_reference
@@ -169,6 +170,7 @@ def _run(
             _put_in_place(variant, folder, out, measured[key], means)
     result = {
         "schema": SCHEMA,
+        "version": __version__,
         "source": describe_source(release),
         "reference": release.reference.recipe,
         "importance": describe_importance(release, None),

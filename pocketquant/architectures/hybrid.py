@@ -356,7 +356,11 @@ def _interval(config: Mapping[str, Any]) -> int:
     """The interval that llama.cpp falls back to: the config's, else the first full-attention block's number."""
     kinds = layer_kinds(config)
     stated = config.get("full_attention_interval")
-    return int(stated) if stated else (kinds.index(ATTENTION) + 1 if ATTENTION in kinds else len(kinds) + 1)
+    if stated is None or stated == 0:
+        return kinds.index(ATTENTION) + 1 if ATTENTION in kinds else len(kinds) + 1
+    if type(stated) is not int or not 0 < stated < 1 << 32:
+        raise ArchitectureError(f"config.json full_attention_interval: {stated!r:.80}, expected a positive integer")
+    return stated
 
 
 def _recurrent_layers(config: Mapping[str, Any], sizes: Sizes) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from pocketquant.chat_template import find_template_problems
@@ -30,6 +31,10 @@ def check_tokenizer(contents: Contents) -> Iterator[Finding]:
         yield Finding(ERROR, "tokenizer", "tokenizer.ggml.model", f"{model!r}; this family has gpt2", advice)
     yield from _check_pre(contents)
     tokens = metadata.get("tokenizer.ggml.tokens", Value("str[]", [])).value
+    if isinstance(tokens, list) and len(set(tokens)) < len(tokens):
+        twice = [token for token, count in Counter(tokens).items() if count > 1]
+        message = f"{len(twice)} texts stand twice, such as {twice[0]!r:.80}: llama.cpp ends the process that loads it"
+        yield Finding(ERROR, "token-twice", "tokenizer.ggml.tokens", message, advice)
     if isinstance(tokens, list) and tokens:
         yield from _check_counts(contents, len(tokens))
     yield from _check_ends(contents)

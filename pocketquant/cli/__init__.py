@@ -14,13 +14,18 @@ if sys.argv[0].endswith(("pocketquant", "pocketquant.exe", "-m")):
     # until there is a handler, Ctrl-C ends the command as it ends others, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import atexit
 import gc
+import os
+import shutil
+import tempfile
 import threading
 import time
 import warnings
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
+from pocketquant.activity import note_end
 from pocketquant.cli import streams, watching
 from pocketquant.errors import PocketquantError, PocketquantWarning, listing
 
@@ -40,7 +45,7 @@ _interrupted_at: float | None = None
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not KeyboardInterrupt, which Typer would turn into a silent exit of its own."""
+    """SIGINT, SIGTERM or SIGHUP. Not KeyboardInterrupt, which Typer would turn into a silent exit of its own."""
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
@@ -80,22 +85,25 @@ def main() -> None:
     except Interrupted:  # the work is done, and what is left would be cut in two
         _ignore_interrupts()
         code = _say_interrupted(is_json="--json" in arguments)
-    raise SystemExit(streams.finish(code, started))
+    code = streams.finish(code, started)
+    note_end()
+    raise SystemExit(code)
 
 
 def _ignore_interrupts() -> None:
     """At the end, when Python itself would meet them without a handler."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in watching.HANDED_ON:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _run(arguments: list[str], is_debug: bool) -> int:
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in watching.HANDED_ON:
             signal.signal(number, _interrupt)
         watching.listen()
         sys.unraisablehook = _raise_again
         warnings.showwarning = _note_unless(bool({"-q", "--quiet"} & set(arguments)))
+        _keep_kernels_somewhere()
         # A model's half a million tokens and merges stay to the end: looking for garbage there takes half a second
         gc.set_threshold(200_000, 50, 50)
         from pocketquant.cli.app import app
@@ -110,6 +118,27 @@ def _run(arguments: list[str], is_debug: bool) -> int:
         if is_debug:
             raise
         return _say_error(error, is_json="--json" in arguments)
+
+
+def _keep_kernels_somewhere() -> None:
+    """Gives numba a folder for this run where it could keep compiled kernels nowhere, which it takes for a fault.
+
+    It keeps them beside the package or in the user's cache. A folder in a shared place that lasts would do too, but
+    what is kept there is unpickled, so it must be nobody else's.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    package = os.path.dirname(os.path.dirname(__file__))
+    if "NUMBA_CACHE_DIR" in os.environ or os.access(package, os.W_OK) or _can_be_written(home):
+        return
+    folder = tempfile.mkdtemp(prefix="pocketquant-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["NUMBA_CACHE_DIR"] = folder
+
+
+def _can_be_written(folder: str) -> bool:
+    while not os.path.exists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return os.access(folder, os.W_OK)
 
 
 def _say_interrupted(*, is_json: bool) -> int:
@@ -130,7 +159,10 @@ def _say_error(error: Exception, *, is_json: bool) -> int:
     elif isinstance(error, OSError | ImportError):
         place = f"{name}: " if (name := getattr(error, "filename", None)) else ""
         what = getattr(error, "strerror", None) or str(error)
-        message = f"{place}{what}; `pocketquant doctor` examines this machine"
+        advice = "`pocketquant doctor` examines this machine"
+        if isinstance(error, ImportError):
+            advice = "the installation is damaged: pip install --force-reinstall pocketquant"
+        message = f"{place}{what}; {advice}"
     else:
         code = _FAULT
         message = (
@@ -141,11 +173,14 @@ def _say_error(error: Exception, *, is_json: bool) -> int:
 
 
 def _say(message: str, kind: str, code: int, *, is_json: bool) -> int:
-    from pocketquant.cli.screen import print_error, print_json_error
+    try:
+        from pocketquant.cli.screen import print_error, print_json_error
 
-    print_error(message)
-    if is_json:
-        print_json_error(message, kind, code)
+        print_error(message)
+        if is_json:
+            print_json_error(message, kind, code)
+    except Exception:  # what shows errors is broken itself, or has no file descriptor left to be loaded with
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 

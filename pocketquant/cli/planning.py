@@ -206,7 +206,7 @@ def as_gguf(
     with work_folder(check_target(out)) as folder:
         converted = folder / "source.gguf"
         with byte_progress("converting", planned.file_bytes, quiet=quiet) as advance:
-            write(planned, converted, threads=threads, on_bytes=advance)
+            write(planned, converted, threads=threads, on_bytes=advance, is_result=False)
         yield converted
 
 

@@ -40,6 +40,8 @@ class Stream(io.TextIOWrapper):
         self._room = _KEPT_CHARACTERS if is_kept else 0
 
     def write(self, text: str) -> int:
+        if not isinstance(text, str):  # what is not sure whether this is a stream of text tries it with bytes
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         if self._room > 0:
             self.text.append(text)
             self._room -= len(text)
@@ -111,11 +113,13 @@ def finish(code: int, started: float) -> int:
 def _keep(text: str) -> Path | None:
     suffix = ".json" if text.lstrip()[:1] in ("{", "[") else ".txt"
     for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        name = None
         try:
             descriptor, name = tempfile.mkstemp(prefix="pocketquant-result-", suffix=suffix, dir=folder)
             with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
             return Path(name)
         except OSError:
-            continue
+            if name is not None:
+                Path(name).unlink(missing_ok=True)
     return None

@@ -9,6 +9,7 @@ the process itself.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -17,9 +18,16 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from pocketquant.activity import LastSeen, last_seen, share
+from pocketquant import __version__
+from pocketquant.activity import LastSeen, last_seen, note_end, share
 
-HANDED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+HANDED_ON = tuple(
+    number
+    for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    if number is not None and signal.getsignal(number) is not signal.SIG_IGN
+)
+"""What asks a run to end, but for what whoever started it has it ignore, as `nohup` does."""
+
 BROKEN = 2
 """Exit code for a child that native code ended: as for input that cannot be worked with, never a gate's 1."""
 
@@ -49,8 +57,9 @@ def stay_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    _tidy(last_seen())
-    os._exit(code if code >= 0 else _tell(-code))
+    seen = last_seen()
+    _tidy(seen)
+    os._exit(code if seen.has_ended else _tell(code, seen))
 
 
 def _tidy(seen: LastSeen) -> None:
@@ -73,6 +82,7 @@ def listen() -> None:
 
 def end_now(code: int) -> None:
     """Ends this process without any tidying, which is left to the watcher."""
+    note_end()
     os._exit(code)
 
 
@@ -82,13 +92,18 @@ def _die_with_parent(alive: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _tell(number: int) -> int:
-    """Says what ended the child; gives the exit code."""
-    seen = last_seen()
+def _tell(code: int, seen: LastSeen) -> int:
+    """Says what ended the child, which did not come to its end; gives the exit code.
+
+    Args:
+        code: the child's exit code, or minus the number of a signal. Native code may call exit() itself.
+        seen: what the child left behind.
+    """
+    number = max(-code, 0)
     if number in HANDED_ON or number == signal.SIGPIPE:
         return 128 + number
     try:
-        name = signal.Signals(number).name
+        name = signal.Signals(number).name if number else f"native code, which ended the process with code {code}"
     except ValueError:
         name = f"signal {number}"
     from pocketquant.escaping import one_line  # only now: the watcher of a command that ends well imports nothing
@@ -103,8 +118,13 @@ def _tell(number: int) -> int:
         lines.append(f"  these were finished before: {one_line(', '.join(map(str, seen.placed)))}")
     else:
         lines.append("  nothing was replaced")
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    if "--json" in sys.argv:
+        error = {"kind": "Crash", "message": "\n".join(lines), "exit_code": BROKEN}
+        with contextlib.suppress(OSError, AttributeError):
+            print(json.dumps({"schema": "pocketquant.error/1", "version": __version__, "error": error}), flush=True)
     return BROKEN
 
 

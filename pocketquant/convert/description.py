@@ -128,7 +128,7 @@ def _read_card(path: Path, notes: list[str]) -> dict[str, Any]:
         import yaml
 
         card = yaml.load(front, _loader()) if front else {}
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # PyYAML's constructors raise whatever a damaged value leads them to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         notes.append(f"model card passed over: {path}: broken YAML: {reason:.200}")
         return {}

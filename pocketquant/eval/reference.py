@@ -362,7 +362,7 @@ def _open_run(
     observe = catcher.see if catcher is not None else None
     with open_runtime(model, context=context, threads=threads, gpu_layers=gpu_layers, observe=observe) as runtime:
         opened = open_gguf(model)
-        sizes = {name: opened.sizes[name] for name in ("n_layer", "n_embd") if name in opened.sizes}
+        sizes = {name: opened.sizes[name] for name in ("n_layer", "n_embd", "n_expert") if name in opened.sizes}
         yield _GgufRun(runtime, Head(head_tensor(opened)), identify_model(model), sizes, catcher)
 
 

@@ -75,7 +75,7 @@ class PackRuntime:
         sizes = open_gguf(model).sizes
         wrong = [
             f"{name} = {sizes.get(name)}, the pack's reference has {number}"
-            for name, number in header.sizes.items()
+            for name, number in ({"n_expert": None} | dict(header.sizes)).items()
             if sizes.get(name) != number
         ]
         if wrong:

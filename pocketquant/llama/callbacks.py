@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pocketquant.interrupts import signals_held
+from pocketquant.interrupts import ENDING, signals_held
 
 _flag = ctypes.create_string_buffer(b"0")
 """What the abort callback reads: "0" to go on, "1" to stop."""
@@ -99,7 +99,7 @@ def load_progress(library: Any) -> Callback:
 
 
 def watch_signals() -> None:
-    """Has SIGINT and SIGTERM set the flag from now on, unless the program watches signals in this way itself.
+    """Has the signals of `ENDING` set the flag from now on, unless the program watches signals in this way itself.
 
     Only the main thread can begin it; called from another one, it changes nothing.
     """
@@ -117,7 +117,7 @@ def watch_signals() -> None:
 
 def _watch(reader: int) -> None:
     while numbers := os.read(reader, 64):
-        if {signal.SIGINT, signal.SIGTERM} & set(numbers):
+        if set(ENDING) & set(numbers):
             _flag[0] = b"1"
 
 

@@ -34,6 +34,7 @@ from pocketquant.quant.moments import MAX_GROUPS, HeadSums, MomentSums, Share, g
 from pocketquant.quant.observing import Observer
 from pocketquant.quant.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.quant.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
+from pocketquant.small_files import open_regular
 from pocketquant.unchanged import check_unchanged
 
 Progress = Callable[[int, int], None]
@@ -386,13 +387,15 @@ class _Work:
         try:
             if self._state.stat().st_size > _MAX_STATE_BYTES:
                 raise ValueError("too large")
-            with np.load(self._state, allow_pickle=False) as arrays:
+            with open_regular(self._state, EvalError) as file, np.load(file, allow_pickle=False) as arrays:
                 stated = json.loads(str(arrays[name]))
             if not isinstance(stated, dict) or not {"pass", "window"} <= stated.keys():
                 raise ValueError("says nothing of a run")
             return stated
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise EvalError(f"{self._state}: not the state of unfinished statistics ({error}); delete it") from error
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise EvalError(
+                f"{self._state}: not the state of unfinished statistics ({type(error).__name__}); delete it"
+            ) from error
 
 
 def _arrays(sums: MomentSums) -> dict[str, npt.NDArray[Any]]:

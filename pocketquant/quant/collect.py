@@ -297,7 +297,7 @@ def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
     try:
         if state.stat().st_size > _MAX_STATE_BYTES:
             raise ValueError("too large")
-        with np.load(state, allow_pickle=False) as arrays:
+        with open_regular(state, EvalError) as file, np.load(file, allow_pickle=False) as arrays:
             stated = json.loads(str(arrays["run"]))
             kept = {name: arrays[name] for name in arrays.files if name != "run"}
         done, used = stated.pop("done"), stated.pop("used")
@@ -313,5 +313,7 @@ def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:
                 totals.counts[weight] = kept[f"counts {weight}"].astype(np.int64)
         totals.n_used.update({str(weight): int(count) for weight, count in used.items()})
         return int(done)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise EvalError(f"{state}: not the state of an unfinished importance matrix ({error}); delete it") from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise EvalError(
+            f"{state}: not the state of an unfinished importance matrix ({type(error).__name__}); delete it"
+        ) from error

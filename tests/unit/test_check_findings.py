@@ -42,6 +42,7 @@ from pocketquant.model import Value
         ("tokenizer.ggml.eos_token_id", "u32", 320, "token-id"),
         ("tokenizer.ggml.add_bos_token", "bool", True, "add-bos"),
         ("tokenizer.ggml.tokens", "str[]", ["a"] * 319, "token-count"),
+        ("tokenizer.ggml.tokens", "str[]", ["a", "a"] * 160, "token-twice"),
         ("tokenizer.ggml.model", "str", "llama", "tokenizer"),
     ],
 )
