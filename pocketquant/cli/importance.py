@@ -24,11 +24,13 @@ def make_matrix(
 ) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.files import hidden_beside, refuse_overwriting
+    from pocketquant.leftovers import holding
     from pocketquant.quant.collect import collect_importance
     from pocketquant.quant.importance import write_sums
 
     refuse_overwriting([out], [gguf, text, mtp])
-    with step_progress(out.name, quiet=quiet) as advance:
+    state = hidden_beside(out, "unfinished")
+    with holding(state), step_progress(out.name, quiet=quiet) as advance:
         sums, calibration = collect_importance(
             gguf,
             text,
@@ -38,7 +40,7 @@ def make_matrix(
             threads=threads,
             gpu_layers=gpu_layers,
             seed=seed,
-            state=hidden_beside(out, "unfinished"),
+            state=state,
             resume=resume,
             progress=advance,
         )

@@ -48,6 +48,12 @@ def set_command(words: Sequence[str]) -> None:
     _command = "-".join(words)
 
 
+def headed(value: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
+    """A document with its schema and the version that wrote it in front; see `print_json`."""
+    schema = "-".join(filter(None, (_command, of)))
+    return {"schema": f"pocketquant.{schema}/1", "version": __version__, **value}
+
+
 def print_json(value: Mapping[str, Any], *, of: str = "") -> None:
     """One JSON document on stdout: its schema and the version that wrote it, then what it says.
 
@@ -55,13 +61,12 @@ def print_json(value: Mapping[str, Any], *, of: str = "") -> None:
         value: the document; a schema of its own is kept.
         of: what part of the command's work it describes, "plan" for what a dry run prints.
     """
-    schema = "-".join(filter(None, (_command, of)))
-    head = {"schema": f"pocketquant.{schema}/1", "version": __version__}
+    document = headed(value, of=of)
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     # letters that the encoding lacks are escaped as JSON escapes them
-    text = json.dumps({**head, **value}, indent=2, ensure_ascii=not is_unicode)
+    text = json.dumps(document, indent=2, ensure_ascii=not is_unicode)
     if not is_text(text):  # the name of a file that is no UTF-8
-        text = json.dumps({**head, **value}, indent=2)
+        text = json.dumps(document, indent=2)
     sys.stdout.write(f"{text}\n")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketquant.cli.screen import print_json, print_table, say, step_progress
+from pocketquant.cli.screen import headed, print_json, print_table, say, step_progress
 
 if TYPE_CHECKING:
     from pocketquant.eval.paired import Paired
@@ -80,7 +80,7 @@ def tasks(
     with step_progress(gguf.name, quiet=quiet) as advance:
         report = compare_on_tasks(gguf, reference, settings, progress=advance)
     if out is not None:
-        write_report(report.to_json(), out)
+        write_report(headed(report.to_json()), out)
     if json:
         print_json(report.to_json())
     else:
@@ -128,7 +128,7 @@ def smoke(
             gguf, reference, max_tokens=max_tokens, threads=threads, gpu_layers=gpu_layers, progress=advance
         )
     if out is not None:
-        write_report(report.to_json(), out)
+        write_report(headed(report.to_json()), out)
     if json:
         print_json(report.to_json())
         return
@@ -185,7 +185,7 @@ def eval_vision(
             progress=advance,
         )
     if out is not None:
-        write_report(report.to_json(), out)
+        write_report(headed(report.to_json()), out)
     if json:
         print_json(report.to_json())
         return

@@ -368,4 +368,4 @@ def test_without_dask_the_extra_is_named(checkpoint: Path, tmp_path: Path) -> No
     command = [sys.executable, "-c", code, "convert", str(checkpoint), "--out", str(tmp_path / "out.gguf"), "--quiet"]
     result = subprocess.run([*command, "--scheduler", "dask://127.0.0.1:8786"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert "pip install 'pocketquant[cluster]'" in result.stderr
+    assert "pip install 'dask[distributed]>=" in result.stderr

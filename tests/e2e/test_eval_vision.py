@@ -112,7 +112,7 @@ def test_what_is_no_image_or_too_large_is_refused(files: Path, tmp_path: Path) -
         (huge, "100000 x 100000 pixels"),
         (jpeg, "65000 x 60000 pixels"),
         (text, "no PNG or JPEG"),
-        (tmp_path / "empty.png", "0 bytes"),
+        (tmp_path / "empty.png", "no PNG or JPEG"),
         (tmp_path / "absent.png", "No such file"),
     ):
         with pytest.raises(EvalError, match=message):

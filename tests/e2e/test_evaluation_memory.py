@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_maker import make_checkpoint
+from test_memory import anonymous_bytes
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import text_path
@@ -57,11 +58,3 @@ def test_logits_of_a_large_vocabulary_are_folded_a_few_rows_at_a_time(tmp_path: 
     assert process.stdout is not None
     assert "| 512 to 1022 | 511 |" in process.stdout.read()
     assert 1024 * 4 * N_VOCAB > 1e9 > LIMIT_BYTES > peak > 1e8
-
-
-def anonymous_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

@@ -195,9 +195,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Pa
         collect("cut.gguf", mtp=None)
     collect("cut.gguf")
     assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-    merged = merge_sums([read_sums(tmp_path / "cut.gguf")] * 2)
-    assert merged.counts["blk.4.nextn.eh_proj.weight"] == 2 * 3 * 127
-    assert merged.n_chunks == 6
+    with pytest.raises(RecipeError, match="the same text would count it twice"):
+        merge_sums([read_sums(tmp_path / "cut.gguf")] * 2)
+    merged = merge_sums([read_sums(tmp_path / "cut.gguf")])
+    assert merged.counts["blk.4.nextn.eh_proj.weight"] == 3 * 127
 
 
 def test_quantize_rounds_the_sidecar_with_it(folder: Path, tmp_path: Path) -> None:
@@ -248,5 +249,5 @@ def test_refuses_a_sidecar_of_another_model(folder: Path, tmp_path: Path) -> Non
             collect_importance(model, TEXT, mtp=mtp, context=64, chunks=1, threads=1)
     sums, _ = collect_importance(folder / "embed.gguf", TEXT, context=64, chunks=1, threads=1)
     write_sums(sums, tmp_path / "m.gguf")
-    with pytest.raises(RecipeError, match=r"20 entries do not fit(.|\n)*blk\.3\.attn_k\.weight: no such tensor"):
+    with pytest.raises(RecipeError, match=r"\d+ entries do not fit(.|\n)*: no such tensor"):
         plan(open_checkpoint(other), open_recipe("q4_k_m"), read_importance(tmp_path / "m.gguf"))

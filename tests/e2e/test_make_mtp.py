@@ -31,7 +31,8 @@ def with_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_safetensors(folder / "model-mtp.safetensors", block)
     raw = (folder / "model.safetensors").read_bytes()
     names = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    weight_map = {name: "model.safetensors" for name in names if name != "__metadata__"}
+    (folder / "model.safetensors").rename(folder / "model-trunk.safetensors")
+    weight_map = {name: "model-trunk.safetensors" for name in names if name != "__metadata__"}
     weight_map |= dict.fromkeys(block, "model-mtp.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder

@@ -57,8 +57,11 @@ def test_anonymous_memory_stays_under_600_mb(size: str, recipe: str, file_bytes:
 
 
 def anonymous_bytes(pid: int) -> int:
+    """Of the process and of its children, which do a command's work."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    return own + sum(anonymous_bytes(int(child)) for child in children)

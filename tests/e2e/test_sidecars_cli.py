@@ -27,7 +27,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_safetensors(folder / "model-mtp.safetensors", block)
     raw = (folder / "model.safetensors").read_bytes()
     names = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    weight_map = {name: "model.safetensors" for name in names if name != "__metadata__"}
+    (folder / "model.safetensors").rename(folder / "model-trunk.safetensors")
+    weight_map = {name: "model-trunk.safetensors" for name in names if name != "__metadata__"}
     weight_map |= dict.fromkeys(block, "model-mtp.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
@@ -86,12 +87,12 @@ def test_a_broken_tower_leaves_nothing_behind(whole: Path, tmp_path: Path) -> No
     broken.mkdir()
     for path in whole.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    data = bytearray((broken / "model.safetensors").read_bytes())
+    data = bytearray((broken / "model-trunk.safetensors").read_bytes())
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     at = 8 + length + next(v["data_offsets"][0] for k, v in header.items() if "visual" in k and "qkv.weight" in k)
     data[at : at + 4] = b"\xff\xff\xff\x7f"  # NaN in every floating-point format
-    (broken / "model.safetensors").write_bytes(data)
+    (broken / "model-trunk.safetensors").write_bytes(data)
     result = subprocess.run([COMMAND, "quantize", broken, "--out", tmp_path / "m.gguf"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "non-finite" in result.stderr

@@ -104,7 +104,7 @@ def test_what_cannot_be_done_is_said(arguments: list[str], message: str, tmp_pat
 
 
 def test_recipes_are_listed_and_shown() -> None:
-    listed = json.loads(run("recipe", "list", "--json").stdout)
+    listed = json.loads(run("recipe", "list", "--json").stdout)["recipes"]
     assert [entry["name"] for entry in listed] == list(builtin_recipes())
     assert all(entry["description"] in run("recipe", "list").stdout for entry in listed[:1])
     assert run("recipe", "show", "q4_k_m").stdout == format_recipe(open_recipe("q4_k_m"))
