@@ -115,6 +115,20 @@ def test_what_died_is_named_and_the_old_output_stays(
     assert {path.name for path in tmp_path.iterdir()} <= {"out.gguf", "hook", "cache"}
 
 
+@pytest.mark.parametrize("code", [0, 1, 70])
+def test_native_code_that_ends_the_process_itself_is_no_end_of_the_command(
+    code: int, run: Run, tmp_path: Path, demo_gguf: Callable[[str], Path], demo_text: Path
+) -> None:
+    model, out = demo_gguf("q4_k_m"), tmp_path / "out.gguf"
+    command = ("imatrix", model, "--text", demo_text, "--out", out, "--json")
+    done = run(*command, condition=f"{model.name!r}.encode() in path", fault=f"import os\nos._exit({code})")
+    assert done.returncode == 2
+    assert f"stopped by native code, which ended the process with code {code}" in done.stderr
+    error = json.loads(done.stdout)
+    assert (error["schema"], error["error"]["exit_code"]) == ("pocketquant.error/1", 2)
+    assert not out.exists()
+
+
 def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     from pocketquant.demo import checkpoint_dir
 

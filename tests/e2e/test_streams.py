@@ -126,6 +126,55 @@ def test_a_second_interrupt_ends_at_once() -> None:
     assert b"Traceback" not in talk
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_from_outside_stays_so(number: signal.Signals, gguf: Path) -> None:
+    script = f"trap '' {number.name.removeprefix('SIG')}; exec \"$@\""
+    process = subprocess.Popen(
+        ["sh", "-c", script, "sh", *COMMAND, "inspect", str(gguf), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for _ in range(5):
+        time.sleep(0.1)
+        process.send_signal(number)
+    out, talk = process.communicate(timeout=60)
+    assert process.returncode == 0, talk
+    assert json.loads(out)["metadata"]
+
+
+def test_a_terminal_that_is_closed_interrupts() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGHUP)
+    _, talk = process.communicate(timeout=20)
+    assert (process.returncode, talk.strip()) == (130, "error: interrupted; nothing was replaced")
+
+
+def test_help_that_stdout_cannot_take_is_no_traceback(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_kernels_that_can_be_kept_nowhere_are_compiled_for_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pocketquant import cli
+
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(cli.os, "environ", dict(os.environ))
+    cli._keep_kernels_somewhere()
+    folder = Path(cli.os.environ["NUMBA_CACHE_DIR"])
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_fault_of_the_program_has_its_own_code_and_no_traceback() -> None:
     code = "import sys, pocketquant.cli.app as m\nm.app = lambda **_: 1 / 0\nfrom pocketquant.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
