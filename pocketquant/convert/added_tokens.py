@@ -68,6 +68,8 @@ def read_added_tokens(
         TokenizerError: entries that are none, that contradict each other, or whose ids transformers would not give them
             (all listed).
     """
+    for name, found in (("tokenizer_config.json", settings), ("special_tokens_map.json", special_map)):
+        _refuse_types(found, path.parent / name)
     vocab = tokenizer["model"]["vocab"]
     is_legacy = _DECODER not in settings
     used = _special_settings(settings, special_map if is_legacy else {})
@@ -95,6 +97,25 @@ def read_added_tokens(
         {} if is_legacy else {name: text for name in NAMES if (text := _text_of(special_map.get(name)))},
         "eos_token" not in used,
         tuple(notes),
+    )
+
+
+def _refuse_types(found: Mapping[str, Any], path: Path) -> None:
+    """Refuses special tokens that transformers cannot take: neither a text nor a token with its flags (all listed)."""
+    problems = [f"{name}: {found[name]!r:.80}" for name in NAMES if name in found and not _is_token(found[name])]
+    for name in (_EXTRA, _ADDITIONAL):
+        tokens = found.get(name)
+        if isinstance(tokens, dict) and name == _EXTRA:
+            tokens = list(tokens.values())
+        if tokens is not None and not (isinstance(tokens, list) and all(map(_is_token, tokens))):
+            problems.append(f"{name}: {found[name]!r:.80}")
+    if problems:
+        raise TokenizerError(f"{path}: no tokens, which are texts or objects with a content:\n{listing(problems)}")
+
+
+def _is_token(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
     )
 
 

@@ -235,7 +235,7 @@ def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
             metric, value, se = METRICS[key]
             found, error = report.number("metrics", metric, value), report.number("metrics", metric, se)
             clusters, tokens = report.count("clusters"), report.count("tokens")
-            note = _bound_note(report) if metric in _BOUNDED else ""
+            note = _reference_note(report, is_bounded=metric in _BOUNDED)
             pending.append(_from_error(f"absolute.{key}", bound, key in AT_LEAST, found, error, clusters, tokens, note))
         elif key == "tensor_rmse":
             pending.append(_largest_error(report, bound))
@@ -246,19 +246,27 @@ def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
                 error = math.sqrt(known.variance)
                 clusters, tokens = known.degrees + 1, int(text.column("tokens").sum())
                 name = f"absolute.{key}[{text.domain}]"
-                note = _bound_note(report) if column == "kld" else ""
+                note = _reference_note(report, is_bounded=column == "kld")
                 pending.append(_from_error(name, bound, key in AT_LEAST, known.value, error, clusters, tokens, note))
     broken, allowed = report.number("non_finite_model"), limits.absolute.get("non_finite", 0.0)
     pending.append(_exact("absolute.non_finite", allowed, broken))
     return pending
 
 
-def _bound_note(report: Evidence) -> str:
-    """What to know where the reference was a pack of top tokens: what breaks a limit does, what keeps it may not."""
-    pack = report.provenance.get("reference_pack")
-    if not isinstance(pack, Mapping) or not pack.get("is_lower_bound"):
-        return ""
-    return f"a lower bound: the reference keeps the {pack.get('top')} most likely tokens"
+def _reference_note(report: Evidence, *, is_bounded: bool) -> str:
+    """What to know of the reference: a pack of top tokens, where what keeps a limit may not, or a quantized file.
+
+    Args:
+        report: of the judged file.
+        is_bounded: whether a pack of top tokens shows the measure only in part.
+    """
+    pack, types = (report.provenance.get(key) for key in ("reference_pack", "reference_quantized"))
+    notes = []
+    if is_bounded and isinstance(pack, Mapping) and pack.get("is_lower_bound"):
+        notes.append(f"a lower bound: the reference keeps the {pack.get('top')} most likely tokens")
+    if isinstance(types, str):
+        notes.append(f"the reference is itself quantized ({types:.80})")
+    return "; ".join(notes)
 
 
 def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decision | _Sampled]:

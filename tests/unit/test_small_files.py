@@ -127,6 +127,8 @@ REFUSED = {
     "tokenizer_config.json": [
         *({"added_tokens_decoder": [1]}, {"added_tokens_decoder": {DIGITS: {"content": "x"}}}),
         *({"chat_template": 5}, {"chat_template": "a\0b"}),
+        *({"eos_token": ["a"]}, {"eos_token": 5}, {"extra_special_tokens": [5]}, {"extra_special_tokens": 5}),
+        *({"additional_special_tokens": {"a": 1}}, {"pad_token": {"lstrip": True}}),
     ],
     "config.json": [
         *({"full_attention_interval": "x", "layer_types": None}, {"full_attention_interval": "x"}),
