@@ -40,6 +40,15 @@ def stopping() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def calm() -> Iterator[None]:
+    """A signal's number may still be on its way to the thread that waits for it when a test is over."""
+    yield
+    time.sleep(0.2)
+    with callbacks.calling():
+        pass
+
+
 class Nodes:
     """Counts the nodes of a graph, and does something at one of them."""
 

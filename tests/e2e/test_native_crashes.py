@@ -146,7 +146,8 @@ def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "stopped by SIGKILL" in talk
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing was finished yet
+    assert not list(tmp_path.rglob("*.partial"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != ".making"]
 
 
 def test_the_worker_dies_with_the_command(tmp_path: Path) -> None:
