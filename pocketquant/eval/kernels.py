@@ -12,11 +12,14 @@ from typing import Any
 
 NAMES = {
     "llama_cpp_features": "what llama.cpp was compiled for",
-    "llama_cpp_kernels": "the buffers its weights lie in",
+    "llama_cpp_extra_kernels": "whether its extra kernels are used",
     "llama_cpp_batch": "tokens in a batch",
     "llama_cpp_flash_attention": "flash attention",
 }
 """Key of a report's versions -> what it says, in words."""
+
+_OF_THE_PROCESSOR = {"AMX", "CPU", "CPU_REPACK"}
+"""Buffers of weights that differ between types of one machine, too; the keys above say which a machine has."""
 
 FLOOR = {
     "kld_mean_ratio": 0.005,
@@ -42,4 +45,9 @@ def describe_kernels(ours: str, theirs: str, other: list[str]) -> str:
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """What of the kernels differs, in words, from the `versions` of two measurements; what only one states differs."""
-    return [words for key, words in NAMES.items() if ours.get(key) != theirs.get(key)]
+    found = [words for key, words in NAMES.items() if ours.get(key) != theirs.get(key)]
+    return found + (["the device"] if _devices(ours) != _devices(theirs) else [])
+
+
+def _devices(versions: Mapping[str, Any]) -> set[str]:
+    return set(str(versions.get("llama_cpp_kernels", "")).split()) - _OF_THE_PROCESSOR

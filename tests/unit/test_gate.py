@@ -407,7 +407,7 @@ def test_a_verdict_is_json_junit_and_markdown() -> None:
 # ---------------------------------------------------------------- kernels
 
 ONE = {"llama_cpp_features": "CPU : AVX2 = 1", "llama_cpp_kernels": "CPU", "llama_cpp_batch": "512"}
-OTHER = {**ONE, "llama_cpp_kernels": "AMX CPU"}
+OTHER = {**ONE, "llama_cpp_extra_kernels": "not used"}
 
 
 def test_a_difference_that_kernels_alone_can_make_is_no_regression() -> None:
@@ -416,7 +416,7 @@ def test_a_difference_that_kernels_alone_can_make_is_no_regression() -> None:
     assert decide_one(make_report(versions=ONE), accepted, **limits).outcome == PASS
     other = decide_one(make_report(versions=OTHER), accepted, **limits)
     assert (other.outcome, other.tokens_needed) == (UNDECIDED, None)
-    assert "other kernels than the baseline's (the buffers its weights lie in): wider by 0.0" in other.note
+    assert "other kernels than the baseline's (whether its extra kernels are used): wider by 0.0" in other.note
     worse = decide_one(make_report(1.5, versions=OTHER), accepted, **limits)
     assert worse.outcome == FAILED
 
@@ -433,6 +433,11 @@ def test_one_that_says_nothing_of_its_kernels_counts_as_another() -> None:
     assert differing({}, {}) == []
     assert differing(ONE, ONE) == []
     assert differing(ONE, {}) == [NAMES[key] for key in NAMES if key in ONE]
+
+
+def test_types_of_one_machine_may_lie_in_other_buffers_and_a_gpu_is_another_machine() -> None:
+    assert differing(ONE, {**ONE, "llama_cpp_kernels": "CPU CPU_REPACK"}) == []
+    assert differing(ONE, {**ONE, "llama_cpp_kernels": "CPU CUDA0"}) == ["the device"]
 
 
 def test_every_kind_of_limit_that_is_compared_has_a_floor() -> None:
