@@ -39,6 +39,7 @@ def holding(place: Path) -> Iterator[None]:
         yield
         return
     path = place.with_name(f".{place.name.lstrip('.')}{FOLDER_LOCK}")
+    note_lock(path)  # first: an interrupt may come as soon as it is there
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -57,7 +58,6 @@ def holding(place: Path) -> Iterator[None]:
         if _is_at(path, descriptor):
             break
         os.close(descriptor)  # between the two calls another run ended, and removed it
-    note_lock(path)
     try:
         with suppress(OSError):  # a full disk: the lock is held all the same
             os.truncate(descriptor, 0)
