@@ -94,7 +94,8 @@ def _version(name: str) -> str:
 
 
 def _processor() -> Iterator[Part]:
-    model = next((line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")), "")
+    lines = trial.processor().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     yield Part("processor", OK, f"{model or platform.machine()}, {usable_threads()} threads for this process")
     compiler = os.environ.get("CXX") or "c++"
     try:
@@ -103,10 +104,6 @@ def _processor() -> Iterator[Part]:
     except (OSError, subprocess.TimeoutExpired):
         remedy = "needed only to build llama-cpp-python: install a C++ compiler (Debian: apt install g++)"
         yield Part("compiler", REMARK, f"no {compiler}", remedy)
-
-
-def _cpu_lines() -> list[str]:
-    return trial.processor().splitlines()
 
 
 def _own_kernels() -> Iterator[Part]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import signal
 import sys
 
-if sys.argv[0].endswith(("pocketquant", "pocketquant.exe", "-m")):
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and sys.argv[0].endswith(
+    ("pocketquant", "pocketquant.exe", "pocketquant/__main__.py")
+):
     # until there is a handler, Ctrl-C ends the command as it ends others, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

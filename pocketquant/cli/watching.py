@@ -20,12 +20,9 @@ from types import FrameType
 
 from pocketquant import __version__
 from pocketquant.activity import LastSeen, last_seen, note_end, share
+from pocketquant.interrupts import ENDING
 
-HANDED_ON = tuple(
-    number
-    for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    if number is not None and signal.getsignal(number) is not signal.SIG_IGN
-)
+HANDED_ON = tuple(number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN)
 """What asks a run to end, but for what whoever started it has it ignore, as `nohup` does."""
 
 BROKEN = 2

@@ -11,7 +11,6 @@ tools/imatrix/imatrix.cpp of llama.cpp (b10359): which multiplications count, an
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
+from pocketquant.llama.ggml import ggml_function
 from pocketquant.llama.library import require_runtime
 
 F64Array = npt.NDArray[np.float64]
@@ -276,10 +276,9 @@ def _bind(library: Any) -> Any:
     bound: Any = Ggml()
     for name, (result, arguments) in signatures.items():
         try:
-            function: Callable[..., Any] = ctypes.CFUNCTYPE(result, *arguments)((name, library.llama_cpp._lib))
-        except AttributeError as error:
+            setattr(bound, name, ggml_function(library, name, result, *arguments))
+        except EvalError as error:
             raise _unknown_layout(f"the library shows no {name}") from error
-        setattr(bound, name, function)
     return bound
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = [sys.executable, "-m", "pocketquant"]
+SCRIPT = [str(Path(sys.executable).with_name("pocketquant"))]
 SLOW = """
 import time
 from pocketquant.cli import watching, main
@@ -126,11 +127,12 @@ def test_a_second_interrupt_ends_at_once() -> None:
     assert b"Traceback" not in talk
 
 
+@pytest.mark.parametrize("command", [COMMAND, SCRIPT], ids=["module", "script"])
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_is_ignored_from_outside_stays_so(number: signal.Signals, gguf: Path) -> None:
+def test_a_signal_that_is_ignored_from_outside_stays_so(number: signal.Signals, command: list[str], gguf: Path) -> None:
     script = f"trap '' {number.name.removeprefix('SIG')}; exec \"$@\""
     process = subprocess.Popen(
-        ["sh", "-c", script, "sh", *COMMAND, "inspect", str(gguf), "--json"],
+        ["sh", "-c", script, "sh", *command, "inspect", str(gguf), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
