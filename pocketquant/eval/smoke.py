@@ -22,6 +22,7 @@ from pocketquant.eval.report import FileIdentity, identify_model, list_versions
 from pocketquant.eval.tasks import Progress, chat_renderer, context_of
 from pocketquant.files import states_of
 from pocketquant.llama.branches import open_branches
+from pocketquant.llama.library import check_loadable
 from pocketquant.unchanged import check_unchanged
 
 SCHEMA = "pocketquant.smoke/1"
@@ -131,8 +132,10 @@ def compare_smoke(
 
     answers = []
     versions: Mapping[str, str] = {}
-    for path in (model, reference):
-        render = chat_renderer(path)
+    for path in (model, reference):  # both before the first one has answered everything
+        check_loadable(path)
+    renders = [(path, chat_renderer(path)) for path in (model, reference)]
+    for path, render in renders:
         texts = [render([{"role": "user", "content": prompt.text}], True) for prompt in prompts]
         room = context_of(path)
         with open_branches(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:

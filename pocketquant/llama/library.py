@@ -21,6 +21,7 @@ from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
 from pocketquant.llama.callbacks import Callback, calling, load_progress
 from pocketquant.model import Value
+from pocketquant.small_files import refuse_other
 
 _LOG_LINES = 8
 _KEPT_LEVELS = (3, 4)
@@ -112,6 +113,7 @@ def check_loadable(path: Path, *, has_mtp: bool = False) -> None:
             twice in the vocabulary.
         SourceError: a broken file.
     """
+    refuse_other(path, EvalError)
     if not path.is_file():
         raise EvalError(f"{path}: no such file; give the path of a GGUF")
     shards = read_shards(path)

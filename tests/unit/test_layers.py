@@ -17,7 +17,7 @@ LAYERS = [
     {"formats"},
     {"model"},
     {"architectures"},
-    {"interrupts", "leftovers", "small_files"},
+    {"interrupts", "leftovers", "small_files", "json_kinds"},
     {"files"},
     {"gguf_values", "gguf_tensors"},
     {"gguf_file"},
