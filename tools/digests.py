@@ -1,6 +1,6 @@
 """Makes twenty files from the checkpoint that comes with the package, and prints the SHA-256 of each.
 
-Run before and after a change that must not alter a byte: `python tools/digests.py > before.txt`, then compare. Matrices
+Run before and after a change that must not alter a byte: `PYTHONPATH=. python tools/digests.py > before.txt`. Matrices
 and statistics depend on llama.cpp's kernels, so both lists must come from one machine.
 """
 
@@ -15,7 +15,18 @@ from pathlib import Path
 
 from pocketquant.demo import checkpoint_dir, text_path
 
-RECIPES = ("pocket_4bit", "pocket_5bit", "pocket_8bit", "q4_k_m", "q4_k_s", "q5_k_m", "iq4_xs", "iq4_nl", "q6_k", "q4_0")
+RECIPES = (
+    "pocket_4bit",
+    "pocket_5bit",
+    "pocket_8bit",
+    "q4_k_m",
+    "q4_k_s",
+    "q5_k_m",
+    "iq4_xs",
+    "iq4_nl",
+    "q6_k",
+    "q4_0",
+)
 
 
 def commands(folder: Path) -> Iterator[tuple[str, list[str | Path]]]:

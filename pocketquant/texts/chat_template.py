@@ -33,7 +33,7 @@ _KEY = "tokenizer.chat_template"
 _START = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from pocketquant import chat_template
+from pocketquant.texts import chat_template
 chat_template._serve()
 """
 

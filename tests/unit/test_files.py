@@ -232,7 +232,7 @@ def test_check_target_follows_links(tmp_path: Path) -> None:
 HOLDING = """
 import sys
 from pathlib import Path
-from pocketquant.files import replacing
+from pocketquant.files.replacing import replacing
 with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("holding", flush=True)
