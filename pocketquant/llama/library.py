@@ -16,12 +16,12 @@ from typing import Any
 from pocketquant.activity import doing, say_last
 from pocketquant.errors import EvalError, SourceError, listing
 from pocketquant.extras import install_command
-from pocketquant.gguf_file import OTHER_KINDS, GgufHeader, read_shards
+from pocketquant.files.small import refuse_other
+from pocketquant.gguf_file.reading import OTHER_KINDS, GgufHeader, read_shards
 from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
 from pocketquant.llama.callbacks import Callback, calling, load_progress
 from pocketquant.model import Value
-from pocketquant.small_files import refuse_other
 
 _LOG_LINES = 8
 _KEPT_LEVELS = (3, 4)

@@ -18,11 +18,11 @@ from pocketquant.convert.adapter import open_adapter
 from pocketquant.convert.sources import open_model
 from pocketquant.errors import OutputError, PocketquantError, RecipeError, SourceError
 from pocketquant.escaping import as_lines, note_name
-from pocketquant.files import hidden_beside, refuse_overwriting, replacing
-from pocketquant.leftovers import hidden_name, hidden_prefix, holding, work_folder
+from pocketquant.files.leftovers import hidden_name, hidden_prefix, holding, work_folder
+from pocketquant.files.replacing import hidden_beside, refuse_overwriting, replacing
+from pocketquant.files.small import read_bytes
 from pocketquant.llama.library import check_loadable
 from pocketquant.quant.recipe_text import open_recipe
-from pocketquant.small_files import read_bytes
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 

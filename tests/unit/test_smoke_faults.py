@@ -10,7 +10,7 @@ from checkpoint_maker import make_checkpoint, mtp_weights_for, text_config, weig
 import pocketquant
 from pocketquant.convert.checkpoint import open_mtp
 from pocketquant.errors import EvalError
-from pocketquant.eval.smoke import (
+from pocketquant.eval.tasks.smoke import (
     FAULTS,
     PROMPTS,
     Prompt,
