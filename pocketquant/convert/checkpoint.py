@@ -24,6 +24,7 @@ from pocketquant.convert.folder import (
     note_passed_over,
     refuse_versions,
 )
+from pocketquant.convert.kinds import read_config
 from pocketquant.convert.mapping import is_tied, map_tensors
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.mlx import refuse_mlx_quantized, undo_mlx_layout
@@ -76,7 +77,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     snapshot = source if isinstance(source, Snapshot) else local_snapshot(Path(source))
     folder = snapshot.folder
     _refuse_adapter_inside(snapshot, adapter)
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     refuse_versions(folder / "config.json", config.get("configuration_files"), "config")
     text_config = config.get("text_config", config)
     if not isinstance(text_config, dict):
