@@ -173,6 +173,7 @@ def compare(
         vocabulary = model_run.vocabulary
     identities = [identify(each.path) for each in texts]
     has_chat = any(each.is_chat for each in texts)
+    pack = describe_reference(reference)
     provenance = Provenance(
         model=identify_model(model),
         reference=identify_reference(reference),
@@ -187,9 +188,9 @@ def compare(
         versions=versions,
         like=like,
         chat_templates=_describe_templates(model, reference) if has_chat else None,
-        reference_pack=describe_reference(reference),
+        reference_pack=pack,
         model_metadata=digest_metadata(Path(model)),
-        reference_quantized=describe_quantized(Path(reference)) or None,
+        reference_quantized=(pack or {}).get("quantized") or describe_quantized(Path(reference)) or None,
     )
     check_unchanged(files)
     every = np.concatenate(scored)

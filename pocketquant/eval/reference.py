@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.packs.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.packs.pack_error import FloorMeter
 from pocketquant.eval.packs.replay import open_pack
@@ -197,6 +198,7 @@ def make_reference(
                 top=top,
                 floor=floor,
                 versions=list_versions() | dict(run.runtime.versions),
+                quantized=describe_quantized(Path(model)),
             )
             writer.finish(header)
             check_unchanged(files)
@@ -232,6 +234,7 @@ def describe_reference(path: str | Path) -> dict[str, Any] | None:
         "is_lower_bound": header.kind == "top",
         "model": asdict(header.model),
         "versions": dict(header.versions),
+        **({"quantized": header.quantized} if header.quantized else {}),
     }
 
 
