@@ -34,26 +34,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from quality_peer import SIZES, importance_of, quantize_peer
 
+from pocketquant.calibration.importance import Importance
+from pocketquant.calibration.statistics import Statistics, open_statistics
+from pocketquant.calibration.statistics_run import calibrate, cut_texts
+from pocketquant.calibration.statistics_writing import merge_statistics
 from pocketquant.convert.sources import open_model
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import EvalError
 from pocketquant.eval.compare import compare
-from pocketquant.eval.corpus import Text
-from pocketquant.files import sha256_of
-from pocketquant.gguf_file import open_gguf
+from pocketquant.files.reading import sha256_of
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.writing import write
 from pocketquant.model import Model, Plan
-from pocketquant.pipeline import write
 from pocketquant.quant import open_recipe, plan
 from pocketquant.quant.allocation import Target, plan_to_target
-from pocketquant.quant.calibrating import calibrate, cut_texts
-from pocketquant.quant.importance import Importance
 from pocketquant.quant.loss_table import LossTable, read_figures, write_losses
 from pocketquant.quant.prediction import predict_losses
 from pocketquant.quant.rounding.encoding import STEPS, rounding_metadata, with_rounding
 from pocketquant.quant.rounding.rows import Rounding
 from pocketquant.quant.sensitivity import Sensitivity
-from pocketquant.quant.statistics import Statistics, open_statistics
-from pocketquant.quant.statistics_writing import merge_statistics
+from pocketquant.texts.corpus import Text
 
 RECIPES = {"IQ4_XS": "iq4_xs", "Q4_K_S": "q4_k_s", "Q4_K_M": "q4_k_m", "Q5_K_M": "q5_k_m", "Q6_K": "q6_k"}
 
@@ -212,7 +212,7 @@ def write_rows(bench: Bench, rows: Sequence[Row], out: Path) -> None:
 
 def sample_more(bench: Bench, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
     """The model's own windows for tuning, made once; None for none."""
-    from pocketquant.quant.tuning import go_on
+    from pocketquant.tuning.tune import go_on
 
     path = bench.folder / f"sampled {bench.sampled}.npy"
     if bench.sampled and not path.exists():
@@ -222,7 +222,7 @@ def sample_more(bench: Bench, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.
 
 def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
     """The file with curvature on both sides, tuned on the calibration texts and the model's own; made once."""
-    from pocketquant.quant.tuning import sampled_text, tune_file, tuning_bytes
+    from pocketquant.tuning.tune import sampled_text, tune_file, tuning_bytes
 
     path = bench.folder / f"{name.replace(' ', '_').replace(',', '')}.gguf"
     if not path.exists():
@@ -367,7 +367,7 @@ def without_this_model(model: Model, out: Path) -> Path | None:
 
 def has_torch() -> bool:
     """Whether gradients can be computed here; says why not."""
-    from pocketquant.quant.torch_layers import require_torch
+    from pocketquant.calibration.torch_layers import require_torch
 
     try:
         require_torch()
@@ -382,7 +382,7 @@ def make_statistics(reference: Path, texts: Sequence[Path], out: Path, context: 
     if not has_torch():
         calibrate(reference, [str(text) for text in texts], out, context=context)
         return
-    from pocketquant.quant.curvature import collect_curvature
+    from pocketquant.calibration.fisher import collect_curvature
 
     inputs, gradients = out.with_suffix(".inputs"), out.with_suffix(".gradients")
     windows, read = cut_texts(reference, [str(text) for text in texts], context, None, None, 0, 0)

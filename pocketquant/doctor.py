@@ -21,8 +21,8 @@ from pathlib import Path
 from pocketquant import __version__
 from pocketquant.errors import PocketquantError
 from pocketquant.extras import install_command
-from pocketquant.files import usable_threads
 from pocketquant.llama import trial
+from pocketquant.machine import usable_threads
 
 OK, REMARK, FAILED = "ok", "remark", "fail"
 

@@ -144,7 +144,7 @@ def _can_be_written(folder: str) -> bool:
 
 
 def _say_interrupted(*, is_json: bool) -> int:
-    from pocketquant.interrupts import files_in_place, resume_hint
+    from pocketquant.files.interrupts import files_in_place, resume_hint
 
     done = files_in_place()
     said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED

@@ -76,9 +76,9 @@ def make(
     quiet: Quiet = False,
 ) -> None:
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
-    from pocketquant.eval.texts import read_texts
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.make import (
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.gguf_file.shards import parse_size
+    from pocketquant.release.make import (
         DEFAULT_RECIPES,
         Bars,
         calibration_text,
@@ -87,7 +87,7 @@ def make(
         plan_release,
         to_markdown,
     )
-    from pocketquant.splits import parse_size
+    from pocketquant.texts.embedded import read_texts
 
     if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
         raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")

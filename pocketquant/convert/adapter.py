@@ -22,8 +22,8 @@ from typing import Any
 from pocketquant.convert.adapter_whole import sort_whole
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
-from pocketquant.small_files import is_present, read_object
-from pocketquant.unchanged import FileState, state_of
+from pocketquant.files.small import is_present, read_object
+from pocketquant.files.unchanged import FileState, state_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"} | {

@@ -9,9 +9,9 @@ from pathlib import Path
 from pocketquant.convert.folder import INDEX, SINGLE, list_entries
 from pocketquant.convert.safetensors import LocalFile, RangeFile
 from pocketquant.errors import SourceError
-from pocketquant.files import checkpoint_states
-from pocketquant.small_files import is_present, kind_of, read_object
-from pocketquant.unchanged import FileState, state_of
+from pocketquant.files.reading import checkpoint_states
+from pocketquant.files.small import is_present, kind_of, read_object
+from pocketquant.files.unchanged import FileState, state_of
 
 
 @dataclass(frozen=True)

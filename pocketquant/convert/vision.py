@@ -26,9 +26,9 @@ from pocketquant.convert.safetensors import CheckpointTensor, RangeFile
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.tensor_table import choose_weights, read_tensor_table
 from pocketquant.errors import ArchitectureError, SourceError, listing
-from pocketquant.gguf_file import is_gguf
+from pocketquant.files.small import is_present, kind_of, read_object
+from pocketquant.gguf_file.reading import is_gguf
 from pocketquant.model import Model, Tensor, Value
-from pocketquant.small_files import is_present, kind_of, read_object
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.conversations import render_chat
-from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
-from pocketquant.eval.floor import FloorMeter
-from pocketquant.eval.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
-from pocketquant.eval.replay import open_pack
-from pocketquant.eval.report import FileIdentity, identify, identify_model, list_versions
-from pocketquant.eval.states import (
+from pocketquant.eval.packs.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
+from pocketquant.eval.packs.pack_error import FloorMeter
+from pocketquant.eval.packs.replay import open_pack
+from pocketquant.eval.packs.states import (
     Head,
     StateCatcher,
     codings_for,
@@ -32,13 +29,18 @@ from pocketquant.eval.states import (
     measure_codings,
     row_bytes,
 )
-from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
-from pocketquant.files import replacing, states_of
+from pocketquant.eval.packs.top_k import check_top, decode_top, encode_top, row_dtype
+from pocketquant.extras import list_versions
+from pocketquant.files.reading import states_of
+from pocketquant.files.replacing import replacing
+from pocketquant.files.unchanged import check_unchanged
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.identity import FileIdentity, identify, identify_model
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.unchanged import check_unchanged
+from pocketquant.texts.conversations import render_chat
+from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""

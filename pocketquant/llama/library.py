@@ -16,7 +16,7 @@ from typing import Any
 from pocketquant.activity import doing, say_last
 from pocketquant.errors import EvalError, SourceError, listing
 from pocketquant.extras import install_command
-from pocketquant.gguf_file import OTHER_KINDS, GgufHeader, read_shards
+from pocketquant.gguf_file.reading import OTHER_KINDS, GgufHeader, read_shards
 from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
 from pocketquant.llama.callbacks import Callback, calling, load_progress

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from pocketquant.calibration.importance import Importance
 from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Plan, Role, Tensor, Value, padded
-from pocketquant.quant.importance import Importance
 from pocketquant.quant.knapsack import MOST_LOSS, select
 from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.planning import plan

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import EvalError, RecipeError
-from pocketquant.files import replacing, sha256_of
+from pocketquant.files.reading import sha256_of
+from pocketquant.files.replacing import replacing
+from pocketquant.files.small import read_object
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_unfused, read_header
+from pocketquant.gguf_file.opening import open_unfused
+from pocketquant.gguf_file.reading import read_header
+from pocketquant.gguf_file.writing import CHUNK_WEIGHTS, naming_overflow
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.pipeline import CHUNK_WEIGHTS, naming_overflow
 from pocketquant.quant.loss_table import LossTable
-from pocketquant.small_files import read_object
 
 PROBE = "Q3_K"
 """Large enough an error to stand out of the noise, small enough for errors to add up."""

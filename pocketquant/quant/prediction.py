@@ -24,17 +24,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pocketquant.calibration.statistics import HEAD, HeadStatistics, Statistics, check_statistics
 from pocketquant.formats import FORMATS, F32Array
+from pocketquant.formats.activations import FINE_FORMATS
+from pocketquant.gguf_file.writing import encode_rows
 from pocketquant.model import Model, Role, RowEncoder, Tensor
-from pocketquant.pipeline import encode_rows
-from pocketquant.quant.activations import FINE_FORMATS
 from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding
 from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
-from pocketquant.quant.statistics import HEAD, HeadStatistics, Statistics, check_statistics
 
 PREDICTED = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 """Formats that a table has figures for; F16 and the like lose nothing that counts."""

@@ -43,9 +43,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import RecipeError, listing
+from pocketquant.files.small import is_present, parse_toml, read_text
 from pocketquant.formats import FORMATS, QuantFormat
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.small_files import is_present, parse_toml, read_text
 
 MAX_RECIPE_BYTES = 65536
 """A recipe file larger than this is refused unread."""

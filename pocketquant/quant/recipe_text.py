@@ -12,7 +12,8 @@ from typing import Any
 
 from pocketquant.errors import RecipeError, listing
 from pocketquant.formats import FORMATS, QuantFormat
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Model, Role, Value
 from pocketquant.quant.recipe import Recipe, Rule, choose_formats, open_named_recipe
 

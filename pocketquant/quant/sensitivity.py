@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import RecipeError, listing
+from pocketquant.files.small import parse_toml, read_text
 from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.small_files import parse_toml, read_text
 
 MAX_TABLE_BYTES = 1 << 20
 """A table larger than this is refused unread."""

@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 
 from pocketquant.demo import text_path
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.loss_table import read_figures
 from pocketquant.quant.sensitivity import Sensitivity
 

@@ -14,7 +14,7 @@ import pytest
 
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import OutputError
-from pocketquant.leftovers import holding, work_folder
+from pocketquant.files.leftovers import holding, work_folder
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and locks are POSIX's")
@@ -69,7 +69,7 @@ def test_imatrix_keeps_the_old_matrix_and_what_is_done(
     run(*arguments)
     whole = out.read_bytes()
     out.write_bytes(b"good")
-    run_until("pocketquant.quant.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
+    run_until("pocketquant.llama.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
     assert out.read_bytes() == b"good"
     assert names(tmp_path) == [".m.gguf.unfinished", "m.gguf"]
     run(*arguments, "--resume")
@@ -86,8 +86,8 @@ def test_no_half_of_a_run_is_taken_for_a_whole(
     out, model = tmp_path / "out", demo_gguf("f32")
     out.write_bytes(b"good")
     callback, call = {
-        "reference": ("pocketquant.eval.states:StateCatcher.see", 100),
-        "calibrate": ("pocketquant.quant.moments:MomentSums.add", 40),
+        "reference": ("pocketquant.eval.packs.states:StateCatcher.see", 100),
+        "calibrate": ("pocketquant.calibration.hessian:MomentSums.add", 40),
     }[command]
     result = run_until(callback, call, number, command, model, "--text", TEXT, *SMALL, "--out", out)
     assert "interrupted" in result.stderr
@@ -99,7 +99,7 @@ def test_a_killed_run_leaves_no_model_for_good(tmp_path: Path) -> None:
     out = tmp_path / "m.stats"
     arguments = ["calibrate", checkpoint_dir(), "--text", TEXT, *SMALL, "--out", out]
     # with --debug there is no second process that would tidy up after the first
-    run_until("pocketquant.quant.moments:MomentSums.add", 40, signal.SIGKILL, *arguments, "--debug", code=-9)
+    run_until("pocketquant.calibration.hessian:MomentSums.add", 40, signal.SIGKILL, *arguments, "--debug", code=-9)
     assert len(list(tmp_path.glob(".m.stats.????????/source.gguf"))) == 1
     run(*arguments)
     assert names(tmp_path) == ["m.stats"]
@@ -109,7 +109,7 @@ def test_make_goes_on_with_what_is_finished(tmp_path: Path) -> None:
     """Interrupted when the first of two files is measured: it and the matrix stay, and all bytes are the same."""
     arguments = ["make", checkpoint_dir(), "--calibrate-chunks", 4, *SMALL, "--out"]
     run(*arguments, tmp_path / "whole")
-    run_until("pocketquant.finished:Finished.keep", 3, signal.SIGINT, *arguments, tmp_path / "out")
+    run_until("pocketquant.files.finished:Finished.keep", 3, signal.SIGINT, *arguments, tmp_path / "out")
     assert names(tmp_path / "out") == [".making"]
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/.making").glob("*.gguf")}
     assert sorted(kept) == ["pocket-demo-3.8M-POCKET_4BIT.gguf", "pocket-demo-3.8M-imatrix.gguf"]
@@ -124,7 +124,7 @@ def test_make_goes_on_with_what_is_finished(tmp_path: Path) -> None:
 
 def test_make_takes_nothing_up_that_was_made_otherwise(tmp_path: Path) -> None:
     arguments = ["make", checkpoint_dir(), "--recipe", "q8_0", "--imatrix", "none", *SMALL]
-    run_until("pocketquant.measure:write_reports", 1, signal.SIGINT, *arguments, "--out", tmp_path / "out")
+    run_until("pocketquant.release.measuring:write_reports", 1, signal.SIGINT, *arguments, "--out", tmp_path / "out")
     (file,) = (tmp_path / "out/.making").glob("*.gguf")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -14,17 +14,17 @@ from checkpoint_maker import make_checkpoint, moe_config
 from moe_checkpoint import golden_weights
 
 from pocketquant import open_model, open_recipe, plan, write
+from pocketquant.calibration.statistics import Statistics, open_statistics
 from pocketquant.demo import text_path
 from pocketquant.formats import F32Array
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Tensor
 from pocketquant.quant.rounding import losses, prepare
-from pocketquant.quant.statistics import Statistics, open_statistics
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.calibration.statistics_run import calibrate
 from pocketquant.eval import compare
-from pocketquant.quant.calibrating import calibrate
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 N_EXPERT, UNSEEN = moe_config()["num_experts"], 4

@@ -14,15 +14,15 @@ from moe_checkpoint import golden_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import text_path
-from pocketquant.gguf_file import GgufTensor, read_header
+from pocketquant.gguf_file.reading import GgufTensor, read_header
 from pocketquant.quant.rounding.layouts import layout_of
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.calibration.statistics_run import cut_texts
 from pocketquant.eval import compare
-from pocketquant.eval.corpus import Text
-from pocketquant.quant.calibrating import cut_texts
-from pocketquant.quant.tuning import KEY, go_on
+from pocketquant.texts.corpus import Text
+from pocketquant.tuning.tune import KEY, go_on
 
 WATCHED = {
     "dense": ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta"),

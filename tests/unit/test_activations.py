@@ -7,10 +7,10 @@ import numpy.typing as npt
 import pytest
 from rounded_inputs import rounding_errors
 
+from pocketquant.calibration.hessian import MomentSums, Share
 from pocketquant.formats import FORMATS
-from pocketquant.quant.activations import COARSE, FINE, FINE_FORMATS, add_rounding_errors
-from pocketquant.quant.moments import MomentSums, Share
-from pocketquant.quant.observing import Product
+from pocketquant.formats.activations import COARSE, FINE, FINE_FORMATS, add_rounding_errors
+from pocketquant.llama.observing import Product
 
 F32Array = npt.NDArray[np.float32]
 

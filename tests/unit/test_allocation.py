@@ -13,8 +13,8 @@ from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B, D
 
 from pocketquant.errors import ArchitectureError, RecipeError, SourceError
 from pocketquant.formats import FORMATS
+from pocketquant.gguf_file.writing import write
 from pocketquant.model import Model, Role, Tensor, padded
-from pocketquant.pipeline import write
 from pocketquant.quant import (
     Importance,
     Target,

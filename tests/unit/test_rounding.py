@@ -14,9 +14,11 @@ import pytest
 from statistics_maker import make_statistics
 
 from pocketquant import open_model, open_recipe, plan, write
+from pocketquant.calibration.statistics import COUNT, INPUT, OUTPUT, ROUNDING, Text, fingerprint, open_statistics
+from pocketquant.calibration.statistics_writing import About, triangles, write_statistics
 from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS, F32Array
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Role
 from pocketquant.quant.rounding import (
     DEFAULT,
@@ -30,14 +32,12 @@ from pocketquant.quant.rounding import (
     round_rows,
     two_sided_loss,
 )
+from pocketquant.quant.rounding.cholesky import restore, take_root
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.kept import bytes_of, keep
 from pocketquant.quant.rounding.layouts import Scales, layout_of
-from pocketquant.quant.rounding.product import subtract_product
-from pocketquant.quant.rounding.root import restore, take_root
+from pocketquant.quant.rounding.matmul import subtract_product
 from pocketquant.quant.rounding.state import grid_of, line_of, new_state, set_scales
-from pocketquant.quant.statistics import COUNT, INPUT, OUTPUT, ROUNDING, Text, fingerprint, open_statistics
-from pocketquant.quant.statistics_writing import About, triangles, write_statistics
 
 BLOCK_FORMATS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",

@@ -15,25 +15,26 @@ from report_maker import make_evaluation
 from vision_maker import make_vision_checkpoint
 
 from pocketquant import open_model
+from pocketquant.calibration.statistics import open_statistics
 from pocketquant.convert.sources import find_repository, names_gguf, open_parts
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import ArchitectureError, EvalError, PocketquantError, RecipeError, SourceError
-from pocketquant.eval.corpus import read_text
-from pocketquant.eval.gate import decide, read_report
-from pocketquant.eval.html import read_sheet
-from pocketquant.eval.limits import Limits, read_limits
-from pocketquant.eval.pack import read_pack
-from pocketquant.eval.report import identify
-from pocketquant.files import sha256_of
-from pocketquant.gguf_file import encode_header, is_gguf, read_header
-from pocketquant.gguf_values import find_problem
+from pocketquant.eval.gate.decide import decide, read_report
+from pocketquant.eval.gate.limits import Limits, read_limits
+from pocketquant.eval.packs.pack import read_pack
+from pocketquant.eval.report.html import read_sheet
+from pocketquant.files.reading import sha256_of
+from pocketquant.files.small import is_present, kind_of, parse_json, parse_toml, read_json
+from pocketquant.gguf_file.header import encode_header
+from pocketquant.gguf_file.identity import identify
+from pocketquant.gguf_file.reading import is_gguf, read_header
+from pocketquant.gguf_file.values import find_problem
 from pocketquant.llama.vision import check_image
 from pocketquant.model import Value
 from pocketquant.quant import read_importance
 from pocketquant.quant.loss_table import read_figures
 from pocketquant.quant.recipe_text import open_recipe
-from pocketquant.quant.statistics import open_statistics
-from pocketquant.small_files import is_present, kind_of, parse_json, parse_toml, read_json
+from pocketquant.texts.corpus import read_text
 
 DIGITS = "9" * 5000
 READERS: list[Callable[[Path], Any]] = [
@@ -338,7 +339,7 @@ def test_a_report_with_half_a_surrogate_pair(tmp_path: Path) -> None:
 
 
 def test_a_report_with_numbers_that_no_axis_has(tmp_path: Path) -> None:
-    from pocketquant.eval.html import to_html
+    from pocketquant.eval.report.html import to_html
 
     for kld in (1e-320, 1e308):
         (tmp_path / "r.json").write_text(json.dumps(make_evaluation("Tiny", kld=kld)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pocketquant.eval.smoke import FAULTS, PROMPTS, Prompt, find_faults, has_loop, is_json, wrong_script_share
+from pocketquant.eval.tasks.smoke import FAULTS, PROMPTS, Prompt, find_faults, has_loop, is_json, wrong_script_share
 
 ASKED = Prompt("What is a quokka?")
 JSON = Prompt("Answer in JSON.", is_json=True)

@@ -11,8 +11,8 @@ matrix.py     by inputs and outputs
 encoding.py   for the tensors of a plan, by statistics
 """
 
-from pocketquant.quant.rounding.matrix import round_matrix, two_sided_loss
 from pocketquant.quant.rounding.prepared import Prepared, losses, prepare
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
+from pocketquant.quant.rounding.two_sided import round_matrix, two_sided_loss
 
 __all__ = ["DEFAULT", "Prepared", "Rounding", "losses", "prepare", "round_matrix", "round_rows", "two_sided_loss"]

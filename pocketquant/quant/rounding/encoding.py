@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from pocketquant.calibration.statistics import COUNT, EMBED_OUTPUT, HEAD, INPUT, OUTPUT, Statistics, check_statistics
 from pocketquant.errors import RecipeError
 from pocketquant.formats import F32Array, QuantFormat, U8Array
-from pocketquant.gguf_file import encode_header
+from pocketquant.gguf_file.header import encode_header
+from pocketquant.gguf_file.writing import encode_rows, naming_overflow
 from pocketquant.model import Model, Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
-from pocketquant.pipeline import encode_rows, naming_overflow
 from pocketquant.quant.rounding.kept import ROOM, alone, bytes_of, keep
 from pocketquant.quant.rounding.layouts import layout_of
-from pocketquant.quant.rounding.matrix import round_matrix
 from pocketquant.quant.rounding.prepared import F64Array, Prepared, prepare
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
-from pocketquant.quant.statistics import COUNT, EMBED_OUTPUT, HEAD, INPUT, OUTPUT, Statistics, check_statistics
+from pocketquant.quant.rounding.two_sided import round_matrix
 
 STEPS = {
     "search": Rounding(feedback=False, sweeps=0, two_sided=False),

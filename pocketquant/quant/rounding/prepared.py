@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.formats import F32Array
-from pocketquant.quant.rounding.product import add_squares, subtract_product
-from pocketquant.quant.rounding.root import restore, take_apart, take_root
+from pocketquant.quant.rounding.cholesky import restore, take_apart, take_root
+from pocketquant.quant.rounding.matmul import add_squares, subtract_product
 
 F64Array = npt.NDArray[np.float64]
 DAMPING = 0.01

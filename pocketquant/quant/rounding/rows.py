@@ -10,8 +10,8 @@ from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.quant.rounding.descent import descend
 from pocketquant.quant.rounding.feedback import feed_back
 from pocketquant.quant.rounding.layouts import Layout, layout_of
+from pocketquant.quant.rounding.matmul import subtract_product
 from pocketquant.quant.rounding.prepared import DAMPING, WINDOW, F64Array, Prepared, losses
-from pocketquant.quant.rounding.product import subtract_product
 from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack, rows_of, set_scales
 
 
