@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketquant.eval.html import svg
+from pocketquant.eval.report.html import svg
 
 ROOT = Path(__file__).parent.parent
 ROWS, PICTURE = ROOT / "benchmarks/quality.csv", ROOT / "docs/quality.svg"
