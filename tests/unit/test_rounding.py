@@ -37,7 +37,7 @@ from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.kept import bytes_of, keep
 from pocketquant.quant.rounding.layouts import Scales, layout_of
 from pocketquant.quant.rounding.matmul import subtract_product
-from pocketquant.quant.rounding.state import grid_of, line_of, new_state, set_scales
+from pocketquant.quant.rounding.state import grid_of, new_state, scale_and_offset, set_scales
 
 BLOCK_FORMATS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
@@ -75,20 +75,20 @@ def test_packed_codes_and_scales_decode_to_the_values_they_stand_for(name: str) 
     assert layout is not None
     n, k = 3, 512
     codes = rng.integers(0, len(layout.levels), (n, k)).astype(np.uint8)
-    parts, blocks = (n, k // layout.part_len), (n, k // layout.block_len)
-    high = 1 if layout.unit_of_offset and not layout.has_parts else layout.offset_high
-    offset = rng.integers(min(high, 1) if not layout.has_parts else 0, high + 1, parts).astype(np.int16)
+    parts, blocks = (n, k // layout.sub_block_len), (n, k // layout.block_len)
+    high = 1 if layout.dmin_field and not layout.has_sub_blocks else layout.offset_high
+    offset = rng.integers(min(high, 1) if not layout.has_sub_blocks else 0, high + 1, parts).astype(np.int16)
     scale = rng.integers(layout.scale_low, layout.scale_high + 1, parts).astype(np.int16)
     units = rng.normal(0, 1e-3, (2, *blocks)).astype(np.float16).view(np.uint16)
-    units[1] *= bool(layout.unit_of_offset)
+    units[1] *= bool(layout.dmin_field)
     scales = Scales(scale, offset, units[0], units[1])
     data = layout.pack(codes, scales)
     for written, read in zip(scales, layout.scales(data), strict=True):
         assert np.array_equal(written, read)
     state = new_state(np.ones((n, k), np.float32), layout)
     set_scales(state, layout, 0, scales)
-    lines = [[line_of(grid_of(layout), state, row, part) for part in range(parts[1])] for row in range(n)]
-    line = np.repeat(np.array(lines, np.float32) / state.shrink[:, None, None], layout.part_len, axis=1)
+    lines = [[scale_and_offset(grid_of(layout), state, row, part) for part in range(parts[1])] for row in range(n)]
+    line = np.repeat(np.array(lines, np.float32) / state.shrink[:, None, None], layout.sub_block_len, axis=1)
     expected = line[..., 0] * layout.levels[codes] + line[..., 1]
     assert np.array_equal(FORMATS[name].decode(data, k), expected)
 

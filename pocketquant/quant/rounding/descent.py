@@ -34,7 +34,7 @@ from pocketquant.formats.lanes import (
     where_less,
 )
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.state import Grid, State, line_of, nearest_code
+from pocketquant.quant.rounding.state import Grid, State, nearest_code, scale_and_offset
 
 _F32 = np.float32
 _TINY = _F32(1e-36)
@@ -90,12 +90,12 @@ def move_codes(g: Grid, s: State, row: int, start: int, r: F32Array, h: F32Array
     """One pass over a window's codes; whether any moved."""
     length, moved = len(r), False
     values, codes = s.values[row], s.codes[row]
-    for first in range(0, length, g.part_len):
-        scale, offset = line_of(g, s, row, (start + first) // g.part_len)
+    for first in range(0, length, g.sub_block_len):
+        scale, offset = scale_and_offset(g, s, row, (start + first) // g.sub_block_len)
         if not abs(scale) > _TINY:
             continue
         inverse = _F32(1.0) / scale
-        for j in range(first, first + g.part_len):
+        for j in range(first, first + g.sub_block_len):
             old = values[start + j]
             best = old - r[j] * per_h[j]
             code = nearest_code(g, (best - offset) * inverse)
@@ -114,11 +114,11 @@ def _set_lines(g: Grid, s: State, row: int, part: int, block: int, mean: np.floa
     """Fills `lines` and `integers` with the lines that compete."""
     shrink = s.shrink[row]
     d, dmin = f16_value(s.d[row, block]) * shrink, f16_value(s.dmin[row, block]) * shrink
-    scale, offset = line_of(g, s, row, part)
-    has_offset = g.sign != 0.0 and (dmin != 0.0 or not g.has_parts)
+    scale, offset = scale_and_offset(g, s, row, part)
+    has_offset = g.sign != 0.0 and (dmin != 0.0 or not g.has_sub_blocks)
     for k in range(16):
         first, second, new_scale, new_offset = _F32(0.0), _F32(0.0), scale, offset
-        if g.has_parts:
+        if g.has_sub_blocks:
             first = _F32(s.scale[row, part]) + (_SCALE_STEPS[k] if has_offset else _SYMMETRIC_STEPS[k])
             first = min(max(first, _F32(g.scale_low)), _F32(g.scale_high))
             new_scale = d * first
@@ -143,10 +143,10 @@ def move_line(
     g: Grid, s: State, row: int, start: int, at: int, r: F32Array, h: F32Array, per_h: F32Array, b: Room
 ) -> bool:
     """Moves scale and offset of the part `at` columns into the window, and its codes, if that pays."""
-    n, length, column = g.part_len, len(r), start + at
-    part, block = column // g.part_len, column // g.block_len
+    n, length, column = g.sub_block_len, len(r), start + at
+    part, block = column // g.sub_block_len, column // g.block_len
     codes, values = s.codes[row], s.values[row]
-    if not abs(line_of(g, s, row, part)[0]) > _TINY:
+    if not abs(scale_and_offset(g, s, row, part)[0]) > _TINY:
         return False
     for i in range(0, n, 16):
         along, flat = splat(0.0), splat(0.0)
@@ -200,7 +200,7 @@ def move_line(
     if not least < _PAYS * lane(size, k):
         return False
     best_scale, best_offset = b.lines[k], b.lines[16 + k]
-    if g.has_parts:
+    if g.has_sub_blocks:
         s.scale[row, part] = np.int16(b.integers[k])
         s.offset[row, part] = np.int16(b.integers[16 + k])
     elif k > 0:
@@ -245,7 +245,7 @@ def move_units(g: Grid, s: State, row: int, start: int, at: int, r: F32Array, h:
     if d == 0.0:
         return False
     for i in range(n):
-        b.toward[i] = _F32(s.scale[row, (column + i) // g.part_len]) * g.levels[codes[column + i]]
+        b.toward[i] = _F32(s.scale[row, (column + i) // g.sub_block_len]) * g.levels[codes[column + i]]
     _along(g, s, row, start, at, length, h, b.toward, b.along)
     r_along, aa, af, ff, r_flat = _F32(0.0), _F32(0.0), _F32(0.0), _F32(0.0), _F32(0.0)
     for i in range(n):
@@ -253,7 +253,7 @@ def move_units(g: Grid, s: State, row: int, start: int, at: int, r: F32Array, h:
         aa += b.along[i] * b.toward[i]
     if is_affine:
         for i in range(n):
-            b.toward[i] = g.sign * _F32(s.offset[row, (column + i) // g.part_len])
+            b.toward[i] = g.sign * _F32(s.offset[row, (column + i) // g.sub_block_len])
         _along(g, s, row, start, at, length, h, b.toward, b.flat)
         for i in range(n):
             r_flat += r[at + i] * b.toward[i]
@@ -289,8 +289,8 @@ def move_units(g: Grid, s: State, row: int, start: int, at: int, r: F32Array, h:
         return False
     s.d[row, block], s.dmin[row, block] = best_d, best_dmin
     for i in range(n):
-        if i % g.part_len == 0:
-            scale, offset = line_of(g, s, row, (column + i) // g.part_len)
+        if i % g.sub_block_len == 0:
+            scale, offset = scale_and_offset(g, s, row, (column + i) // g.sub_block_len)
         value = scale * g.levels[codes[column + i]] + offset
         step = value - values[column + i]
         values[column + i] = value
@@ -303,9 +303,9 @@ def move_units(g: Grid, s: State, row: int, start: int, at: int, r: F32Array, h:
 def descend_row(g: Grid, s: State, row: int, start: int, r: F32Array, h: F32Array, per_h: F32Array, b: Room) -> None:
     """All moves in one window of one row; brings values, errors and r f32[length] up to date."""
     length = len(r)
-    for at in range(0, length, g.part_len):
+    for at in range(0, length, g.sub_block_len):
         move_line(g, s, row, start, at, r, h, per_h, b)
-    if g.has_parts or g.sign != 0.0:
+    if g.has_sub_blocks or g.sign != 0.0:
         for at in range(0, length, g.block_len):
             move_units(g, s, row, start, at, r, h, b)
     move_codes(g, s, row, start, r, h, per_h)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pocketquant.formats import F32Array
 from pocketquant.formats.lanes import load, store
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.state import Grid, State, line_of, nearest_code
+from pocketquant.quant.rounding.state import Grid, State, nearest_code, scale_and_offset
 
 _F32 = np.float32
 F64Array = npt.NDArray[np.float64]
@@ -30,10 +30,10 @@ def feed_back_row(g: Grid, s: State, want: F32Array, factor: F32Array, start: in
     """
     length = len(want)
     values, codes, weights, errors = s.values[row], s.codes[row], s.weights[row], s.errors[row]
-    for first in range(0, length, g.part_len):
-        scale, offset = line_of(g, s, row, (start + first) // g.part_len)
+    for first in range(0, length, g.sub_block_len):
+        scale, offset = scale_and_offset(g, s, row, (start + first) // g.sub_block_len)
         inverse = _F32(1.0) / scale if abs(scale) > _F32(1e-36) else _F32(0.0)
-        for j in range(first, first + g.part_len):
+        for j in range(first, first + g.sub_block_len):
             column = start + j
             code = nearest_code(g, (want[j] - offset) * inverse)
             value = scale * g.levels[code] + offset
