@@ -77,7 +77,7 @@ def predict_losses(
     Raises:
         RecipeError: the statistics are of another model.
     """
-    check_statistics(statistics, model)
+    check_statistics(statistics, model.tensors)
     tensors = [tensor for tensor in model.tensors if not tensor.keep_f32]
     options = rounding if rounding is None or use_gradients else replace(rounding, two_sided=False)
     encoders = {} if options is None else _encoders(model, statistics, options)
