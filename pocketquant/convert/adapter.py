@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.convert.adapter_whole import sort_whole
+from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
 from pocketquant.files.small import is_present, kind_of, read_object, refuse_other

@@ -27,9 +27,11 @@ from pocketquant.architectures.table import (
 from pocketquant.convert.rows import CheckpointRows, ExpertStack
 from pocketquant.convert.safetensors import CheckpointTensor
 from pocketquant.errors import ArchitectureError, listing
+from pocketquant.formats import FORMATS
 from pocketquant.model import Role, Tensor
 
-READABLE = ("BF16", "F16", "F32")
+READABLE = tuple(sorted(item.name for item in FORMATS.values() if item.is_plain))
+"""Data types of safetensors that weights are read in; their names are those of GGML's plain formats."""
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _HEAD_PREFIXES = ("", "language_model.", "model.")
 _COMPARE_WEIGHTS = 1 << 22
