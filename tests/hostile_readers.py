@@ -96,7 +96,7 @@ version: 1.5
 """
 _SMALL = {
     "README.md": _CARD,
-    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}, "pad_token": "<|endoftext|>"}',
+    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}, "pad_token": "<pad>"}',
     "added_tokens.json": '{"<think>": 260}',
     "chat_template.jinja": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
     "chat_template.json": '{"chat_template": "{{ messages[0].content }}"}',

@@ -42,7 +42,6 @@ _WITHOUT_EFFECT = {
 }
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights alone; the others subtract something from them that the adapter does not hold."""
-READABLE = ("BF16", "F16", "F32")
 _MAX_RANK = 1 << 16
 _MAX_NAME = 192
 _ALPHAS = (1e-9, 1e9)  # beyond, a scale is nothing or everything in f32

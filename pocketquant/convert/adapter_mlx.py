@@ -17,7 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pocketquant.convert.adapter import CONFIG, READABLE, Adapter, LowRank, is_scale
+from pocketquant.convert.adapter import CONFIG, Adapter, LowRank, is_scale
+from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.safetensors import ITEM_BYTES, StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
 from pocketquant.files.json_kinds import NUMBER, TEXT, WHOLE, Each, Fields, refuse_other_kinds
