@@ -38,7 +38,7 @@ class TorchRuntime:
     vocabulary = ""
 
     def __init__(self, folder: Path, context: int, threads: int | None) -> None:
-        torch, transformers = require_torch()
+        torch, transformers = require_transformers()
         self._torch, self._folder = torch, folder
         torch.set_num_threads(threads or usable_threads())
         transformers.utils.logging.disable_progress_bar()
@@ -142,7 +142,7 @@ def identify_checkpoint(folder: Path) -> FileIdentity:
     return FileIdentity(folder.resolve().name, size, hashlib.sha256("".join(lines).encode()).hexdigest())
 
 
-def require_torch() -> tuple[Any, Any]:
+def require_transformers() -> tuple[Any, Any]:
     """torch and transformers.
 
     Raises:

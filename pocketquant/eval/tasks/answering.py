@@ -20,7 +20,7 @@ import numpy as np
 
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
-from pocketquant.llama.branches import CHUNK, BranchRuntime
+from pocketquant.llama.shared_prefix import CHUNK, SharedPrefixRuntime
 
 DEFAULT_TOKENS = 256
 """Tokens that an answer may have where the task does not say; the harness's own default."""
@@ -70,7 +70,7 @@ class AnsweringModel:
 
     def __init__(
         self,
-        runtime: BranchRuntime,
+        runtime: SharedPrefixRuntime,
         *,
         render: Render | None = None,
         advance: Advance = lambda count: None,
@@ -209,7 +209,7 @@ class AnsweringModel:
         self, prompt: Sequence[int], answers: Sequence[Sequence[int]], keep: int
     ) -> list[tuple[float, bool]]:
         sums, is_greedy = [0.0] * len(answers), [True] * len(answers)
-        for which, at, rows in self._runtime.branches(prompt, answers, keep=keep):
+        for which, at, rows in self._runtime.continuations(prompt, answers, keep=keep):
             for i in range(len(answers)) if which is None else (which,):
                 tokens = answers[i][at : at + len(rows)]
                 value, is_first = self._log_probability(rows, tokens)
@@ -238,7 +238,7 @@ class AnsweringModel:
 
 
 def write_answer(
-    runtime: BranchRuntime, prompt: Sequence[int], count: int, until: Sequence[str] = (), *, keep: int = 0
+    runtime: SharedPrefixRuntime, prompt: Sequence[int], count: int, until: Sequence[str] = (), *, keep: int = 0
 ) -> tuple[str, bool]:
     """The most likely answer, without what ends it, and whether it ended by itself."""
     reach = max([32, *(len(stop.encode()) + 4 for stop in until)])  # a token is a byte at least

@@ -23,7 +23,7 @@ from pocketquant.extras import list_versions
 from pocketquant.files.reading import states_of
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import FileIdentity, identify_model
-from pocketquant.llama.branches import open_branches
+from pocketquant.llama.shared_prefix import open_shared_prefix
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256
@@ -136,7 +136,7 @@ def compare_smoke(
         render = chat_renderer(path)
         texts = [render([{"role": "user", "content": prompt.text}], True) for prompt in prompts]
         room = context_of(path)
-        with open_branches(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
+        with open_shared_prefix(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
             versions = runtime.versions
             written = []
             for prompt, text in zip(prompts, texts, strict=True):
