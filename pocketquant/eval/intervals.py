@@ -1,12 +1,12 @@
-"""Confidence intervals of shares, and of the ratio and difference of two of them, from sums over clusters.
+"""Confidence intervals of shares, and of the ratio and the difference of two shares, from sums over clusters.
 
-A share is sum(numerator) / sum(denominator): divergence per token, agreement per token, bits per byte. Its variance is
-that of the clusters' deviations from it. Where two shares were taken over the same clusters, their deviations go
-together, and the covariance, subtracted, makes their comparison far sharper than either share is known.
+A share is sum(numerator) / sum(denominator): divergence per token, agreement per token, bits per byte. Its variance
+comes from the deviations of the clusters. Two shares over the same clusters have correlated deviations, and subtracting
+their covariance makes the comparison of the two far more precise than either share is.
 
-The ratio's interval is Fieller's: a bound L lies outside it exactly where a - L b is significantly different from zero,
-so no variance of a quotient has to be guessed. Quantiles are Student's t at the number of clusters - 1, because the
-tails that a gate looks at are where the normal distribution is too thin.
+The interval of a ratio is Fieller's: a bound L lies outside it exactly if a - L b differs significantly from zero, so
+no variance of a quotient has to be approximated. Quantiles are those of Student's t with the number of clusters - 1
+degrees of freedom, because the normal distribution is too thin in the tails that a gate looks at.
 
 Source: E. C. Fieller, Some Problems in Interval Estimation (1954); W. G. Cochran, Sampling Techniques (1977), ch. 6.
 """

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as the reference, run by transformers on torch in f32. The only importer of both.
 
-It judges the conversion itself: the checkpoint is read, tokenized and computed by code that shares nothing with ours or
-with llama.cpp. The extra `reference` installs what it needs; both are imported when first used.
+It can judge the conversion itself, because the checkpoint is read, tokenized and computed by code that has nothing in
+common with pocketquant or llama.cpp. The extra `reference` installs what it needs; both are imported when first used.
 
 Source: transformers 5, `AutoModelForCausalLM`; the decoder's last hidden state is the one after the final norm.
 """

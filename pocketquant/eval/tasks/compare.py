@@ -1,4 +1,4 @@
-"""What quantization costs on benchmarks: every item of a task under the model and under its reference.
+"""The cost of quantization on benchmarks: every item of a task under the model and under its reference.
 
 The tasks are those of lm-evaluation-harness, its hundreds and any YAML file of one's own, unchanged; the model is ours
 (`answering`). A task is loaded once, so that both models see the same prompts to the letter, and that is checked.
@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Flip:
-    """An item that one got right and the other did not.
+    """An item that one of the two models got right and the other did not.
 
     Attributes:
         task: its task.

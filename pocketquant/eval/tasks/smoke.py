@@ -1,8 +1,8 @@
-"""Does a model still write sense? A few chats, and what can go wrong with an answer, counted.
+"""A smoke test: whether a model still answers a few chats sensibly. The faults of its answers are counted.
 
 A broken quantization often keeps its benchmark scores and fails here: it repeats itself, never ends its thinking, or
-falls into another script. Small models do some of that at full precision, so each fault is counted against the
-reference's own, prompt by prompt, with the exact test of `paired`.
+writes in another script. Small models do some of that at full precision. So each fault is counted against those of the
+reference, prompt by prompt, with the exact test of `paired`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, whether it ended by itself, and what is wrong with it: names of `FAULTS`."""
+    """The text that a model wrote, whether it ended by itself, and its faults: names of `FAULTS`."""
 
     text: str
     has_ended: bool
@@ -165,7 +165,7 @@ def compare_smoke(
 
 
 def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) -> tuple[str, ...]:
-    """What is wrong with an answer.
+    """The faults of an answer.
 
     Args:
         prompt: what was asked.
@@ -186,9 +186,9 @@ def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) 
 
 
 def has_loop(text: str) -> bool:
-    """Does it end by repeating itself: the same words at least four times in a row, 24 words or 60 characters in all?
+    """Whether it ends by repeating itself: the same words at least four times in a row, 24 words or 60 characters.
 
-    Characters are looked at, too, because some scripts have no blanks between words.
+    Characters are looked at too, because some scripts have no blanks between words.
     """
     return _repeats_at_end(text.split(), _LOOP_WORDS) or _repeats_at_end(list(text.strip()), _LOOP_CHARACTERS)
 
@@ -204,7 +204,7 @@ def _repeats_at_end(items: Sequence[str], least: int) -> bool:
 
 
 def is_json(text: str) -> bool:
-    """Is it JSON, in a fenced block or bare?"""
+    """Whether it is JSON, in a fenced block or bare."""
     fenced = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     try:
         json.loads((fenced.group(1) if fenced else text).strip())
