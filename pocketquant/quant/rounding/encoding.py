@@ -18,7 +18,7 @@ from pocketquant.errors import RecipeError
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.gguf_file.header import encode_header
 from pocketquant.gguf_file.writing import encode_rows, naming_overflow
-from pocketquant.model import Model, Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
+from pocketquant.model import Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
 from pocketquant.quant.rounding.factor_cache import CACHE_BYTES, cached, factored_bytes, uncached
 from pocketquant.quant.rounding.factored import F64Array, FactoredHessian, factor_hessian
 from pocketquant.quant.rounding.layouts import layout_of
@@ -135,7 +135,7 @@ def with_rounding(plan: Plan, statistics: Statistics, options: Rounding = DEFAUL
     Raises:
         RecipeError: the statistics are of another model.
     """
-    check_statistics(statistics, Model("", {}, tuple(item.tensor for item in plan.tensors), {}))
+    check_statistics(statistics, (item.tensor for item in plan.tensors))
     encoders: dict[str, RowEncoder] = {}
     planned, importance = [], dict(plan.importance)
     for item in plan.tensors:
