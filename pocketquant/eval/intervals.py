@@ -55,14 +55,14 @@ class Share:
 
 
 def share(numerators: F64Array, denominators: F64Array) -> Share:
-    """Sums over clusters, f64[n_cluster] each -> their share; the denominators' sum must be positive."""
+    """The share of sums over clusters, f64[n_cluster] each; the sum of the denominators must be positive."""
     total = float(denominators.sum())
     value = float(numerators.sum()) / total
     return Share(value, (numerators - value * denominators) / total)
 
 
 def covariance(a: Share, b: Share, in_a: npt.NDArray[np.int64], in_b: npt.NDArray[np.int64]) -> float:
-    """Of two shares whose clusters `in_a[i]` and `in_b[i]` are the same windows; others are independent."""
+    """The covariance of two shares whose clusters `in_a[i]` and `in_b[i]` are the same windows, the others independent."""
     if not len(in_a):
         return 0.0
     product = float(a.deviations[in_a] @ b.deviations[in_b])
@@ -82,13 +82,13 @@ def ratio_interval(a: Share, b: Share, cov: float, t: float) -> tuple[float, flo
 
 
 def ratio_factor(a: Share, b: Share, cov: float, t: float, bound: float) -> float:
-    """How many times as much text would tell a / b from `bound`, were the estimates right; inf if none would."""
+    """How many times as much text would tell a / b from `bound` if the estimates were right; inf if no text would."""
     variance = a.variance + bound * bound * b.variance - 2 * bound * cov
     return _factor(a.value - bound * b.value, variance, t)
 
 
 def difference_variance(a: Share, b: Share, cov: float) -> float:
-    """Of a - b; rounding may not push it below zero."""
+    """The variance of a - b, at least zero."""
     return max(a.variance + b.variance - 2 * cov, 0.0)
 
 

@@ -46,6 +46,21 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TextRecord:
+    """What a file says about a text that it was made from.
+
+    Attributes:
+        name: the text's file name, or "self" for one that the model wrote.
+        tokens: tokens of all its windows.
+        sha256: `digest_of_tokens` of its windows.
+    """
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Corpus:
     """A tokenized text, in windows.
 
@@ -78,6 +93,11 @@ class Corpus:
     def sha256(self) -> str:
         """`digest_of_tokens` of the windows."""
         return digest_of_tokens(self.windows)
+
+    @property
+    def record(self) -> TextRecord:
+        """What a file made from this text says about it."""
+        return TextRecord(self.name, self.windows.size, self.sha256)
 
 
 def digest_of_tokens(windows: npt.NDArray[np.int32]) -> str:

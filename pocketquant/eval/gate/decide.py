@@ -1,12 +1,12 @@
-"""Holds a report against limits, each decided on a confidence interval.
+"""Decides whether a report keeps its limits, each on a confidence interval.
 
-A limit is kept for certain (pass), broken for certain (fail), or the text is too short to say (undecided): then the
-limit lies inside the interval, and the decision says about how many tokens would decide it. Chance can fail a good file
-in one run out of 1 / (1 - confidence) at most, because that is shared among all limits of the run that are estimates
-(Bonferroni); limits on tensors, metadata and non-finite positions are exact and take no share.
+A limit is certainly kept (pass), certainly broken (fail), or the text is too short to tell (undecided). In the last
+case the limit lies inside the interval, and the decision says about how many tokens would decide it. Chance fails a
+good file in at most one run out of 1 / (1 - confidence), because the estimates of a run share this probability
+(Bonferroni). Limits on tensors, metadata and non-finite positions are exact and take no share of it.
 
-Against a baseline that was measured on the same tokens, windows are compared with themselves. Texts whose tokens differ
-are compared as independent samples, which needs many times as much text for the same answer.
+If the baseline was measured on the same tokens, each window is compared with itself. Texts with different tokens are
+compared as independent samples, which needs many times as much text for the same result.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decis
 
 
 def _widened(sampled: Sampled, kernels: list[str]) -> Sampled:
-    """A comparison of two figures from different kernels: what these alone may make of it is no regression."""
+    """A comparison of two figures from different kernels: a difference that kernels can cause is not a regression."""
     key = sampled.limit.removeprefix("baseline.").split("[")[0]
     slack = FLOOR[key] * (sampled.found if key.endswith("_ratio") else 1.0)
     note = f"other kernels than the baseline's ({', '.join(kernels)}): wider by {slack:.2g}"
@@ -186,7 +186,7 @@ def _widened(sampled: Sampled, kernels: list[str]) -> Sampled:
 
 
 def compare_kld(report: Evidence, baseline: Evidence, domain: str | None, tail: float) -> tuple[float, float, float]:
-    """Ratio of the mean divergences of one domain (None for all) and its interval's ends."""
+    """The ratio of the mean divergences of one domain (None for all), and the ends of its interval."""
     ours, theirs, known, _ = _shares("kld_mean_ratio", report, baseline, domain)
     if theirs.value <= 0:
         return (1.0, 1.0, 1.0) if ours.value <= 0 else (math.inf, 1.0, math.inf)
@@ -197,7 +197,7 @@ def compare_kld(report: Evidence, baseline: Evidence, domain: str | None, tail: 
 def _shares(
     key: str, report: Evidence, baseline: Evidence, domain: str | None
 ) -> tuple[Share, Share, float | None, int]:
-    """Both shares, their covariance (None where no tokens are the same), and the tokens behind the smaller one."""
+    """Both shares, their covariance (None if they have no tokens in common), and the smaller number of tokens."""
     ours, theirs = report.texts(domain), baseline.texts(domain)
     top, bottom = _SHARES[key]
     pair: list[Share] = []
@@ -240,7 +240,7 @@ def _compare_shares(
 
 
 def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) -> Decision | Sampled:
-    """Quantiles are no sums, so they are compared as if independent: undecided more often, wrong no more often."""
+    """Compares p99 as if the two were independent, because quantiles are not sums: the result is less often decided."""
     pair = []
     for each in (report, baseline):
         value, error = each.number("metrics", "kld", "p99"), each.number("metrics", "kld", "p99_se")
