@@ -62,7 +62,7 @@ def share(numerators: F64Array, denominators: F64Array) -> Share:
 
 
 def covariance(a: Share, b: Share, in_a: npt.NDArray[np.int64], in_b: npt.NDArray[np.int64]) -> float:
-    """The covariance of two shares whose clusters `in_a[i]` and `in_b[i]` are the same windows, the others independent."""
+    """The covariance of two shares; their clusters `in_a[i]` and `in_b[i]` are the same windows, others independent."""
     if not len(in_a):
         return 0.0
     product = float(a.deviations[in_a] @ b.deviations[in_b])
