@@ -34,7 +34,7 @@ from pocketquant.convert.modelscope import _entries
 from pocketquant.convert.vision import open_vision
 from pocketquant.eval.gate.decide import decide, read_report
 from pocketquant.eval.gate.limits import read_limits
-from pocketquant.eval.gate.output import table, to_json, to_junit, to_markdown
+from pocketquant.eval.gate.output import table, to_json, to_junit, verdict_to_markdown
 from pocketquant.eval.gate.report_diff import find_moved
 from pocketquant.eval.packs.pack import read_pack
 from pocketquant.eval.report.html import read_sheet, to_card, to_html
@@ -229,7 +229,7 @@ def _judge(path: Path) -> object:
     verdict = decide(report, read_limits(path.parent / "limits.toml"), baseline)
     moved = find_moved(report, baseline)
     ElementTree.fromstring(to_junit(verdict, moved).encode())
-    to_markdown(verdict, moved).encode()
+    verdict_to_markdown(verdict, moved).encode()
     return json.dumps(to_json(verdict, moved)), table(verdict)
 
 
