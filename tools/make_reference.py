@@ -100,8 +100,8 @@ def formats_page() -> str:
         "All of it stands in one table, in `pocketquant/formats/__init__.py`; [add a format](../add-a-format.md). "
         "`acts` is how many columns of a layer's inputs share a scale where llama.cpp's CPU kernels round them to 8 "
         "bits. `dB` is the least signal over error that `check --source` accepts. Formats on offer are those that "
-        "`--target-size` chooses from: *measured* by any figures, *predicted* by statistics only, *exact* where nothing "
-        "is lost.",
+        "`--target-size` chooses from: *measured* by any figures, *predicted* by statistics only, *exact* where "
+        "nothing is lost.",
         "",
         "| format | GGML id | file type | weights in a block | bytes | bits per weight | where rows do not fit | acts "
         "| dB | fast on | on offer | written |",

@@ -1,6 +1,5 @@
 """Rounding by curvature: which bytes of a format lose least, given what the layer's inputs and outputs are like.
 
-layouts.py    all block formats as one: code, scale, offset, units
 state.py      rows while they are being rounded
 prepared.py   a second moment, damped and factored
 product.py    a matrix product with one order of summation

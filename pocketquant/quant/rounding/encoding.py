@@ -20,7 +20,6 @@ from pocketquant.gguf_file.header import encode_header
 from pocketquant.gguf_file.writing import encode_rows, naming_overflow
 from pocketquant.model import Model, Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
 from pocketquant.quant.rounding.kept import ROOM, alone, bytes_of, keep
-from pocketquant.quant.rounding.layouts import layout_of
 from pocketquant.quant.rounding.prepared import F64Array, Prepared, prepare
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
 from pocketquant.quant.rounding.two_sided import round_matrix
@@ -171,7 +170,7 @@ def _encoder_of(
     item: PlannedTensor, plan: Plan, statistics: Statistics, options: Rounding
 ) -> LayerEncoder | VocabularyEncoder | None:
     tensor = item.tensor
-    if item.format.block_len == 1 or layout_of(item.format) is None or tensor.dtype == item.format.name:
+    if item.format.block_len == 1 or item.format.layout is None or tensor.dtype == item.format.name:
         return None
     if tensor.role in (Role.EMBED, Role.HEAD):
         is_tied = not any(other.tensor.role is Role.HEAD for other in plan.tensors)

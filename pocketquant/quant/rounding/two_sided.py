@@ -13,10 +13,10 @@ from math import fsum
 import numpy as np
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
+from pocketquant.formats.layout import Layout
 from pocketquant.quant.rounding.descent import descend_row, inverse_diagonal, new_room
 from pocketquant.quant.rounding.feedback import feed_back_row
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.layouts import Layout, layout_of
 from pocketquant.quant.rounding.matmul import add_squares, subtract_product
 from pocketquant.quant.rounding.prepared import WINDOW, Prepared
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, decoded_errors, keep_plain
@@ -42,7 +42,7 @@ def round_matrix(
     """
     weights = np.ascontiguousarray(weights, np.float32)
     plain = quant_format.encode(weights, np.ascontiguousarray(inputs.hessian.diagonal()))
-    layout = layout_of(quant_format)
+    layout = quant_format.layout
     if layout is None or not (options.feedback or options.sweeps):
         return plain
     # one power of two for all rows, because they are weighed against each other
