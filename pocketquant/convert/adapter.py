@@ -23,7 +23,7 @@ from pocketquant.convert.adapter_whole import sort_whole
 from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
-from pocketquant.files.small import is_present, read_object
+from pocketquant.files.small import is_present, kind_of, read_object, refuse_other
 from pocketquant.files.unchanged import FileState, state_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -136,6 +136,9 @@ def open_adapter(folder: Path | str) -> Adapter:
     """
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    if kind_of(folder) == "file":
+        raise SourceError(f"{folder}: is a file; give the folder that PEFT's save_pretrained wrote")
+    refuse_other(folder)
     if not is_present(config_path):
         raise SourceError(f"{folder}: no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
     config = read_object(config_path)
