@@ -42,6 +42,11 @@ def describe_quantized(reference: Path) -> str:
     return ", ".join(shares)
 
 
+def quantized_reference(name: str, types: str) -> str:
+    """What a reader has to know where the reference is no full precision; `types` from `describe_quantized`."""
+    return f"{name} is itself quantized ({types}): what it lost is missing from these numbers, or counted twice."
+
+
 def _architecture(path: Path) -> str:
     """GGUF's name for what a file or a checkpoint's folder holds; "" where it does not say."""
     if path.is_dir():

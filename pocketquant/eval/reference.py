@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.packs.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.packs.pack_error import FloorMeter
 from pocketquant.eval.packs.replay import open_pack
@@ -167,7 +168,7 @@ def make_reference(
                     f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
                     f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
                 )
-            writer.finish(_header(run, keeper, texts, cuts, settings, floor))
+            writer.finish(_header(run, keeper, texts, cuts, settings, floor, describe_quantized(Path(model))))
             check_unchanged(files)
     return read_pack(out)
 
@@ -199,6 +200,7 @@ def _header(
     cuts: Sequence[Corpus],
     settings: PackSettings,
     floor: Floor,
+    quantized: str,
 ) -> PackHeader:
     return PackHeader(
         kind="top" if settings.top else "states",
@@ -219,6 +221,7 @@ def _header(
         top=settings.top,
         floor=floor,
         versions=list_versions() | dict(run.runtime.versions),
+        quantized=quantized,
     )
 
 
@@ -251,6 +254,7 @@ def describe_reference(path: str | Path) -> dict[str, Any] | None:
         "is_lower_bound": header.kind == "top",
         "model": asdict(header.model),
         "versions": dict(header.versions),
+        **({"quantized": header.quantized} if header.quantized else {}),
     }
 
 
