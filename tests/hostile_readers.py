@@ -34,7 +34,7 @@ from pocketquant.convert.modelscope import _entries
 from pocketquant.convert.vision import open_vision
 from pocketquant.eval.gate.decide import decide, read_report
 from pocketquant.eval.gate.limits import read_limits
-from pocketquant.eval.gate.output import table, to_json, to_junit, to_markdown
+from pocketquant.eval.gate.output import table, to_json, to_junit, verdict_to_markdown
 from pocketquant.eval.gate.report_diff import find_moved
 from pocketquant.eval.packs.pack import read_pack
 from pocketquant.eval.report.html import read_sheet, to_card, to_html
@@ -96,7 +96,8 @@ version: 1.5
 """
 _SMALL = {
     "README.md": _CARD,
-    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}, "pad_token": "<pad>"}',
+    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}, '
+    '"pad_token": "<|endoftext|>"}',
     "added_tokens.json": '{"<think>": 260}',
     "chat_template.jinja": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
     "chat_template.json": '{"chat_template": "{{ messages[0].content }}"}',
@@ -243,7 +244,7 @@ def _judge(path: Path) -> object:
     verdict = decide(report, read_limits(path.parent / "limits.toml"), baseline)
     moved = find_moved(report, baseline)
     ElementTree.fromstring(to_junit(verdict, moved).encode())
-    to_markdown(verdict, moved).encode()
+    verdict_to_markdown(verdict, moved).encode()
     return json.dumps(to_json(verdict, moved)), table(verdict)
 
 

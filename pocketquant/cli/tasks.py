@@ -54,11 +54,11 @@ def tasks(
 ) -> None:
     """Run benchmarks on a file and on full precision, and compare item by item."""
     from pocketquant.eval.tasks.compare import compare_on_tasks, count_cost, write_report
-    from pocketquant.eval.tasks.loading import Settings
+    from pocketquant.eval.tasks.loading import TaskSettings
     from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, reference])
-    settings = Settings(
+    settings = TaskSettings(
         names=tuple(name.strip() for name in names.split(",") if name.strip()),
         include_path=include_path,
         limit=limit,
@@ -178,7 +178,7 @@ def eval_vision(
 ) -> None:
     """Show images to a vision tower and to its full precision, and compare embeddings and answers."""
     from pocketquant.eval.tasks.compare import write_report
-    from pocketquant.eval.vision import compare_towers
+    from pocketquant.eval.vision import VisionSettings, compare_towers
     from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, mmproj, reference_mmproj, *images])
@@ -188,11 +188,7 @@ def eval_vision(
             mmproj,
             reference_mmproj,
             images,
-            question=question,
-            answer_tokens=answer_tokens,
-            context=context,
-            threads=threads,
-            gpu_layers=gpu_layers,
+            VisionSettings(question, answer_tokens, context, threads, gpu_layers),
             progress=advance,
         )
     if out is not None:

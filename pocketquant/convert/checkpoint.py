@@ -118,7 +118,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     described = describe_folder(folder, n_weights, notes, sizes.get("n_expert", 0), expert_weights)
     metadata = {
         **model_metadata(architecture, text_config, sizes, described),
-        **read_tokenizer(folder, sizes["n_vocab"], config, notes),
+        **read_tokenizer(folder, sizes["n_vocab"], config, architecture.pre_tokenizers, notes),
     }
     files = (*snapshot.files, *(adapter.files if adapter is not None else ()))
     return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files, snapshot.origin)

@@ -11,20 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocketquant.architectures.table import PreTokenizer
 from pocketquant.convert.added_tokens import DEFAULT, AddedTokens, read_added_tokens
 from pocketquant.convert.folder import refuse_versions
 from pocketquant.convert.kinds import read_small
 from pocketquant.errors import TokenizerError, listing
 from pocketquant.files.small import is_present, read_text
 from pocketquant.model import Value
-
-PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
-"""Split regex of tokenizer.json -> llama.cpp's name for the pre-tokenizer."""
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -35,7 +28,11 @@ _MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_tokenizer(
-    folder: Path, n_vocab: int, config: Mapping[str, Any], notes: list[str] | None = None
+    folder: Path,
+    n_vocab: int,
+    config: Mapping[str, Any],
+    known: Sequence[PreTokenizer],
+    notes: list[str] | None = None,
 ) -> dict[str, Value]:
     """Tokens, merges, special ids, chat template and sampling of a checkpoint.
 
@@ -43,6 +40,7 @@ def read_tokenizer(
         folder: the checkpoint.
         n_vocab: rows of the embedding; the token list is padded to it.
         config: config.json.
+        known: the pre-tokenizers that models of this architecture have.
         notes: what people should know about it is added here.
 
     Raises:
@@ -61,7 +59,7 @@ def read_tokenizer(
     settings = read_small(folder, "tokenizer_config.json")
     refuse_versions(folder / "tokenizer_config.json", settings.get("fast_tokenizer_files"), "tokenizer")
     generation = read_small(folder, "generation_config.json")
-    pre = _recognise(tokenizer, path)
+    pre = _recognise(tokenizer, known, path)
     _check_vocabulary(tokenizer["model"], path)
     special_map, added_file = (read_small(folder, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
     added = read_added_tokens(tokenizer, settings, special_map, added_file, path)
@@ -83,8 +81,9 @@ def read_tokenizer(
     return metadata
 
 
-def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
-    model, problems = tokenizer["model"], []
+def _recognise(tokenizer: Mapping[str, Any], known: Sequence[PreTokenizer], path: Path) -> str:
+    """llama.cpp's name for the pre-tokenizer; TokenizerError for settings that the runtimes would ignore."""
+    model, problems, names = tokenizer["model"], [], {item.regex: item.name for item in known}
     if model.get("type", "BPE") != "BPE":
         problems.append(f"model type {model.get('type')!r}, expected BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback", "dropout"):
@@ -100,8 +99,8 @@ def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if len(steps) != 2 or len(levels) != 1 or not isinstance(regex, str):
         problems.append("pre_tokenizer is not one Split by a regex, then ByteLevel")
-    elif regex not in PRE_TOKENIZERS:
-        problems.append(f"the split regex {regex!r} is none that we know: {', '.join(PRE_TOKENIZERS.values())}")
+    elif regex not in names:
+        problems.append(f"the split regex {regex!r} is none that we know: {', '.join(names.values())}")
     elif levels[0].get("add_prefix_space") or levels[0].get("use_regex", True):
         problems.append("ByteLevel adds a space in front or splits by a regex of its own")
     elif splits[0].get("behavior") != "Isolated" or splits[0].get("invert"):
@@ -110,7 +109,7 @@ def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
         raise TokenizerError(
             f"{path}: the runtimes would tokenize differently, so this cannot be converted:\n{listing(problems)}"
         )
-    return PRE_TOKENIZERS[str(regex)]
+    return names[str(regex)]
 
 
 def _pre_tokenizer_steps(pre_tokenizer: Any) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from token_cases import (
     write_case,
 )
 
+from pocketquant.architectures.hybrid import PRE_TOKENIZERS
 from pocketquant.convert.tokenizer import read_tokenizer
 from pocketquant.errors import TokenizerError
 
@@ -33,7 +34,7 @@ UNUSED, CONTROL = 5, 3
 def read(folder: Path, n_vocab: int = 320) -> tuple[dict[str, Any], str]:
     notes: list[str] = []
     config = json.loads((folder / "config.json").read_text())
-    values = read_tokenizer(folder, n_vocab, config, notes)
+    values = read_tokenizer(folder, n_vocab, config, PRE_TOKENIZERS, notes)
     return {key.removeprefix("tokenizer.ggml."): value.value for key, value in values.items()}, "\n".join(notes)
 
 

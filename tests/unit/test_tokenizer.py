@@ -12,6 +12,7 @@ import pytest
 from checkpoint_maker import make_checkpoint, text_config, tokenizer_json
 from tokenizers import Tokenizer
 
+from pocketquant.architectures.hybrid import PRE_TOKENIZERS
 from pocketquant.convert.tokenizer import _is_numbered_as_listed, read_tokenizer
 from pocketquant.errors import TokenizerError
 
@@ -28,7 +29,7 @@ def folder_with(tmp_path: Path, change: Change, name: str = "tokenizer.json") ->
 
 def read(folder: Path, n_vocab: int = 320) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
-    return {key: value.value for key, value in read_tokenizer(folder, n_vocab, config).items()}
+    return {key: value.value for key, value in read_tokenizer(folder, n_vocab, config, PRE_TOKENIZERS).items()}
 
 
 def test_tokens_types_and_padding(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_settings_that_contradict_are_refused(name: str, change: Change, message
 def test_embedding_smaller_than_the_tokenizer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "c", weights={})
     with pytest.raises(TokenizerError, match="beyond the embedding's 260 rows"):
-        read_tokenizer(folder, 260, text_config())
+        read_tokenizer(folder, 260, text_config(), PRE_TOKENIZERS)
 
 
 def test_where_the_library_is_not_asked_it_would_say_the_same() -> None:

@@ -1,8 +1,8 @@
-"""Does a model still write sense? A few chats, and what can go wrong with an answer, counted.
+"""A smoke test: whether a model still answers a few chats sensibly. The faults of its answers are counted.
 
 A broken quantization often keeps its benchmark scores and fails here: it repeats itself, never ends its thinking, or
-falls into another script. Small models do some of that at full precision, so each fault is counted against the
-reference's own, prompt by prompt, with the exact test of `paired`.
+writes in another script. Small models do some of that at full precision. So each fault is counted against those of the
+reference, prompt by prompt, with the exact test of `paired`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pocketquant.extras import list_versions
 from pocketquant.files.reading import states_of
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import FileIdentity, identify_model
-from pocketquant.llama.branches import open_branches
 from pocketquant.llama.library import check_loadable
+from pocketquant.llama.shared_prefix import open_shared_prefix
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256
@@ -75,7 +75,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, whether it ended by itself, and what is wrong with it: names of `FAULTS`."""
+    """The text that a model wrote, whether it ended by itself, and its faults: names of `FAULTS`."""
 
     text: str
     has_ended: bool
@@ -142,7 +142,7 @@ def compare_smoke(
     for path, render in renders:
         texts = [render([{"role": "user", "content": prompt.text}], True) for prompt in prompts]
         room = context_of(path)
-        with open_branches(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
+        with open_shared_prefix(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
             versions = runtime.versions
             written = []
             for prompt, text in zip(prompts, texts, strict=True):
@@ -172,7 +172,7 @@ def compare_smoke(
 
 
 def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) -> tuple[str, ...]:
-    """What is wrong with an answer.
+    """The faults of an answer.
 
     Args:
         prompt: what was asked.
@@ -193,9 +193,9 @@ def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) 
 
 
 def has_loop(text: str) -> bool:
-    """Does it end by repeating itself: the same words at least four times in a row, 24 words or 60 characters in all?
+    """Whether it ends by repeating itself: the same words at least four times in a row, 24 words or 60 characters.
 
-    Characters are looked at, too, because some scripts have no blanks between words.
+    Characters are looked at too, because some scripts have no blanks between words.
     """
     return _repeats_at_end(text.split(), _LOOP_WORDS) or _repeats_at_end(list(text.strip()), _LOOP_CHARACTERS)
 
@@ -211,7 +211,7 @@ def _repeats_at_end(items: Sequence[str], least: int) -> bool:
 
 
 def is_json(text: str) -> bool:
-    """Is it JSON, in a fenced block or bare?"""
+    """Whether it is JSON, in a fenced block or bare."""
     fenced = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     try:
         json.loads((fenced.group(1) if fenced else text).strip())
