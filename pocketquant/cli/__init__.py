@@ -144,12 +144,11 @@ def _can_be_written(folder: str) -> bool:
 
 
 def _say_interrupted(*, is_json: bool) -> int:
-    from pocketquant.interrupts import files_in_place, resume_hint
+    from pocketquant.interrupts import files_in_place, how_to_go_on
 
     done = files_in_place()
     said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED
-    hint = resume_hint()
-    return _say(f"{said}\n{hint}" if hint else said, "Interrupted", 128 + signal.SIGINT, is_json=is_json)
+    return _say(f"{said}\n{how_to_go_on()}", "Interrupted", 128 + signal.SIGINT, is_json=is_json)
 
 
 def _say_error(error: Exception, *, is_json: bool) -> int:

@@ -133,6 +133,7 @@ def _collect_both(gguf: Path, task: _Task) -> None:
     """Inputs and gradients into files of their own, which are then joined."""
     from pocketquant.files import hidden_beside
     from pocketquant.gguf_file import open_gguf
+    from pocketquant.interrupts import resumable
     from pocketquant.quant.calibrating import cut_texts
     from pocketquant.quant.curvature import collect_curvature
     from pocketquant.quant.statistics import fingerprint, open_statistics
@@ -147,7 +148,8 @@ def _collect_both(gguf: Path, task: _Task) -> None:
         is_done = (made.texts, made.model_sha256) == (texts, fingerprint(model))
     if not is_done:
         _collect_inputs(gguf, task, inputs)
-    with step_progress("gradients", quiet=task.quiet) as advance:
+    how = f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
+    with resumable(inputs, how), step_progress("gradients", quiet=task.quiet) as advance:
         collect_curvature(
             model,
             windows,

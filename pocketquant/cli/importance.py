@@ -24,27 +24,31 @@ def make_matrix(
 ) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.files import hidden_beside, refuse_overwriting
+    from pocketquant.interrupts import resumable
     from pocketquant.leftovers import holding
     from pocketquant.quant.collect import collect_importance
     from pocketquant.quant.importance import write_sums
 
     refuse_overwriting([out], [gguf, text, mtp])
     state = hidden_beside(out, "unfinished")
-    with holding(state), step_progress(out.name, quiet=quiet) as advance:
-        sums, calibration = collect_importance(
-            gguf,
-            text,
-            mtp=mtp,
-            context=context,
-            chunks=chunks,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            seed=seed,
-            state=state,
-            resume=resume,
-            progress=advance,
-        )
-    write_sums(sums, out)
+    how = f"finished windows are kept in {state}; the same command with --resume goes on from there"
+    with holding(state), resumable(state, how):
+        with step_progress(out.name, quiet=quiet) as advance:
+            sums, calibration = collect_importance(
+                gguf,
+                text,
+                mtp=mtp,
+                context=context,
+                chunks=chunks,
+                threads=threads,
+                gpu_layers=gpu_layers,
+                seed=seed,
+                state=state,
+                resume=resume,
+                progress=advance,
+            )
+        write_sums(sums, out)
+        state.unlink(missing_ok=True)
     summary = {
         "out": str(out),
         "entries": len(sums.sums),

@@ -20,7 +20,7 @@ from types import FrameType
 
 from pocketquant import __version__
 from pocketquant.activity import LastSeen, last_seen, note_end, share
-from pocketquant.interrupts import ENDING
+from pocketquant.interrupts import ENDING, STARTS_ANEW
 
 HANDED_ON = tuple(number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN)
 """What asks a run to end, but for what whoever started it has it ignore, as `nohup` does."""
@@ -115,6 +115,8 @@ def _tell(code: int, seen: LastSeen) -> int:
         lines.append(f"  these were finished before: {one_line(', '.join(map(str, seen.placed)))}")
     else:
         lines.append("  nothing was replaced")
+    ways_on = [how for place, how in seen.ways_on if place.exists()]
+    lines.append(f"  {one_line(ways_on[0]) if ways_on else STARTS_ANEW}")
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         print("\n".join(lines), file=sys.stderr, flush=True)

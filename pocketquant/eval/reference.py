@@ -127,6 +127,7 @@ def make_reference(
     with_head: bool = False,
     threads: int | None = None,
     gpu_layers: int = 0,
+    is_result: bool = True,
     progress: Progress | None = None,
 ) -> Pack:
     """Runs a reference over texts and keeps what later comparisons need.
@@ -142,6 +143,7 @@ def make_reference(
         with_head: put a copy of the output matrix into the pack. One made from a checkpoint always has it.
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
+        is_result: as in `put_in_place`.
         progress: told after each window.
 
     Raises:
@@ -158,7 +160,7 @@ def make_reference(
         windows = np.concatenate([corpus.windows for corpus in cuts])
         first = cuts[0].first_scored
         stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
-        with replacing(Path(out)) as temporary, PackWriter(temporary) as writer:
+        with replacing(Path(out), is_result=is_result) as temporary, PackWriter(temporary) as writer:
             writer.add("tokens", windows.astype("<i4").view(np.uint8))
             for done, window in enumerate(windows, start=1):
                 groups = run.groups(window[:-1].tolist(), first, states=not top)
