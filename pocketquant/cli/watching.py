@@ -121,10 +121,15 @@ def _tell(code: int, seen: LastSeen) -> int:
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         print("\n".join(lines), file=sys.stderr, flush=True)
     if "--json" in sys.argv:
-        error = {"kind": "Crash", "message": "\n".join(lines), "exit_code": BROKEN}
         with contextlib.suppress(OSError, AttributeError):
-            print(json.dumps({"schema": "pocketquant.error/1", "version": __version__, "error": error}), flush=True)
+            print(json.dumps(error_document("\n".join(lines), "Crash", BROKEN)), flush=True)
     return BROKEN
+
+
+def error_document(message: str, kind: str, exit_code: int) -> dict[str, object]:
+    """What --json prints of an error where the modules that print documents are not to be had."""
+    error = {"kind": kind, "message": message, "exit_code": exit_code}
+    return {"schema": "pocketquant.error/1", "version": __version__, "error": error}
 
 
 def _meaning(number: int, last_words: str) -> str:
@@ -147,6 +152,10 @@ def _advice(number: int, seen: LastSeen) -> str:
             "if it does not help, build the library here: "
             "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
         )
+    from pocketquant.failures import note_on_memory
+
+    if number in (0, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) and (note := note_on_memory()):
+        return note
     is_memory = not seen.last_words or re.search("mem|alloc", seen.last_words)
     if number == signal.SIGKILL or (number == signal.SIGABRT and is_memory):
         return (

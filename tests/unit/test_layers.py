@@ -12,7 +12,7 @@ import pocketquant
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"escaping"},
-    {"errors", "activity", "extras"},
+    {"errors", "activity", "extras", "failures"},
     {"unchanged"},
     {"formats"},
     {"model"},
