@@ -204,6 +204,7 @@ def _make_reference(sweep: Sweep, reference: Path, pack: Path, matrix: Path, mea
                 with_head=True,
                 threads=means.threads,
                 gpu_layers=means.gpu_layers,
+                resume=True,
                 is_result=False,
                 progress=advance,
             )

@@ -20,6 +20,7 @@ def make_pack(
     with_head: bool,
     threads: int | None,
     gpu_layers: int,
+    resume: bool,
     dry_run: bool,
     json: bool,
     quiet: bool,
@@ -64,6 +65,7 @@ def make_pack(
             with_head=with_head,
             threads=threads,
             gpu_layers=gpu_layers,
+            resume=resume,
             progress=advance,
         )
     header, nbytes = pack.header, out.stat().st_size

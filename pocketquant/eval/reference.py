@@ -8,6 +8,7 @@ reference (`Floor`), and answers only for the tokens that it was made from.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -19,22 +20,15 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.eval.conversations import render_chat
 from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
-from pocketquant.eval.floor import FloorMeter
-from pocketquant.eval.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
+from pocketquant.eval.kept_rows import StateKeeper, TopKeeper, fitting_codings
+from pocketquant.eval.pack import I32Array, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.replay import open_pack
 from pocketquant.eval.report import FileIdentity, identify, identify_model, list_versions
-from pocketquant.eval.states import (
-    Head,
-    StateCatcher,
-    codings_for,
-    decode_states,
-    encode_states,
-    measure_codings,
-    row_bytes,
-)
-from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
-from pocketquant.files import replacing, states_of
-from pocketquant.formats import F32Array, U8Array
+from pocketquant.eval.states import Head, StateCatcher, row_bytes
+from pocketquant.eval.top import check_top, row_dtype
+from pocketquant.eval.unfinished_pack import UnfinishedPack
+from pocketquant.files import states_of
+from pocketquant.formats import F32Array
 from pocketquant.gguf_file import open_gguf
 from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
@@ -42,9 +36,6 @@ from pocketquant.unchanged import check_unchanged
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""
-
-MAX_SHARE = 0.02
-"""Size of a stored state over that of the logits in llama-perplexity's base file that the coding is chosen for."""
 
 _MEASURED = 1024
 """Positions that the floor is measured at, about, spread over all windows."""
@@ -127,6 +118,8 @@ def make_reference(
     with_head: bool = False,
     threads: int | None = None,
     gpu_layers: int = 0,
+    resume: bool = False,
+    save_seconds: float = 60.0,
     is_result: bool = True,
     progress: Progress | None = None,
 ) -> Pack:
@@ -135,7 +128,7 @@ def make_reference(
     Args:
         model: a GGUF in full precision, or the folder of a checkpoint.
         texts: the texts, as for `compare`.
-        out: the pack to write.
+        out: the pack to write; unfinished work lies beside it as `.NAME.unfinished` and `.NAME.state`.
         context: tokens in a window.
         chunks: most windows of each text; None for all.
         positions: keep the first half of each window, too.
@@ -143,12 +136,14 @@ def make_reference(
         with_head: put a copy of the output matrix into the pack. One made from a checkpoint always has it.
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
+        resume: go on where an interrupted run was saved; the pack is the same to the last byte.
+        save_seconds: least time between two savings of how far it is.
         is_result: as in `put_in_place`.
         progress: told after each window.
 
     Raises:
-        EvalError: something cannot be read or run, or what the pack gives back is further from the reference than
-            `MAX_FLOOR`.
+        EvalError: something cannot be read or run, the unfinished work is of another run, or what the pack gives back
+            is further from the reference than `MAX_FLOOR`.
         OutputError: the pack cannot be written; what stood there before stays.
         SourceError: model or text was changed meanwhile.
     """
@@ -156,51 +151,78 @@ def make_reference(
     with _open_run(model, context, threads, gpu_layers, top, texts, chunks) as run:
         cuts = _cut(run.runtime, texts, model, context, chunks, positions)
         with_head = not top and (with_head or not run.tells_head)
-        keeper = _TopKeeper(run.runtime.n_vocab, top) if top else _StateKeeper(run.head)
+        keeper = TopKeeper(run.runtime.n_vocab, top) if top else StateKeeper(run.head)
         windows = np.concatenate([corpus.windows for corpus in cuts])
         first = cuts[0].first_scored
         stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
-        with replacing(Path(out), is_result=is_result) as temporary, PackWriter(temporary) as writer:
-            writer.add("tokens", windows.astype("<i4").view(np.uint8))
-            for done, window in enumerate(windows, start=1):
-                groups = run.groups(window[:-1].tolist(), first, states=not top)
-                for start, states, logits in groups:
-                    after = window[start + 1 : start + 1 + len(logits)]
-                    writer.add("rows", keeper.keep(states, logits, after, is_measured=(done - 1) % stride == 0))
+        versions = list_versions() | dict(run.runtime.versions)
+        work = UnfinishedPack(Path(out), _settings(run, windows, first, top, with_head, versions), save_seconds)
+        with work.begun(resume=resume):
+            with PackWriter(work.path) as writer:
+                writer.add("tokens", windows.astype("<i4").view(np.uint8))
+                if work.windows:
+                    keeper.take_up(work.kept)
+                work.take_up(writer)
                 if progress is not None:
-                    progress(done, len(windows))
-            if with_head:
-                for piece in run.head.stored_bytes():
-                    writer.add("head", piece)
-            floor = keeper.floor()
-            if floor.kld_mean >= MAX_FLOOR:
-                raise EvalError(
-                    f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
-                    f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
+                    progress(work.windows, len(windows))
+                for done, window in enumerate(windows[work.windows :], start=work.windows + 1):
+                    groups = run.groups(window[:-1].tolist(), first, states=not top)
+                    for start, states, logits in groups:
+                        after = window[start + 1 : start + 1 + len(logits)]
+                        writer.add("rows", keeper.keep(states, logits, after, is_measured=(done - 1) % stride == 0))
+                    if progress is not None:
+                        progress(done, len(windows))
+                    work.reached(done, keeper.state(), is_last=done == len(windows))
+                if with_head:
+                    for piece in run.head.stored_bytes():
+                        writer.add("head", piece)
+                floor = keeper.floor()
+                if floor.kld_mean >= MAX_FLOOR:
+                    raise EvalError(
+                        f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
+                        f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
+                    )
+                header = PackHeader(
+                    kind="top" if top else "states",
+                    model=run.identity,
+                    sizes=dict(run.sizes),
+                    vocabulary=run.runtime.vocabulary,
+                    n_vocab=run.runtime.n_vocab,
+                    bos=run.runtime.bos,
+                    context=context,
+                    first_scored=first,
+                    texts=tuple(
+                        TextIdentity(
+                            **asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens
+                        )
+                        for text, cut in zip(texts, cuts, strict=True)
+                    ),
+                    row_bytes=keeper.row_bytes,
+                    coding=keeper.coding,
+                    head=None if top else run.head.identify(),
+                    top=top,
+                    floor=floor,
+                    versions=versions,
                 )
-            header = PackHeader(
-                kind="top" if top else "states",
-                model=run.identity,
-                sizes=dict(run.sizes),
-                vocabulary=run.runtime.vocabulary,
-                n_vocab=run.runtime.n_vocab,
-                bos=run.runtime.bos,
-                context=context,
-                first_scored=first,
-                texts=tuple(
-                    TextIdentity(**asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens)
-                    for text, cut in zip(texts, cuts, strict=True)
-                ),
-                row_bytes=keeper.row_bytes,
-                coding=keeper.coding,
-                head=None if top else run.head.identify(),
-                top=top,
-                floor=floor,
-                versions=list_versions() | dict(run.runtime.versions),
-            )
-            writer.finish(header)
+                writer.finish(header)
             check_unchanged(files)
+            work.finish(is_result=is_result)
     return read_pack(out)
+
+
+def _settings(
+    run: ReferenceRun, windows: I32Array, first: int, top: int, with_head: bool, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that the rows of a pack depend on."""
+    return {
+        "model": asdict(run.identity),
+        "tokens": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+        "context": windows.shape[1],
+        "first": first,
+        "top": top,
+        "head": with_head,
+        "versions": dict(versions),
+    }
 
 
 def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window: int) -> int:
@@ -210,13 +232,6 @@ def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window
     """
     row = 2 * (2 * ((n_vocab + 1) // 2) + 4)
     return 8 + 3 * 4 + 4 * n_window * context + n_window * scored_per_window * row
-
-
-def fitting_codings(n_embd: int, n_vocab: int) -> tuple[str, ...]:
-    """The codings of a state that keep within `MAX_SHARE`; all where none does, as with small vocabularies."""
-    every = codings_for(n_embd)
-    limit = MAX_SHARE * 2 * n_vocab
-    return tuple(coding for coding in every if row_bytes(coding, n_embd) <= limit) or every
 
 
 def describe_reference(path: str | Path) -> dict[str, Any] | None:
@@ -289,52 +304,6 @@ class _GgufRun:
         for start, logits in self.runtime.logits(tokens, first=first):
             caught = self.catcher.take(len(logits), self.head.n_embd) if states and self.catcher else None
             yield start, caught, logits
-
-
-class _StateKeeper:
-    """Stores hidden states, in the coding that gives the first group's logits back best."""
-
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._meter = FloorMeter()
-        self.coding = ""
-
-    @property
-    def row_bytes(self) -> int:
-        return row_bytes(self.coding, self._head.n_embd)
-
-    def keep(self, states: F32Array | None, logits: F32Array, after: Any, *, is_measured: bool) -> U8Array:
-        assert states is not None
-        if not self.coding:
-            means = measure_codings(self._head, states, logits)
-            self.coding = min(fitting_codings(self._head.n_embd, self._head.n_vocab), key=lambda name: means[name])
-        coded = encode_states(self.coding, states)
-        if is_measured:
-            given = self._head.logits(decode_states(self.coding, coded, self._head.n_embd))
-            self._meter.add(logits, lambda _: given)
-        return coded
-
-    def floor(self) -> Floor:
-        return self._meter.floor()
-
-
-class _TopKeeper:
-    """Stores the most likely tokens, and finds out what share of a divergence they show."""
-
-    def __init__(self, n_vocab: int, top: int) -> None:
-        check_top(top, n_vocab)
-        self._n_vocab, self._top = n_vocab, top
-        self._meter = FloorMeter()
-        self.coding, self.row_bytes = "", row_dtype(n_vocab, top).itemsize
-
-    def keep(self, states: F32Array | None, logits: F32Array, after: Any, *, is_measured: bool) -> U8Array:
-        coded = encode_top(logits, after, self._top)
-        if is_measured:
-            self._meter.add(logits, decode_top(coded, after, self._n_vocab, self._top).completed)
-        return coded
-
-    def floor(self) -> Floor:
-        return self._meter.floor()
 
 
 @contextmanager

@@ -84,17 +84,43 @@ def test_imatrix_keeps_the_old_matrix_and_what_is_done(
     assert names(tmp_path) == ["m.gguf"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_no_half_of_a_run_is_taken_for_a_whole(
-    number: signal.Signals, demo_gguf: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, []), (signal.SIGTERM, ["--top-k", 16])])
+def test_a_reference_goes_on_with_whole_windows(
+    number: signal.Signals, options: list[object], demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Interrupted in the first of six windows, the third and the fifth, and then within the file's own header."""
     out, model = tmp_path / "out", demo_gguf("f32")
+    arguments = ["reference", model, "--text", TEXT, *SMALL, "--out", out, *options]
+    run(*arguments)
+    whole = out.read_bytes()
     out.write_bytes(b"good")
-    arguments = ["reference", model, "--text", TEXT, *SMALL, "--out", out]
-    result = run_until("pocketquant.eval.states:StateCatcher.see", 100, number, *arguments)
-    assert "interrupted" in result.stderr
-    assert "llama-cpp-python" not in result.stderr
+    add, left = "pocketquant.eval.pack:PackWriter.add", [".out.state", ".out.unfinished", "out"]
+    early = run_until(add, 2, number, *arguments)
+    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
+    for where, call in ((add, 4), (add, 4), ("pocketquant.eval.pack:PackWriter.finish", 1)):
+        cut = run_until(where, call, number, *arguments, "--resume")
+        assert f"finished windows are kept in {tmp_path}/.out.unfinished; the same command with --resume" in cut.stderr
+        assert (out.read_bytes(), names(tmp_path)) == (b"good", left)
+    assert "other settings (tokens)" in run(*arguments, "--resume", "--chunks", 5, code=2).stderr
+    assert (out.read_bytes(), names(tmp_path)) == (b"good", left)
+    run(*arguments, "--resume")
+    assert out.read_bytes() == whole
+    assert names(tmp_path) == ["out"]
+
+
+def test_rows_that_are_not_those_that_were_saved_are_refused(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    out, unfinished = tmp_path / "out", tmp_path / ".out.unfinished"
+    arguments = ["reference", demo_gguf("f32"), "--text", TEXT, *SMALL, "--out", out]
+    run_until("pocketquant.eval.pack:PackWriter.add", 4, signal.SIGINT, *arguments)
+    data = bytearray(unfinished.read_bytes())
+    data[-1] ^= 1
+    unfinished.write_bytes(data[:-9])
+    assert "holds other rows than were saved" in run(*arguments, "--resume", code=2).stderr
+    (tmp_path / ".out.state").write_text('{"run": {}}')
+    assert "not the state of an unfinished reference pack" in run(*arguments, "--resume", code=2).stderr
+    run(*arguments)
+    assert names(tmp_path) == ["out"]
 
 
 def test_calibrate_keeps_all_that_it_had_summed(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
@@ -215,17 +241,22 @@ def test_make_takes_nothing_up_that_was_made_otherwise(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("command", ["calibrate", "imatrix", "sweep", "make"])
+@pytest.mark.parametrize("command", ["calibrate", "imatrix", "reference", "sweep", "make"])
 def test_a_second_run_with_the_same_out_is_refused_at_once(
     command: str, demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out, model = tmp_path / "out", demo_gguf("f32")
     held = {
         "imatrix": tmp_path / ".out.unfinished",
+        "reference": tmp_path / ".out.unfinished",
         "sweep": out / ".sweep",
         "make": out / ".making",
     }.get(command, out)
-    more = {"imatrix": ["--text", TEXT], "sweep": ["-r", "q8_0", "--imatrix", "none"]}.get(command, [])
+    more = {
+        "imatrix": ["--text", TEXT],
+        "reference": ["--text", TEXT],
+        "sweep": ["-r", "q8_0", "--imatrix", "none"],
+    }.get(command, [])
     held.parent.mkdir(exist_ok=True)
     with holding(held):
         before = names(held.parent)

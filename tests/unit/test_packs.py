@@ -13,6 +13,7 @@ from pack_maker import reseal
 
 from pocketquant.errors import EvalError
 from pocketquant.eval.floor import FloorMeter
+from pocketquant.eval.kept_rows import fitting_codings
 from pocketquant.eval.metrics import score_rows
 from pocketquant.eval.pack import (
     MAGIC,
@@ -25,7 +26,7 @@ from pocketquant.eval.pack import (
     is_pack,
     read_pack,
 )
-from pocketquant.eval.reference import base_file_bytes, fitting_codings
+from pocketquant.eval.reference import base_file_bytes
 from pocketquant.eval.replay import open_pack
 from pocketquant.eval.report import FileIdentity
 from pocketquant.eval.states import CODINGS, Head, decode_states, encode_states, row_bytes
