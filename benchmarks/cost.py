@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant import open_model, open_recipe, pipeline, plan
+from pocketquant import open_model, open_recipe, plan
 from pocketquant.cluster import BATCH_WEIGHTS
 from pocketquant.convert.rows import CheckpointRows
 from pocketquant.convert.safetensors import ITEM_BYTES, LocalFile, StoredTensor
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.formats.plain import encode_bf16
+from pocketquant.gguf_file import writing as pipeline
 from pocketquant.model import Plan, Role, Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.quant.importance import Importance
-from pocketquant.quant.statistics import Statistics
+from pocketquant.calibration.importance import Importance
+from pocketquant.calibration.statistics import Statistics
 
 SIZES = {"Q3_K_M": 12, "IQ4_XS": 30, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
 """llama.cpp's file types (include/llama.h) that are compared with."""

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from pocketquant.convert import open_model
     from pocketquant.errors import PocketquantError
     from pocketquant.eval import compare, weight_errors
-    from pocketquant.make import make_release
+    from pocketquant.gguf_file.writing import write
     from pocketquant.model import Model, Plan, Role, Tensor
-    from pocketquant.pipeline import write
     from pocketquant.quant import open_recipe, plan, read_importance
+    from pocketquant.release.make import make_release
 
 __version__ = "0.1.0"
 
@@ -31,13 +31,13 @@ _HOMES = {
     "Role": "model",
     "Tensor": "model",
     "compare": "eval",
-    "make_release": "make",
+    "make_release": "release.make",
     "open_model": "convert",
     "open_recipe": "quant",
     "plan": "quant",
-    "read_importance": "quant",
+    "read_importance": "calibration.importance",
     "weight_errors": "eval",
-    "write": "pipeline",
+    "write": "gguf_file.writing",
 }
 
 __all__ = [

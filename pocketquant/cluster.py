@@ -34,11 +34,12 @@ from uuid import uuid4
 
 import numpy as np
 
-from pocketquant import __version__, pipeline
+from pocketquant import __version__
 from pocketquant.errors import ClusterError, PocketquantError, SourceError, listing
 from pocketquant.extras import install_command
-from pocketquant.files import read_at
+from pocketquant.files.reading import read_at
 from pocketquant.formats import FORMATS, U8Array
+from pocketquant.gguf_file import writing as pipeline
 from pocketquant.model import Plan, PlannedTensor
 
 BATCH_WEIGHTS = 16 << 20

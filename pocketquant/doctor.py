@@ -121,8 +121,8 @@ def _version(name: str) -> str:
 
 
 def _processor() -> Iterator[Part]:
-    from pocketquant.files import usable_threads
     from pocketquant.llama import trial
+    from pocketquant.machine import usable_threads
 
     lines = trial.processor().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -1,7 +1,8 @@
-"""What to install where a part is missing: the packages behind an extra, by the names that an index knows."""
+"""Installed packages: their versions, and what to install where a part is missing, by the names that an index knows."""
 
 from __future__ import annotations
 
+import platform
 import re
 from importlib import metadata
 
@@ -31,3 +32,15 @@ def _packages_of(extra: str, requirements: list[str]) -> list[str]:
         else:
             found.append(f"{name}[{extras}]{version}" if extras else f"{name}{version}")
     return found
+
+
+def list_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on, besides the runtime's own."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in ("pocketquant", "numpy", "numba")}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "not installed"

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pocketquant.files.unchanged import FileState
 from pocketquant.formats import F32Array, QuantFormat, U8Array
-from pocketquant.unchanged import FileState
 
 
 class Role(str, Enum):

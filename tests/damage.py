@@ -14,7 +14,8 @@ from typing import Any
 from pack_maker import header_of, with_header
 
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import encode_table, read_header
+from pocketquant.gguf_file.header import encode_table
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Value, padded
 
 _RAW = (

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import encode_header, read_header
+from pocketquant.gguf_file.header import encode_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Value, padded
 
 

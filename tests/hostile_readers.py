@@ -24,27 +24,28 @@ from statistics_maker import make_statistics
 from vision_maker import make_vision_checkpoint
 
 import pocketquant
+from pocketquant.calibration.importance import ImportanceSums, read_importance, write_sums
+from pocketquant.calibration.statistics import INPUT, open_statistics
 from pocketquant.check import check_gguf
 from pocketquant.convert.adapter import open_adapter
 from pocketquant.convert.chat_template import with_chat_template
 from pocketquant.convert.checkpoint import open_checkpoint
 from pocketquant.convert.modelscope import _entries
 from pocketquant.convert.vision import open_vision
-from pocketquant.eval.conversations import read_conversations
-from pocketquant.eval.corpus import read_text
-from pocketquant.eval.gate import decide, read_report
-from pocketquant.eval.html import read_sheet, to_card, to_html
-from pocketquant.eval.limits import read_limits
-from pocketquant.eval.moved import find_moved
-from pocketquant.eval.pack import read_pack
-from pocketquant.eval.verdict import table, to_json, to_junit, to_markdown
-from pocketquant.gguf_file import encode_header, read_shards
+from pocketquant.eval.gate.decide import decide, read_report
+from pocketquant.eval.gate.limits import read_limits
+from pocketquant.eval.gate.output import table, to_json, to_junit, to_markdown
+from pocketquant.eval.gate.report_diff import find_moved
+from pocketquant.eval.packs.pack import read_pack
+from pocketquant.eval.report.html import read_sheet, to_card, to_html
+from pocketquant.gguf_file.header import encode_header
+from pocketquant.gguf_file.reading import read_shards
 from pocketquant.llama.vision import check_image
 from pocketquant.model import Model
-from pocketquant.quant.importance import ImportanceSums, read_importance, write_sums
 from pocketquant.quant.loss_table import LossTable, read_figures, write_losses
 from pocketquant.quant.recipe_text import open_recipe
-from pocketquant.quant.statistics import INPUT, open_statistics
+from pocketquant.texts.conversations import read_conversations
+from pocketquant.texts.corpus import read_text
 
 JSON, TEXT, BINARY, JSON_HEADER, PACK, GGUF = "json", "text", "binary", "json header", "pack", "gguf"
 """How a file is damaged besides at random: as a tree, by words, not at all, its header as a tree or a table."""

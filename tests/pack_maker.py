@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.eval.pack import MAGIC, Floor, PackHeader, PackWriter, TextIdentity
-from pocketquant.eval.report import FileIdentity
+from pocketquant.eval.packs.pack import MAGIC, Floor, PackHeader, PackWriter, TextIdentity
+from pocketquant.gguf_file.identity import FileIdentity
 
 
 def write_pack(path: Path) -> Path:

@@ -8,9 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
-from pocketquant.formats import F32Array
-from pocketquant.model import Model, Role
-from pocketquant.quant.statistics import (
+from pocketquant.calibration.statistics import (
     COUNT,
     EMBED_OUTPUT,
     HEAD,
@@ -21,7 +19,9 @@ from pocketquant.quant.statistics import (
     Text,
     fingerprint,
 )
-from pocketquant.quant.statistics_writing import About, triangles, write_statistics
+from pocketquant.calibration.statistics_writing import About, triangles, write_statistics
+from pocketquant.formats import F32Array
+from pocketquant.model import Model, Role
 
 TOKENS = 99
 

@@ -19,15 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.architectures.table import (
-    ATTENTION,
-    BLOCK,
-    DELTA,
-    MODEL,
-    MetadataRule,
-    Sizes,
-    TensorRule,
-)
+from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, MODEL, MetadataRule, Sizes, TensorRule
 from pocketquant.errors import ArchitectureError, listing
 from pocketquant.formats import F32Array
 from pocketquant.model import Role, Value

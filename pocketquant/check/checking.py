@@ -15,7 +15,7 @@ from pocketquant.check.tokenizer import check_chat_template, check_tokenizer
 from pocketquant.check.vision import ARCHITECTURE as VISION
 from pocketquant.check.vision import check_vision
 from pocketquant.check.weights import check_weights
-from pocketquant.gguf_file import OTHER_KINDS
+from pocketquant.gguf_file.reading import OTHER_KINDS
 from pocketquant.model import Model
 
 Progress = Callable[[int, int], None]

@@ -19,8 +19,9 @@ from pocketquant.architectures.gguf_names import block_kinds
 from pocketquant.architectures.table import ATTENTION, Architecture
 from pocketquant.errors import ArchitectureError
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.gguf_file import OTHER_KINDS, read_rows, read_shards
-from pocketquant.gguf_tensors import GgufTensor, Placed, place_tensor
+from pocketquant.gguf_file.opening import read_rows
+from pocketquant.gguf_file.reading import OTHER_KINDS, read_shards
+from pocketquant.gguf_file.tensors import GgufTensor, Placed, place_tensor
 from pocketquant.model import Model, Tensor, Value
 
 CHUNK_WEIGHTS = 1 << 20

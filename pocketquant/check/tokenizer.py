@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from pocketquant.chat_template import find_template_problems
 from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
 from pocketquant.model import Value
+from pocketquant.texts.chat_template import find_template_problems
 
 _PRE = "tokenizer.ggml.pre"
 _NEAR_PRE = "qwen2"

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, TextIO
 from pocketquant.activity import note_end
 from pocketquant.cli import streams, watching
 from pocketquant.errors import PocketquantError, PocketquantWarning, listing
+from pocketquant.escaping import note_name
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -100,6 +101,8 @@ def main() -> None:
     started = time.monotonic()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
+    for argument in arguments:
+        note_name(argument)
     if not is_debug:
         _become_child()
     streams.open_streams()
@@ -176,7 +179,7 @@ def _can_be_written(folder: str) -> bool:
 
 
 def _say_interrupted(*, is_json: bool) -> int:
-    from pocketquant.interrupts import files_in_place, how_to_go_on
+    from pocketquant.files.interrupts import files_in_place, how_to_go_on
 
     done = files_in_place()
     said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED

@@ -14,9 +14,9 @@ def convert_adapter(
     from pocketquant.convert import open_model
     from pocketquant.convert.adapter import open_adapter
     from pocketquant.convert.adapter_gguf import plan_adapter
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.pipeline import write
-    from pocketquant.splits import check_whole, parse_size
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.gguf_file.shards import check_whole, parse_size
+    from pocketquant.gguf_file.writing import write
 
     if out is not None:
         refuse_overwriting([out], [folder, base])

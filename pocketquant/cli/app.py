@@ -13,16 +13,7 @@ from pocketquant.cli.encoding import convert, quantize
 from pocketquant.cli.gate import gate
 from pocketquant.cli.group import Commands
 from pocketquant.cli.making import demo, make
-from pocketquant.cli.options import (
-    Context,
-    DryRun,
-    GpuLayers,
-    Json,
-    Out,
-    Quiet,
-    Source,
-    Threads,
-)
+from pocketquant.cli.options import Context, DryRun, GpuLayers, Json, Out, Quiet, Source, Threads
 from pocketquant.cli.report import report
 from pocketquant.cli.screen import print_json, step_progress
 from pocketquant.cli.sensitivity import sensitivity as measure_sensitivity

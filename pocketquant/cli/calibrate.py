@@ -47,11 +47,11 @@ def calibrate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
     """Collect statistics of a model on texts: what a rounding error of each weight will cost."""
+    from pocketquant.calibration.statistics_writing import merge_statistics
     from pocketquant.demo import text_path
-    from pocketquant.files import check_target, refuse_overwriting
-    from pocketquant.leftovers import holding
-    from pocketquant.quant.statistics_writing import merge_statistics
-    from pocketquant.splits import parse_size
+    from pocketquant.files.leftovers import holding
+    from pocketquant.files.replacing import check_target, refuse_overwriting
+    from pocketquant.gguf_file.shards import parse_size
 
     refuse_overwriting([out], [*sources, *(text or [])])
     if merge:
@@ -78,7 +78,7 @@ def calibrate(
         quiet,
     )
     if curvature:
-        from pocketquant.quant.torch_layers import require_torch
+        from pocketquant.calibration.torch_layers import require_torch
 
         require_torch()  # before hours of work
     if dry_run:
@@ -111,7 +111,7 @@ class _Task:
 
 
 def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
-    from pocketquant.quant import calibrating
+    from pocketquant.calibration import statistics_run as calibrating
 
     with step_progress("inputs", quiet=task.quiet) as advance:
         calibrating.calibrate(
@@ -131,13 +131,13 @@ def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
 
 def _collect_both(gguf: Path, task: _Task) -> None:
     """Inputs and gradients into files of their own, which are then joined."""
-    from pocketquant.files import hidden_beside
-    from pocketquant.gguf_file import open_gguf
-    from pocketquant.interrupts import resumable
-    from pocketquant.quant.calibrating import cut_texts
-    from pocketquant.quant.curvature import collect_curvature
-    from pocketquant.quant.statistics import fingerprint, open_statistics
-    from pocketquant.quant.statistics_writing import merge_statistics
+    from pocketquant.calibration.fisher import collect_curvature
+    from pocketquant.calibration.statistics import fingerprint, open_statistics
+    from pocketquant.calibration.statistics_run import cut_texts
+    from pocketquant.calibration.statistics_writing import merge_statistics
+    from pocketquant.files.interrupts import resumable
+    from pocketquant.files.replacing import hidden_beside
+    from pocketquant.gguf_file.opening import open_gguf
 
     inputs, gradients = hidden_beside(task.out, "inputs"), hidden_beside(task.out, "gradients")
     windows, texts = cut_texts(gguf, task.texts, task.context, task.chunks, task.threads, task.gpu_layers, task.seed)
@@ -167,8 +167,8 @@ def _collect_both(gguf: Path, task: _Task) -> None:
 
 
 def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
+    from pocketquant.calibration.statistics_run import plan_calibration
     from pocketquant.convert.sources import open_model
-    from pocketquant.quant.calibrating import plan_calibration
 
     model = open_model(source)
     calibration = plan_calibration(model, memory_bytes=task.memory_bytes)
@@ -178,7 +178,7 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         "file_bytes": calibration.file_bytes,
     }
     if curvature:
-        from pocketquant.quant.curvature import cost_of_gradients
+        from pocketquant.calibration.fisher import cost_of_gradients
 
         outputs, largest = cost_of_gradients(model, set(calibration.shared))
         cost |= {
@@ -201,7 +201,7 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
 
 
 def _report(out: Path, *, json: bool, quiet: bool) -> None:
-    from pocketquant.quant.statistics import open_statistics
+    from pocketquant.calibration.statistics import open_statistics
 
     statistics = open_statistics(out)
     summary = {

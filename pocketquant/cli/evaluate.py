@@ -13,7 +13,7 @@ import typer
 from pocketquant.cli.screen import print_json, step_progress
 
 if TYPE_CHECKING:
-    from pocketquant.eval.evidence import TensorState
+    from pocketquant.eval.report.evidence import TensorState
 
 
 def evaluate(
@@ -37,9 +37,9 @@ def evaluate(
     """Measures and prints the report."""
     from pocketquant.eval import compare
     from pocketquant.eval.compare import SCORERS
-    from pocketquant.eval.markdown import to_markdown
     from pocketquant.eval.reference import open_reference
-    from pocketquant.eval.texts import read_texts
+    from pocketquant.eval.report.markdown import to_markdown
+    from pocketquant.texts.embedded import read_texts
 
     if like not in SCORERS:
         raise typer.BadParameter(" or ".join(name for name in SCORERS if name), param_hint="--like")
@@ -70,8 +70,8 @@ def evaluate(
 def _tensors(gguf: Path, reference: Path, *, quiet: bool) -> tuple[TensorState, ...]:
     """What each tensor is; how far from the reference's, too, unless that is a pack, which holds no weights."""
     from pocketquant.convert import open_model
-    from pocketquant.eval.evidence import describe_tensors
-    from pocketquant.eval.pack import is_pack
+    from pocketquant.eval.packs.pack import is_pack
+    from pocketquant.eval.report.evidence import describe_tensors
 
     original = None if reference.is_file() and is_pack(reference) else open_model(str(reference))
     with step_progress("weights", quiet=quiet) as advance:

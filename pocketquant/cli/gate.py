@@ -11,7 +11,7 @@ from pocketquant.cli.screen import print_json, print_lines, print_table, say
 from pocketquant.escaping import one_line
 
 if TYPE_CHECKING:
-    from pocketquant.eval.readback import Evidence
+    from pocketquant.eval.report.reading import Evidence
 
 
 def gate(
@@ -48,11 +48,11 @@ def gate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")] = False,
 ) -> None:
     """Hold a report against limits: exit 0 if none is broken for certain, 1 if one is, 2 for bad input."""
-    from pocketquant.eval.gate import decide, read_report
-    from pocketquant.eval.limits import read_limits
-    from pocketquant.eval.moved import find_moved
-    from pocketquant.eval.verdict import describe_moved, table, to_json, to_junit, to_markdown
-    from pocketquant.files import refuse_overwriting, replacing
+    from pocketquant.eval.gate.decide import decide, read_report
+    from pocketquant.eval.gate.limits import read_limits
+    from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, to_markdown
+    from pocketquant.eval.gate.report_diff import find_moved
+    from pocketquant.files.replacing import refuse_overwriting, replacing
 
     if explain and baseline is None:
         raise typer.BadParameter("says what moved since a baseline; give --baseline OLD.json", param_hint="--explain")
@@ -86,9 +86,9 @@ def gate(
 
 def _read_baseline(path: Path, file: str | None) -> Evidence:
     """The accepted report; of one file, or with the same file in it as the candidate's."""
-    from pocketquant.eval.gate import read_report
-    from pocketquant.eval.readback import RELEASES
-    from pocketquant.small_files import read_json
+    from pocketquant.eval.gate.decide import read_report
+    from pocketquant.eval.report.reading import RELEASES
+    from pocketquant.files.small import read_json
 
     document = read_json(path)
     is_release = isinstance(document, dict) and document.get("schema") in RELEASES
@@ -97,8 +97,8 @@ def _read_baseline(path: Path, file: str | None) -> Evidence:
 
 def _write_starter(path: Path, report: Evidence, *, json: bool, quiet: bool) -> None:
     from pocketquant.errors import OutputError
-    from pocketquant.eval.starting import starter_limits
-    from pocketquant.files import replacing
+    from pocketquant.eval.gate.starter import starter_limits
+    from pocketquant.files.replacing import replacing
 
     if path.exists():
         raise OutputError(f"{path}: exists; limits are edited by people, so they are not written over")

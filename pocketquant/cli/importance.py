@@ -23,11 +23,11 @@ def make_matrix(
     quiet: bool,
 ) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
-    from pocketquant.files import hidden_beside, refuse_overwriting
-    from pocketquant.interrupts import resumable
-    from pocketquant.leftovers import holding
-    from pocketquant.quant.collect import collect_importance
-    from pocketquant.quant.importance import write_sums
+    from pocketquant.calibration.imatrix import collect_importance
+    from pocketquant.calibration.importance import write_sums
+    from pocketquant.files.interrupts import resumable
+    from pocketquant.files.leftovers import holding
+    from pocketquant.files.replacing import hidden_beside, refuse_overwriting
 
     refuse_overwriting([out], [gguf, text, mtp])
     state = hidden_beside(out, "unfinished")
@@ -64,8 +64,8 @@ def make_matrix(
 
 def merge_matrices(files: list[Path], out: Path, *, json: bool, quiet: bool) -> None:
     """Adds matrices up."""
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.quant.importance import merge_sums, read_sums, write_sums
+    from pocketquant.calibration.importance import merge_sums, read_sums, write_sums
+    from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out], files)
     sums = merge_sums([read_sums(path) for path in files], [str(path) for path in files])

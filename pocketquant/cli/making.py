@@ -76,9 +76,9 @@ def make(
     quiet: Quiet = False,
 ) -> None:
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
-    from pocketquant.eval.texts import read_texts
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.make import (
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.gguf_file.shards import parse_size
+    from pocketquant.release.make import (
         DEFAULT_RECIPES,
         Bars,
         calibration_text,
@@ -87,7 +87,7 @@ def make(
         plan_release,
         to_markdown,
     )
-    from pocketquant.splits import parse_size
+    from pocketquant.texts.embedded import read_texts
 
     if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
         raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
@@ -110,7 +110,8 @@ def make(
         split_bytes=parse_size(split_max_size) if split_max_size else None,
     )
     made_from = [source, imatrix, stats, calibrate, chat_template, adapter, *(recipe or [])]
-    refuse_overwriting(list_outputs(release, out), [*made_from, *(each.path for each in release.texts)])
+    read = [*made_from, *(each.path for each in release.texts)]
+    refuse_overwriting(list_outputs(release, out), read, makes_folder=True)
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)
     for variant in (*release.variants, *release.sidecars):

@@ -16,8 +16,8 @@ from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_expla
 
 if TYPE_CHECKING:
     from pocketquant.convert.sources import Parts
+    from pocketquant.gguf_file.writing import Run
     from pocketquant.model import Plan
-    from pocketquant.pipeline import Run
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Request:
 
 def run(request: Request) -> None:
     """Does what was asked for."""
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.outputs import all_files, default_mmproj_recipe, plan_outputs
-    from pocketquant.pipeline import write_together
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.gguf_file.shards import parse_size
+    from pocketquant.gguf_file.writing import write_together
     from pocketquant.quant import open_recipe, read_importance
     from pocketquant.quant.planning import importance_gaps
-    from pocketquant.splits import parse_size
+    from pocketquant.release.outputs import all_files, default_mmproj_recipe, plan_outputs
 
     quiet, sizing = request.quiet, request.sizing
     made_from = [
@@ -142,8 +142,8 @@ def read_rounding(stats: Path | None, steps: str | None) -> Callable[[Plan], Pla
         if steps not in (None, "none"):
             raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
         return lambda planned: planned
+    from pocketquant.calibration.statistics import open_statistics
     from pocketquant.quant.rounding.encoding import STEPS, with_rounding
-    from pocketquant.quant.statistics import open_statistics
 
     if steps == "none":
         return lambda planned: planned
@@ -194,9 +194,9 @@ def as_gguf(
 ) -> Iterator[Path]:
     """A source as a GGUF in full precision: itself, or converted, beside `out`, for as long as the block runs."""
     from pocketquant.convert.sources import names_gguf, open_model
-    from pocketquant.files import check_target
-    from pocketquant.leftovers import work_folder
-    from pocketquant.pipeline import write
+    from pocketquant.files.leftovers import work_folder
+    from pocketquant.files.replacing import check_target
+    from pocketquant.gguf_file.writing import write
     from pocketquant.quant import open_recipe, plan
 
     if names_gguf(source):

@@ -27,8 +27,8 @@ def make_pack(
 ) -> None:
     """Says what the pack will take and makes it."""
     from pocketquant.eval.reference import make_reference, plan_reference
-    from pocketquant.eval.texts import read_texts
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.texts.embedded import read_texts
 
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])

@@ -36,8 +36,8 @@ def report(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")] = False,
 ) -> None:
     """Show measurements on a page: size against loss, by domain and position, every tensor, how to run it again."""
-    from pocketquant.eval.html import read_sheet, to_card, to_html
-    from pocketquant.files import refuse_overwriting, replacing
+    from pocketquant.eval.report.html import read_sheet, to_card, to_html
+    from pocketquant.files.replacing import refuse_overwriting, replacing
 
     refuse_overwriting([out, *([markdown] if markdown else [])], reports)
     sheet = read_sheet(reports)

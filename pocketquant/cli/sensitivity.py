@@ -53,7 +53,7 @@ def sensitivity(
 ) -> None:
     """Measure what rounding each role and layer of a model costs, or predict it for every tensor and type."""
     from pocketquant.demo import text_path
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out], [source, stats, *(text or [])])
     if recalibrate and stats is None:
@@ -70,7 +70,7 @@ def sensitivity(
         _say_cost(task, groups, stats, recalibrate, json=json)
         return
     if stats is None or recalibrate:  # before hours of work
-        from pocketquant.eval.corpus import read_text
+        from pocketquant.texts.corpus import read_text
 
         for path in texts:
             read_text(path)
@@ -98,13 +98,14 @@ def _running(task: _Task) -> Iterator[Runs]:
     """Runs of the source; what they need on disk is deleted at the end, the results only where all went well."""
     from pocketquant.convert.sources import open_model
     from pocketquant.eval.compare import compare
-    from pocketquant.eval.corpus import Text
-    from pocketquant.files import check_target, hidden_beside, sha256_of
-    from pocketquant.interrupts import resumable
-    from pocketquant.leftovers import holding, work_folder
-    from pocketquant.pipeline import write
+    from pocketquant.files.interrupts import resumable
+    from pocketquant.files.leftovers import holding, work_folder
+    from pocketquant.files.reading import sha256_of
+    from pocketquant.files.replacing import check_target, hidden_beside
+    from pocketquant.gguf_file.writing import write
     from pocketquant.quant import open_recipe, plan
     from pocketquant.quant.measuring import Runs
+    from pocketquant.texts.corpus import Text
 
     state = hidden_beside(task.out, "runs.json")
     texts = [Text(f"{n} {path.stem}", path) for n, path in enumerate(task.texts)]
@@ -135,7 +136,7 @@ def _running(task: _Task) -> Iterator[Runs]:
 
 
 def _measure(task: _Task, groups: int | None, *, json: bool) -> None:
-    from pocketquant.files import replacing
+    from pocketquant.files.replacing import replacing
     from pocketquant.quant.measuring import measure_sensitivity
     from pocketquant.quant.sensitivity import parse_sensitivity
 
@@ -151,12 +152,12 @@ def _measure(task: _Task, groups: int | None, *, json: bool) -> None:
 
 
 def _predict(task: _Task, stats: Path, rounding: str | None, thorough: bool, recalibrated: bool, *, json: bool) -> None:
+    from pocketquant.calibration.statistics import open_statistics
     from pocketquant.convert.sources import open_model
     from pocketquant.quant.loss_table import write_losses
     from pocketquant.quant.measuring import PROBE, recalibrate
     from pocketquant.quant.prediction import predict_losses
     from pocketquant.quant.rounding.encoding import STEPS
-    from pocketquant.quant.statistics import open_statistics
 
     if rounding not in (None, "none", *STEPS):
         raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")

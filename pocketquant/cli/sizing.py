@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pocketquant.quant.explain import Change, Explanation
     from pocketquant.quant.loss_table import LossTable
     from pocketquant.quant.rounding import Rounding
-    from pocketquant.release import Choice, Rounder
+    from pocketquant.release.planning import Choice, Rounder
 
 DEFAULT_RECIPE = "pocket_4bit"
 POCKET = ("pocket_4bit", "pocket_5bit", "pocket_8bit")
@@ -59,8 +59,8 @@ def read_sizing(
     keep_types: bool = False,
 ) -> Sizing:
     """Checks what the options say together."""
+    from pocketquant.gguf_file.shards import parse_size
     from pocketquant.quant.allocation import DEVICES, Target
-    from pocketquant.splits import parse_size
 
     given = {"--recipe": recipe, "--target-size": target_size, "--target-bpw": target_bpw}
     used = [name for name, value in given.items() if value is not None]
@@ -113,7 +113,7 @@ def choice_of(
 ) -> Choice:
     """What plans one file, as `quantize` does with the same options."""
     from pocketquant.quant import open_recipe
-    from pocketquant.release import Choice
+    from pocketquant.release.planning import Choice
 
     is_target = recipe is None
     sizing = read_sizing(
@@ -130,8 +130,8 @@ def _rounding_metadata(sizing: Sizing) -> Mapping[str, Value]:
     """What the rounding will add to the file's metadata, so that the size is decided with it."""
     if sizing.stats is None or sizing.rounding == "none":
         return {}
+    from pocketquant.calibration.statistics import open_statistics
     from pocketquant.quant.rounding.encoding import rounding_metadata
-    from pocketquant.quant.statistics import open_statistics
 
     return rounding_metadata(open_statistics(sizing.stats), _rounding(sizing))
 
@@ -144,7 +144,7 @@ def read_predictions(model: Model, sizing: Sizing, *, quiet: bool) -> Sensitivit
     figures = read_figures(sizing.sensitivity)
     if sizing.stats is None or isinstance(figures, LossTable):
         return figures
-    from pocketquant.quant.statistics import fingerprint, open_statistics
+    from pocketquant.calibration.statistics import fingerprint, open_statistics
 
     key = (sizing, fingerprint(model))
     if key in _predicted:

@@ -9,8 +9,8 @@ from pocketquant.cli.screen import byte_progress, print_json, say, size
 
 def split(file: Path, out: Path, max_size: str, *, json: bool, quiet: bool) -> None:
     """Splits a GGUF, or splits one anew, and says how large each file is."""
-    from pocketquant.gguf_file import read_shards
-    from pocketquant.splits import parse_size, split_file
+    from pocketquant.gguf_file.reading import read_shards
+    from pocketquant.gguf_file.shards import parse_size, split_file
 
     total = sum(tensor.nbytes for _, header in read_shards(file) for tensor in header.tensors)
     with byte_progress(out.name, total, quiet=quiet) as advance:
@@ -20,8 +20,8 @@ def split(file: Path, out: Path, max_size: str, *, json: bool, quiet: bool) -> N
 
 def join(file: Path, out: Path, *, json: bool, quiet: bool) -> None:
     """Joins the shards of a GGUF."""
-    from pocketquant.gguf_file import read_shards
-    from pocketquant.splits import join_file
+    from pocketquant.gguf_file.reading import read_shards
+    from pocketquant.gguf_file.shards import join_file
 
     total = sum(tensor.nbytes for _, header in read_shards(file) for tensor in header.tensors)
     with byte_progress(out.name, total, quiet=quiet) as advance:

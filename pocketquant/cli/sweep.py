@@ -83,11 +83,11 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
     """Measure several recipes or sizes against one reference; an interrupted sweep goes on where it was."""
-    from pocketquant.eval.texts import read_texts
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.measure import REPORTS, Bars, Means, to_markdown
-    from pocketquant.release import calibration_text, plan_release
-    from pocketquant.sweep import KEEP, plan_sweep, run_sweep
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.release.measuring import REPORTS, Bars, Means, to_markdown
+    from pocketquant.release.planning import calibration_text, plan_release
+    from pocketquant.release.sweep import KEEP, plan_sweep, run_sweep
+    from pocketquant.texts.embedded import read_texts
 
     if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
         raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
@@ -117,7 +117,7 @@ def sweep(
     )
     made_from = [source, imatrix, stats, calibrate, sensitivity, reference, adapter, *(recipe or [])]
     written = [out / name for name in (*(each.name for each in release.variants), *REPORTS)]
-    refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)])
+    refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)], makes_folder=True)
     planned = plan_sweep(release, pack=reference, keep=keep, statistics=stats)
     missing = planned.missing(out)
     for variant in release.variants:

@@ -11,7 +11,7 @@ import typer
 from pocketquant.cli.screen import headed, print_json, print_table, say, step_progress
 
 if TYPE_CHECKING:
-    from pocketquant.eval.paired import Paired
+    from pocketquant.eval.tasks.paired import Paired
 
 Gguf = Annotated[Path, typer.Argument(metavar="GGUF", help="The file to judge.")]
 Reference = Annotated[Path, typer.Option("--reference", metavar="GGUF", help="Full precision of the same checkpoint.")]
@@ -51,9 +51,9 @@ def tasks(
     quiet: Quiet = False,
 ) -> None:
     """Run benchmarks on a file and on full precision, and compare item by item."""
-    from pocketquant.eval.tasks import compare_on_tasks, count_cost, write_report
-    from pocketquant.eval.tasks_loading import Settings
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.eval.tasks.compare import compare_on_tasks, count_cost, write_report
+    from pocketquant.eval.tasks.loading import Settings
+    from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, reference])
     settings = Settings(
@@ -112,9 +112,9 @@ def smoke(
     quiet: Quiet = False,
 ) -> None:
     """Have a file and full precision answer a few chats, and count what went wrong."""
-    from pocketquant.eval.smoke import PROMPTS, compare_smoke
-    from pocketquant.eval.tasks import write_report
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.eval.tasks.compare import write_report
+    from pocketquant.eval.tasks.smoke import PROMPTS, compare_smoke
+    from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, reference])
 
@@ -166,9 +166,9 @@ def eval_vision(
     quiet: Quiet = False,
 ) -> None:
     """Show images to a vision tower and to its full precision, and compare embeddings and answers."""
-    from pocketquant.eval.tasks import write_report
+    from pocketquant.eval.tasks.compare import write_report
     from pocketquant.eval.vision import compare_towers
-    from pocketquant.files import refuse_overwriting
+    from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, mmproj, reference_mmproj, *images])
     with step_progress(mmproj.name, quiet=quiet) as advance:

@@ -43,14 +43,14 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
     """Tune scales and codes of a quantized file by runs of the whole model (extra `curvature`: torch, transformers)."""
+    from pocketquant.calibration.imatrix import SELF
+    from pocketquant.calibration.statistics_run import cut_texts
+    from pocketquant.calibration.torch_layers import require_torch
     from pocketquant.cli.planning import as_gguf
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
-    from pocketquant.files import refuse_overwriting
-    from pocketquant.quant.calibrating import cut_texts
-    from pocketquant.quant.collect import SELF
-    from pocketquant.quant.torch_layers import require_torch
-    from pocketquant.quant.tuning import DoesNotPay, check_file, go_on, sampled_text, tune_file
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.tuning.tune import DoesNotPay, check_file, go_on, sampled_text, tune_file
 
     texts = text or [str(text_path("calibration"))]
     if SELF in texts:

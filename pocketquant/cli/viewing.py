@@ -35,7 +35,7 @@ def _open_to_look(source: str) -> Model:
     from pocketquant.convert import open_model
     from pocketquant.convert.chat_template import with_chat_template
     from pocketquant.convert.sources import names_gguf
-    from pocketquant.gguf_file import open_gguf
+    from pocketquant.gguf_file.opening import open_gguf
 
     if names_gguf(source):
         return with_chat_template(open_gguf(source), None, refuse=False)
@@ -44,7 +44,7 @@ def _open_to_look(source: str) -> Model:
 
 def _inspect_other(path: Path, *, json: bool) -> bool:
     """Shows an adapter or an importance matrix, and says what it is; False for what claims to be a model."""
-    from pocketquant.gguf_file import OTHER_KINDS, read_header
+    from pocketquant.gguf_file.reading import OTHER_KINDS, read_header
 
     header = read_header(path)
     stated = {key: header.metadata.get(f"general.{key}") for key in ("type", "architecture")}
@@ -100,7 +100,7 @@ def _show(
 def _file_sizes(source: str) -> list[int]:
     """Bytes of each file that holds weights."""
     from pocketquant.convert.sources import names_gguf, open_snapshot
-    from pocketquant.gguf_file import read_shards
+    from pocketquant.gguf_file.reading import read_shards
 
     if names_gguf(source):
         return [file.stat().st_size for file, _ in read_shards(Path(source))]

@@ -20,7 +20,7 @@ from types import FrameType
 
 from pocketquant import __version__
 from pocketquant.activity import LastSeen, last_seen, note_end, share
-from pocketquant.interrupts import ENDING, STARTS_ANEW
+from pocketquant.files.interrupts import ENDING, STARTS_ANEW
 
 HANDED_ON = tuple(number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN)
 """What asks a run to end, but for what whoever started it has it ignore, as `nohup` does."""
@@ -63,7 +63,9 @@ def _tidy(seen: LastSeen) -> None:
     """Removes what the child made for a time and could not remove itself."""
     held, locks = list(filter(Path.exists, seen.held)), list(filter(Path.exists, seen.locks))
     if held or locks:
-        from pocketquant.leftovers import remove_unheld  # only now: after a command that ends well there is nothing
+        from pocketquant.files.leftovers import (
+            remove_unheld,  # only now: after a command that ends well there is nothing
+        )
 
         for path in held:
             remove_unheld(path)

@@ -28,7 +28,7 @@ from pocketquant.convert.quantized.tensor import Reads
 from pocketquant.convert.safetensors import StoredTensor
 from pocketquant.errors import SourceError, listing
 from pocketquant.formats import FORMATS, F32Array
-from pocketquant.gguf_file import encode_header
+from pocketquant.gguf_file.header import encode_header
 from pocketquant.model import Model, Plan, PlannedTensor, Role, Tensor, Value, padded
 
 _QUANTIZATION_VERSION = 2
@@ -68,7 +68,7 @@ class AdapterRows:
 
 
 def plan_adapter(adapter: Adapter, base: Model, type_name: str = "f32") -> Plan:
-    """Decides the file; write it with `pocketquant.pipeline.write`.
+    """Decides the file; write it with `pocketquant.gguf_file.writing.write`.
 
     Args:
         adapter: from `open_adapter`.

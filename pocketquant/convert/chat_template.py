@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pocketquant.chat_template import IMAGES, MAX_TEMPLATE_CHARACTERS, TemplateProblem, find_template_problems
 from pocketquant.errors import TokenizerError, listing
+from pocketquant.files.small import read_text
 from pocketquant.model import Model, Value
-from pocketquant.small_files import read_text
+from pocketquant.texts.chat_template import IMAGES, MAX_TEMPLATE_CHARACTERS, TemplateProblem, find_template_problems
 
 _KEY = "tokenizer.chat_template"
 

@@ -35,8 +35,8 @@ from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.tensor_table import WeightFiles, choose_weights, read_tensor_table
 from pocketquant.convert.tokenizer import read_tokenizer
 from pocketquant.errors import ArchitectureError, SourceError
+from pocketquant.files.small import read_object
 from pocketquant.model import Model
-from pocketquant.small_files import read_object
 
 
 def open_checkpoint(

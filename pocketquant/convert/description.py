@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError, listing
-from pocketquant.gguf_values import KINDS, find_problem, shown
+from pocketquant.files.small import is_present, read_object, read_optional_object, read_text
+from pocketquant.gguf_file.values import KINDS, find_problem, shown
 from pocketquant.model import Value
-from pocketquant.small_files import is_present, read_object, read_optional_object, read_text
 
 MAX_CARD_BYTES = 4 << 20
 MAX_FRONT_MATTER = 1 << 16

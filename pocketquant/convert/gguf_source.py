@@ -14,13 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pocketquant.architectures.hybrid import (
-    LARGEST_THETA,
-    LEAST_EPSILON,
-    MOST,
-)
+from pocketquant.architectures.hybrid import LARGEST_THETA, LEAST_EPSILON, MOST
 from pocketquant.errors import ArchitectureError, listing
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Model, Value
 
 _SECTIONS = "rope.dimension_sections"

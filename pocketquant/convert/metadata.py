@@ -7,7 +7,7 @@ from typing import Any
 
 from pocketquant.architectures.table import Architecture, Sizes
 from pocketquant.errors import ArchitectureError
-from pocketquant.gguf_values import find_problem
+from pocketquant.gguf_file.values import find_problem
 from pocketquant.model import Value
 
 

@@ -30,8 +30,8 @@ from pocketquant.convert.repository import (
 )
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.errors import SourceError
-from pocketquant.files import replacing
-from pocketquant.small_files import parse_json
+from pocketquant.files.replacing import replacing
+from pocketquant.files.small import parse_json
 
 _MAX_LISTING_BYTES = 64 << 20
 _LISTING_LIMIT = 3000  # a longer listing is cut there without a word (modelscope_hub, constants.py)

@@ -14,8 +14,8 @@ from pocketquant.convert.http_ranges import HttpFile
 from pocketquant.convert.safetensors import RangeFile
 from pocketquant.convert.snapshot import Snapshot
 from pocketquant.errors import OutputError, SourceError, listing
-from pocketquant.files import sha256_of
-from pocketquant.small_files import MAX_JSON_BYTES
+from pocketquant.files.reading import sha256_of
+from pocketquant.files.small import MAX_JSON_BYTES
 
 MAX_SMALL_FILES = 200
 _SMALL = re.compile(r"[\w.+-]+\.json|[\w.+-]+\.jinja|additional_chat_templates/[\w.+-]+\.jinja|README\.md")

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import SourceError, listing
-from pocketquant.files import read_at
+from pocketquant.files.reading import read_at
+from pocketquant.files.small import parse_json
+from pocketquant.files.unchanged import FileState, state_of
 from pocketquant.formats import U8Array
-from pocketquant.small_files import parse_json
-from pocketquant.unchanged import FileState, state_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 ITEM_BYTES = {

@@ -17,9 +17,9 @@ from pocketquant.convert.mtp import MtpMode
 from pocketquant.convert.snapshot import Snapshot, local_snapshot
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import SourceError
-from pocketquant.gguf_file import read_shards
+from pocketquant.files.small import kind_of
+from pocketquant.gguf_file.reading import read_shards
 from pocketquant.model import Model, Value
-from pocketquant.small_files import kind_of
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"(?:(hf|ms)://)?({_PART}/{_PART})(?:@([\w./+-]{{1,200}}))?")

@@ -17,7 +17,7 @@ from pocketquant.convert.folder import ADAPTER_WEIGHTS, INDEX, SINGLE, named
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.convert.snapshot import Snapshot
 from pocketquant.errors import SourceError, listing
-from pocketquant.small_files import is_present, read_object
+from pocketquant.files.small import is_present, read_object
 
 _HEADERS_AT_ONCE = 8  # a hub takes a moment to answer, and a big model has a hundred shards
 

@@ -14,9 +14,9 @@ from typing import Any
 from pocketquant.convert.added_tokens import DEFAULT, AddedTokens, read_added_tokens
 from pocketquant.convert.folder import refuse_versions
 from pocketquant.errors import TokenizerError, listing
-from pocketquant.gguf_values import shown
+from pocketquant.files.small import is_present, read_object, read_optional_object, read_text
+from pocketquant.gguf_file.values import shown
 from pocketquant.model import Value
-from pocketquant.small_files import is_present, read_object, read_optional_object, read_text
 
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"

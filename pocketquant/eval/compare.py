@@ -17,31 +17,23 @@ from unicodedata import is_normalized
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.conversations import render_chat, template_digest
-from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
-from pocketquant.eval.evidence import digest_metadata, digest_stream
 from pocketquant.eval.kinship import check_architecture, describe_quantized
 from pocketquant.eval.like_llama import score_rows_like_llama
 from pocketquant.eval.metrics import Scorer, score_rows
-from pocketquant.eval.pack import is_pack
+from pocketquant.eval.packs.pack import is_pack
+from pocketquant.eval.packs.replay import PackRuntime
 from pocketquant.eval.reference import describe_reference, identify_reference, open_reference
-from pocketquant.eval.replay import PackRuntime
-from pocketquant.eval.report import (
-    NoiseFloor,
-    Provenance,
-    Report,
-    ScoredText,
-    identify,
-    identify_all,
-    identify_model,
-    list_versions,
-    measure_noise,
-    summarize,
-)
+from pocketquant.eval.report.evidence import digest_metadata, digest_stream
+from pocketquant.eval.report.schema import NoiseFloor, Provenance, Report, ScoredText, measure_noise, summarize
 from pocketquant.eval.windows import MIN_LANE_WINDOWS, Progress, score_windows
-from pocketquant.files import states_of, usable_threads
+from pocketquant.extras import list_versions
+from pocketquant.files.reading import states_of
+from pocketquant.files.unchanged import check_unchanged
+from pocketquant.gguf_file.identity import identify, identify_all, identify_model
 from pocketquant.llama.runtime import Runtime, TextRuntime, open_runtime
-from pocketquant.unchanged import check_unchanged
+from pocketquant.machine import usable_threads
+from pocketquant.texts.conversations import render_chat, template_digest
+from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
 
 NOISE_WINDOWS = 32
 """Windows that the noise floor is measured on, at most: more change its first digits no more."""

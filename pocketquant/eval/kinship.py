@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pocketquant.architectures import architecture_of_class
 from pocketquant.errors import EvalError, PocketquantError
-from pocketquant.gguf_file import is_gguf, read_shards
-from pocketquant.small_files import read_json
+from pocketquant.files.small import read_json
+from pocketquant.gguf_file.reading import is_gguf, read_shards
 
 
 def check_architecture(model: Path, reference: Path) -> None:

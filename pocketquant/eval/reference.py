@@ -18,21 +18,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.conversations import render_chat
-from pocketquant.eval.corpus import Corpus, Text, check_size, cut_corpus, read_text
-from pocketquant.eval.kept_rows import StateKeeper, TopKeeper, fitting_codings
-from pocketquant.eval.pack import I32Array, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
-from pocketquant.eval.replay import open_pack
-from pocketquant.eval.report import FileIdentity, identify, identify_model, list_versions
-from pocketquant.eval.states import Head, StateCatcher, row_bytes
-from pocketquant.eval.top import check_top, row_dtype
-from pocketquant.eval.unfinished_pack import UnfinishedPack
-from pocketquant.files import states_of
+from pocketquant.eval.packs.kept_rows import StateKeeper, TopKeeper, fitting_codings
+from pocketquant.eval.packs.pack import I32Array, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
+from pocketquant.eval.packs.replay import open_pack
+from pocketquant.eval.packs.states import Head, StateCatcher, row_bytes
+from pocketquant.eval.packs.top_k import check_top, row_dtype
+from pocketquant.eval.packs.unfinished import UnfinishedPack
+from pocketquant.extras import list_versions
+from pocketquant.files.reading import states_of
+from pocketquant.files.unchanged import check_unchanged
 from pocketquant.formats import F32Array
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.identity import FileIdentity, identify, identify_model
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.unchanged import check_unchanged
+from pocketquant.texts.conversations import render_chat
+from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
 
 MAX_FLOOR = 1e-6
 """Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.report import FileIdentity
-from pocketquant.eval.states import Head
+from pocketquant.eval.packs.states import Head
 from pocketquant.extras import install_command
-from pocketquant.files import sha256_of, usable_threads
+from pocketquant.files.reading import sha256_of
 from pocketquant.formats import FORMATS, F32Array
+from pocketquant.gguf_file.identity import FileIdentity
 from pocketquant.llama.runtime import Runtime, default_rows
+from pocketquant.machine import usable_threads
 from pocketquant.model import Role, Tensor
 
 _FILES = ("config.json", "tokenizer.json", "*.safetensors")

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.chat_template import RENDERED, render_conversations, special_tokens
 from pocketquant.errors import EvalError
 from pocketquant.eval.bootstrap import F64Array
-from pocketquant.eval.report import FileIdentity, identify, identify_model, list_versions
-from pocketquant.eval.tasks import Progress, context_of
-from pocketquant.files import states_of
+from pocketquant.eval.tasks.compare import Progress, context_of
+from pocketquant.extras import list_versions
+from pocketquant.files.reading import states_of
+from pocketquant.files.unchanged import check_unchanged
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.identity import FileIdentity, identify, identify_model
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.vision import open_vision_runtime
-from pocketquant.unchanged import check_unchanged
+from pocketquant.texts.chat_template import RENDERED, render_conversations, special_tokens
 
 SCHEMA = "pocketquant.vision/1"
 QUESTION = "Describe this image."

@@ -13,11 +13,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 
-from pocketquant.eval.corpus import Corpus
 from pocketquant.eval.metrics import POSITION, Positions, Scorer, score_rows
-from pocketquant.eval.top import TopRows
+from pocketquant.eval.packs.top_k import TopRows
 from pocketquant.formats import F32Array
 from pocketquant.llama.runtime import Runtime
+from pocketquant.texts.corpus import Corpus
 
 MIN_LANE_WINDOWS = 4
 """With fewer windows one lane would often have nothing to do."""

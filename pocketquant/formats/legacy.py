@@ -18,7 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.formats import F32Array, U8Array
-from pocketquant.formats.closer_search import candidates, closer_line, closer_scale, energy, is_sparse, line_candidates
+from pocketquant.formats.closer_search import (
+    candidates,
+    closer_line,
+    closer_scale,
+    energy,
+    is_sparse,
+    line_candidates,
+)
 from pocketquant.formats.half import F16_MAX, f16_bits, refuse_beyond
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.scale_search import (

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.llama.library import require_runtime
 from pocketquant.llama.runtime import _LlamaRuntime
+from pocketquant.machine import usable_threads
 
 CHUNK = 64
 """A kept beginning ends where DeltaNet's chunks do, so that keeping it does not change the order of sums."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pocketquant.interrupts import ENDING, signals_held
+from pocketquant.files.interrupts import ENDING, signals_held
 
 _flag = ctypes.create_string_buffer(b"0")
 """What the abort callback reads: "0" to go on, "1" to stop."""

@@ -24,12 +24,12 @@ import numpy as np
 
 from pocketquant.activity import begin_doing, doing, end_doing
 from pocketquant.errors import EvalError
-from pocketquant.files import usable_threads
 from pocketquant.formats import F32Array
 from pocketquant.llama.callbacks import Callback, abort_function, calling
 from pocketquant.llama.library import load_model, require_runtime, with_log
 from pocketquant.llama.normalization import as_trained
 from pocketquant.llama.trial import trusted
+from pocketquant.machine import usable_threads
 
 _LOGIT_BYTES = 64 << 20
 _MAX_BATCH = 512

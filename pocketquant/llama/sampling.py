@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.files import usable_threads
 from pocketquant.llama.library import require_runtime
 from pocketquant.llama.runtime import _LlamaRuntime
+from pocketquant.machine import usable_threads
 
 I32Array = npt.NDArray[np.int32]
 Progress = Callable[[int, int], None]

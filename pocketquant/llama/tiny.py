@@ -16,7 +16,8 @@ import numpy as np
 from pocketquant.architectures.gguf_names import rules_by_name
 from pocketquant.architectures.table import Architecture, target_shape_of
 from pocketquant.formats import FORMATS, QuantFormat
-from pocketquant.gguf_file import GgufTensor, encode_table
+from pocketquant.gguf_file.header import encode_table
+from pocketquant.gguf_file.reading import GgufTensor
 from pocketquant.model import Role, Value, padded
 
 N_VOCAB = 96

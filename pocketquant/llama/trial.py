@@ -28,7 +28,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from pocketquant.errors import EvalError, PocketquantWarning
-from pocketquant.files import sha256_of
+from pocketquant.files.reading import sha256_of
 
 VERSION = 1
 """Of the trial: another number tries every machine anew."""

@@ -1,25 +1,19 @@
 """Model + Recipe -> Plan: which format each tensor gets, how large the file will be, and why.
 
-recipe.py       recipes as TOML data, and the choice of formats
-recipes/        the built-in recipes
-importance.py   importance matrices in llama.cpp's format
-collect.py      one made by running a model over a text
-observing.py    what llama.cpp multiplies, read from its memory
-statistics.py   second moments of inputs and gradients, read; statistics_writing.py: written and merged
-calibrating.py  those of inputs, made by running a model over texts; moments.py: the sums
-curvature.py    those of gradients, with torch; curvature_states.py: what lies between the layers
-planning.py     the output file, decided
-sensitivity.py  what rounding each tensor is predicted to lose, from sensitivity.toml
-prediction.py   the same for this very model, from its statistics; loss_table.py: the table; measuring.py: by runs
-knapsack.py     one choice for each item, least loss within a budget, exactly
-allocation.py   a size as the input: the types that are predicted to lose least
-explain.py      what each role takes and loses, and what the next change would do
-recipe_text.py  recipes as TOML, and from the types of another file
+recipe        recipes as TOML data, and the choice of formats; recipe_text: as text, and from the types of another file
+recipes/      the built-in recipes
+planning      the output file, decided
+sensitivity   what rounding each tensor is predicted to lose, from sensitivity.toml
+prediction    the same for this very model, from its statistics; loss_table: the table; measuring: by running the model
+knapsack      one choice for each item, least loss within a budget, exactly
+allocation    a size as the input: the types that are predicted to lose least
+explain       what each role takes and loses, and what the next change would do
+rounding/     rounding by statistics
 """
 
+from pocketquant.calibration.importance import Importance, check_importance, read_importance
 from pocketquant.quant.allocation import Allocation, Target, plan_to_target
 from pocketquant.quant.explain import Explanation, explain
-from pocketquant.quant.importance import Importance, check_importance, read_importance
 from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe, Rule, builtin_recipes, choose_formats, parse_recipe
 from pocketquant.quant.recipe_text import format_recipe, open_recipe

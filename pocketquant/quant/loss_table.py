@@ -9,13 +9,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from pocketquant.calibration.statistics import fingerprint
 from pocketquant.errors import RecipeError, listing
-from pocketquant.files import replacing
+from pocketquant.files.replacing import replacing
+from pocketquant.files.small import parse_json, read_text
 from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant.sensitivity import EXACT, Sensitivity, read_sensitivity
-from pocketquant.quant.statistics import fingerprint
-from pocketquant.small_files import parse_json, read_text
 
 SCHEMA = "pocketquant.losses/1"
 MAX_TABLE_BYTES = 1 << 26

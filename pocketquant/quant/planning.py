@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pocketquant import __version__
+from pocketquant.calibration.importance import Importance, check_importance, unfused
 from pocketquant.errors import RecipeError, listing
 from pocketquant.formats import FORMATS, QuantFormat, unwritten_advice
-from pocketquant.gguf_file import encode_header
+from pocketquant.gguf_file.header import encode_header
 from pocketquant.model import Model, Plan, PlannedTensor, Tensor, Value, padded
-from pocketquant.quant.importance import Importance, check_importance, unfused
 from pocketquant.quant.recipe import Recipe, choose_formats
 
 QUANTIZATION_VERSION = 2

@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import RecipeError, listing
+from pocketquant.files.small import parse_toml, read_text
 from pocketquant.formats import FORMATS
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.small_files import parse_toml, read_text
 
 MAX_TABLE_BYTES = 1 << 20
 """A table larger than this is refused unread."""
@@ -62,7 +62,7 @@ UNTIED_EMBED = 0.25
 """An embedding that is not the head as well, relative to one that is. An assumption."""
 
 _SCHEMA = 1
-EXACT = ("F32", "F16", "BF16")
+EXACT = tuple(item.name for item in FORMATS.values() if item.is_plain)
 """Formats that lose nothing that counts."""
 _MEASURED_KEYS = {"model", "n_weights", "n_layer", "probe", "floor", "whole_model", "roles"}
 

@@ -14,22 +14,22 @@ from moe_checkpoint import golden_checkpoint
 from rounded_inputs import rounding_errors
 
 from pocketquant import open_model, open_recipe, plan, write
+from pocketquant.calibration.importance import importance_of
+from pocketquant.calibration.statistics import check_statistics, open_statistics
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import EvalError
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_gguf
-from pocketquant.quant.importance import importance_of
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.quant.prediction import predict_losses
 from pocketquant.quant.recipe_text import recipe_of_types
-from pocketquant.quant.statistics import check_statistics, open_statistics
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.calibration.imatrix import collect_importance
+from pocketquant.calibration.statistics_run import calibrate, cut_texts, plan_calibration
 from pocketquant.eval import compare
+from pocketquant.llama.observing import Observer, Product
 from pocketquant.llama.runtime import open_runtime
-from pocketquant.quant.calibrating import calibrate, cut_texts, plan_calibration
-from pocketquant.quant.collect import collect_importance
-from pocketquant.quant.observing import Observer, Product
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 TEXT = text_path("calibration")
@@ -62,7 +62,7 @@ def test_the_diagonal_is_the_importance_matrix(stats: Path, demo_gguf: Callable[
         np.testing.assert_allclose(np.diag(moment), squares, rtol=1e-4, atol=1e-9, err_msg=name)
         np.testing.assert_array_equal(moment, moment.T)
         assert np.linalg.eigvalsh(moment.astype(np.float64))[0] > -1e-5 * np.trace(moment), name
-    check_statistics(statistics, open_model(checkpoint_dir()))  # of the checkpoint, not only of its GGUF
+    check_statistics(statistics, open_model(checkpoint_dir()).tensors)  # of the checkpoint, not only of its GGUF
     assert not statistics.has_outputs
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 from pocketquant.errors import EvalError
 from pocketquant.llama import callbacks
+from pocketquant.llama.observing import InputSums, Observer
 from pocketquant.llama.runtime import open_runtime
-from pocketquant.quant.observing import InputSums, Observer
 
 CONTEXT = 256
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")

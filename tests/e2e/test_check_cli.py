@@ -14,7 +14,7 @@ from check_maker import make_trained_checkpoint
 from checkpoint_maker import make_checkpoint, mtp_weights_for, text_config, weights_for
 from gguf_maker import Parts, changed
 
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 
 COMMAND = [str(Path(sys.executable).with_name("pocketquant"))]
 

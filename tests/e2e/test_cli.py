@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pocketquant.demo import checkpoint_dir
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import builtin_recipes
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))

@@ -309,7 +309,7 @@ def test_full_disk_is_said_before_anything_is_written(small_disk: Path, checkpoi
 def test_disk_that_fills_up_meanwhile(small_disk: Path, checkpoint: Path) -> None:
     """The check before the start cannot see what others write; a failing write has to end as cleanly."""
     code = (
-        "import pocketquant.pipeline as p, pocketquant.cli, sys\n"
+        "import pocketquant.gguf_file.writing as p, pocketquant.cli, sys\n"
         "p._check_space = lambda plan, target: None\n"
         f"sys.argv = ['pocketquant', 'convert', {str(checkpoint)!r}, '--out', {str(small_disk / 'm.gguf')!r}]\n"
         "pocketquant.cli.main()"

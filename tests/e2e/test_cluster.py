@@ -23,13 +23,13 @@ from statistics_maker import make_statistics
 
 import pocketquant
 from pocketquant import cluster, open_model, open_recipe, plan, read_importance, write
+from pocketquant.calibration.importance import ImportanceSums, write_sums
+from pocketquant.calibration.statistics import open_statistics
 from pocketquant.demo import checkpoint_dir
 from pocketquant.errors import ClusterError, SourceError
 from pocketquant.formats import QuantFormat, U8Array
 from pocketquant.model import Tensor
-from pocketquant.quant.importance import ImportanceSums, write_sums
 from pocketquant.quant.rounding.encoding import with_rounding
-from pocketquant.quant.statistics import open_statistics
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed; pip install 'pocketquant[cluster]'")
 
@@ -279,7 +279,7 @@ def test_errors_of_workers_are_those_of_a_local_run(machines: Machines, tmp_path
 def test_workers_with_another_pocketquant_are_refused_by_name(machines: Machines, tmp_path: Path) -> None:
     package = Path(pocketquant.__file__).parent
     shutil.copytree(package, tmp_path / "changed/pocketquant", ignore=shutil.ignore_patterns("__pycache__", "*.nb?"))
-    with open(tmp_path / "changed/pocketquant/pipeline.py", "a") as file:
+    with open(tmp_path / "changed/pocketquant/gguf_file/writing.py", "a") as file:
         file.write("# another one\n")
     (tmp_path / "none/pocketquant").mkdir(parents=True)
     (tmp_path / "none/pocketquant/__init__.py").write_text("raise ImportError\n")

@@ -13,7 +13,7 @@ from gguf_maker import changed
 
 from pocketquant.errors import EvalError, SourceError
 from pocketquant.eval import compare, weight_errors
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.runtime import open_runtime
 from pocketquant.model import Value
 

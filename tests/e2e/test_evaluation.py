@@ -15,12 +15,12 @@ import pytest
 
 from pocketquant.errors import EvalError
 from pocketquant.eval import compare
-from pocketquant.eval.conversations import TEMPLATE, read_conversations, render_chat
-from pocketquant.eval.corpus import Text, cut_corpus
-from pocketquant.eval.markdown import to_markdown
-from pocketquant.eval.texts import domain_texts, read_texts
-from pocketquant.gguf_file import open_gguf
+from pocketquant.eval.report.markdown import to_markdown
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.runtime import open_runtime
+from pocketquant.texts.conversations import TEMPLATE, read_conversations, render_chat
+from pocketquant.texts.corpus import Text, cut_corpus
+from pocketquant.texts.embedded import domain_texts, read_texts
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 Recipe = Callable[[str], Path]

@@ -16,21 +16,23 @@ import pytest
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.eval import compare
-from pocketquant.eval.corpus import Corpus, Text, cut_corpus
-from pocketquant.eval.evidence import describe_tensors, digest_stream
-from pocketquant.eval.gate import FAILED, Decision, Verdict, decide
-from pocketquant.eval.limits import parse_limits
+from pocketquant.eval.gate.decide import FAILED, Decision, Verdict, decide
+from pocketquant.eval.gate.limits import parse_limits
+from pocketquant.eval.gate.report_diff import Moved, find_moved
 from pocketquant.eval.metrics import Positions
-from pocketquant.eval.moved import Moved, find_moved
-from pocketquant.eval.readback import Evidence, parse_report
-from pocketquant.eval.report import FileIdentity, Provenance, ScoredText, summarize
-from pocketquant.eval.texts import domain_texts
+from pocketquant.eval.report.evidence import describe_tensors, digest_stream
+from pocketquant.eval.report.reading import Evidence, parse_report
+from pocketquant.eval.report.schema import Provenance, ScoredText, summarize
 from pocketquant.eval.windows import score_windows
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.identity import FileIdentity
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.llama.runtime import open_runtime
 from pocketquant.model import Value
 from pocketquant.quant.recipe import Rule
+from pocketquant.texts.corpus import Corpus, Text, cut_corpus
+from pocketquant.texts.embedded import domain_texts
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

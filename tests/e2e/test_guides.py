@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
 from pocketquant.demo import text_path
-from pocketquant.eval.gate import decide, read_report
-from pocketquant.eval.limits import parse_limits
+from pocketquant.eval.gate.decide import decide, read_report
+from pocketquant.eval.gate.limits import parse_limits
 
 try:
     import tomllib

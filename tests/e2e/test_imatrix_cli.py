@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pocketquant.calibration.importance import read_sums, write_sums
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import EvalError
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import read_importance
-from pocketquant.quant.importance import read_sums, write_sums
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.quant.collect import collect_importance
+from pocketquant.calibration.imatrix import collect_importance
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 TEXT = text_path("calibration")

@@ -12,13 +12,13 @@ import pytest
 from checkpoint_maker import make_checkpoint, moe_config, mtp_weights_for, text_config, weights_for
 
 from pocketquant import open_recipe, plan, write
+from pocketquant.calibration.imatrix import collect_importance
+from pocketquant.calibration.importance import merge_sums, read_sums, write_sums
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
 from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import read_importance
-from pocketquant.quant.collect import collect_importance
-from pocketquant.quant.importance import merge_sums, read_sums, write_sums
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 

@@ -14,7 +14,7 @@ import pytest
 
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import OutputError
-from pocketquant.leftovers import holding, work_folder
+from pocketquant.files.leftovers import holding, work_folder
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and locks are POSIX's")
@@ -69,13 +69,13 @@ def test_imatrix_keeps_the_old_matrix_and_what_is_done(
     run(*arguments)
     whole = out.read_bytes()
     out.write_bytes(b"good")
-    early = run_until("pocketquant.quant.observing:InputSums.add", 12, number, *arguments)
+    early = run_until("pocketquant.llama.observing:InputSums.add", 12, number, *arguments)
     assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
     assert names(tmp_path) == ["m.gguf"]
-    interrupted = run_until("pocketquant.quant.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
+    interrupted = run_until("pocketquant.llama.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
     assert out.read_bytes() == b"good"
     assert names(tmp_path) == [".m.gguf.unfinished", "m.gguf"]
-    killed = run_until("pocketquant.quant.observing:InputSums.add", 5, signal.SIGKILL, *arguments, "--resume", code=2)
+    killed = run_until("pocketquant.llama.observing:InputSums.add", 5, signal.SIGKILL, *arguments, "--resume", code=2)
     for said in (interrupted.stderr, killed.stderr):
         assert f"finished windows are kept in {tmp_path}/.m.gguf.unfinished; the same command with --resume" in said
     assert names(tmp_path) == [".m.gguf.unfinished", "m.gguf"]
@@ -94,11 +94,11 @@ def test_a_reference_goes_on_with_whole_windows(
     run(*arguments)
     whole = out.read_bytes()
     out.write_bytes(b"good")
-    add, left = "pocketquant.eval.pack:PackWriter.add", [".out.state", ".out.unfinished", "out"]
+    add, left = "pocketquant.eval.packs.pack:PackWriter.add", [".out.state", ".out.unfinished", "out"]
     early = run_until(add, 2, number, *arguments)
     assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
-    for where, call in ((add, 4), (add, 4), ("pocketquant.eval.pack:PackWriter.finish", 1)):
+    for where, call in ((add, 4), (add, 4), ("pocketquant.eval.packs.pack:PackWriter.finish", 1)):
         cut = run_until(where, call, number, *arguments, "--resume")
         assert f"finished windows are kept in {tmp_path}/.out.unfinished; the same command with --resume" in cut.stderr
         assert (out.read_bytes(), names(tmp_path)) == (b"good", left)
@@ -112,7 +112,7 @@ def test_a_reference_goes_on_with_whole_windows(
 def test_rows_that_are_not_those_that_were_saved_are_refused(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     out, unfinished = tmp_path / "out", tmp_path / ".out.unfinished"
     arguments = ["reference", demo_gguf("f32"), "--text", TEXT, *SMALL, "--out", out]
-    run_until("pocketquant.eval.pack:PackWriter.add", 4, signal.SIGINT, *arguments)
+    run_until("pocketquant.eval.packs.pack:PackWriter.add", 4, signal.SIGINT, *arguments)
     data = bytearray(unfinished.read_bytes())
     data[-1] ^= 1
     unfinished.write_bytes(data[:-9])
@@ -137,11 +137,11 @@ def test_calibrate_keeps_all_that_it_had_summed(demo_gguf: Callable[[str], Path]
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
     for number, (where, call) in enumerate(
         (
-            ("pocketquant.quant.moments:MomentSums.add", 10),
-            ("pocketquant.quant.moments:MomentSums.add", 40),
-            ("pocketquant.quant.moments:_fold_softmax", 2),
-            ("pocketquant.quant.moments:HeadSums.add_logits", 2),
-            ("pocketquant.quant.saved_sums:SavedSums.close_pass", 1),
+            ("pocketquant.calibration.hessian:MomentSums.add", 10),
+            ("pocketquant.calibration.hessian:MomentSums.add", 40),
+            ("pocketquant.calibration.hessian:_fold_softmax", 2),
+            ("pocketquant.calibration.hessian:HeadSums.add_logits", 2),
+            ("pocketquant.calibration.saved_sums:SavedSums.close_pass", 1),
         )
     ):
         cut = run_until(where, call, SIGNALS[number % 2], *arguments, *(["--resume"] if number else []))
@@ -156,7 +156,7 @@ def test_a_killed_run_leaves_no_model_for_good(tmp_path: Path) -> None:
     out = tmp_path / "m.stats"
     arguments = ["calibrate", checkpoint_dir(), "--text", TEXT, *SMALL, "--out", out]
     # with --debug there is no second process that would tidy up after the first
-    run_until("pocketquant.quant.moments:MomentSums.add", 40, signal.SIGKILL, *arguments, "--debug", code=-9)
+    run_until("pocketquant.calibration.hessian:MomentSums.add", 40, signal.SIGKILL, *arguments, "--debug", code=-9)
     assert len(list(tmp_path.glob(".m.stats.????????/source.gguf"))) == 1
     run(*arguments)
     assert names(tmp_path) == ["m.stats"]
@@ -166,7 +166,7 @@ def test_make_goes_on_with_what_is_finished(tmp_path: Path) -> None:
     """Interrupted when the first of two files is measured: it and the matrix stay, and all bytes are the same."""
     arguments = ["make", checkpoint_dir(), "--calibrate-chunks", 4, *SMALL, "--out"]
     run(*arguments, tmp_path / "whole")
-    run_until("pocketquant.finished:Finished.keep", 3, signal.SIGINT, *arguments, tmp_path / "out")
+    run_until("pocketquant.files.finished:Finished.keep", 3, signal.SIGINT, *arguments, tmp_path / "out")
     assert names(tmp_path / "out") == [".making"]
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/.making").glob("*.gguf")}
     assert sorted(kept) == ["pocket-demo-3.8M-POCKET_4BIT.gguf", "pocket-demo-3.8M-imatrix.gguf"]
@@ -182,7 +182,7 @@ def test_make_goes_on_with_what_is_finished(tmp_path: Path) -> None:
 def test_make_that_is_killed_leaves_no_full_precision_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["make", checkpoint_dir(), "--recipe", "q8_0", "--calibrate-chunks", 2, *SMALL, "--out", out]
-    killed = run_until("pocketquant.make:measure_variant", 1, signal.SIGKILL, *arguments, code=2)
+    killed = run_until("pocketquant.release.make:measure_variant", 1, signal.SIGKILL, *arguments, code=2)
     assert f"what is finished is kept in {out}/.making; the same command goes on from there" in killed.stderr
     assert names(out) == [".making"]
     assert {path.name for path in (out / ".making").glob("*.gguf")} == {
@@ -195,14 +195,14 @@ def test_make_that_is_killed_leaves_no_full_precision_behind(tmp_path: Path) -> 
 def test_an_interrupted_sweep_names_results_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["sweep", checkpoint_dir(), "-r", "q8_0", "-r", "q4_0", "--imatrix", "none", *SMALL, "--out", out]
-    early = run_until("pocketquant.sweep:write_variant", 1, signal.SIGINT, *arguments)
+    early = run_until("pocketquant.release.sweep:write_variant", 1, signal.SIGINT, *arguments)
     assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
     assert names(tmp_path) == []
-    interrupted = run_until("pocketquant.sweep:measure_variant", 2, signal.SIGINT, *arguments)
+    interrupted = run_until("pocketquant.release.sweep:measure_variant", 2, signal.SIGINT, *arguments)
     assert f"nothing was replaced\nwhat is finished is kept in {out}/.sweep; the same command" in interrupted.stderr
     assert names(out) == [".sweep"]
     assert len(list((out / ".sweep").glob("*.json"))) == len(list((out / ".sweep").glob("*.gguf"))) == 1
-    killed = run_until("pocketquant.sweep:write_reports", 1, signal.SIGKILL, *arguments, code=2)
+    killed = run_until("pocketquant.release.sweep:write_reports", 1, signal.SIGKILL, *arguments, code=2)
     placed = killed.stderr.split("these were finished before: ")[1].splitlines()[0]
     assert sorted(placed.split(", ")) == [str(path) for path in sorted(out.glob("*.gguf"))]
 
@@ -230,7 +230,7 @@ def test_a_file_where_the_hidden_folder_goes_is_named(command: str, name: str, t
 
 def test_make_takes_nothing_up_that_was_made_otherwise(tmp_path: Path) -> None:
     arguments = ["make", checkpoint_dir(), "--recipe", "q8_0", "--imatrix", "none", *SMALL]
-    run_until("pocketquant.measure:write_reports", 1, signal.SIGINT, *arguments, "--out", tmp_path / "out")
+    run_until("pocketquant.release.measuring:write_reports", 1, signal.SIGINT, *arguments, "--out", tmp_path / "out")
     (file,) = (tmp_path / "out/.making").glob("*.gguf")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_maker import make_checkpoint, mtp_weights_for, write_safetensors
 
 from pocketquant.demo import text_path
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import read_importance
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))

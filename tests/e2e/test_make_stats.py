@@ -12,14 +12,14 @@ import pytest
 from statistics_maker import make_statistics
 
 from pocketquant import open_model, open_recipe, plan, write
+from pocketquant.calibration.statistics import open_statistics
 from pocketquant.demo import checkpoint_dir, text_path
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.rounding.encoding import with_rounding
-from pocketquant.quant.statistics import open_statistics
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.quant.calibrating import calibrate
+from pocketquant.calibration.statistics_run import calibrate
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 

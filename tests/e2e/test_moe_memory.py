@@ -15,7 +15,7 @@ import pytest
 from checkpoint_maker import make_sparse_checkpoint, moe_config
 from test_memory import anonymous_bytes
 
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 
 LIMIT_BYTES = 250e6
 

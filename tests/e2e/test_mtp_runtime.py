@@ -17,9 +17,9 @@ from checkpoint_maker import make_checkpoint, mtp_weights_for, text_config, weig
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
+from pocketquant.gguf_file.shards import split_plan
+from pocketquant.gguf_file.writing import write_together
 from pocketquant.llama.runtime import open_runtime
-from pocketquant.pipeline import write_together
-from pocketquant.splits import split_plan
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 

@@ -16,10 +16,10 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError
 from pocketquant.eval import compare
-from pocketquant.eval.corpus import Text
-from pocketquant.eval.markdown import to_markdown
-from pocketquant.eval.pack import read_pack
+from pocketquant.eval.packs.pack import read_pack
 from pocketquant.eval.reference import MAX_FLOOR, base_file_bytes, make_reference, plan_reference
+from pocketquant.eval.report.markdown import to_markdown
+from pocketquant.texts.corpus import Text
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

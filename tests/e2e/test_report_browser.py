@@ -9,7 +9,7 @@ import pytest
 from browser_driver import Browser, find_browser
 from report_maker import make_evaluation, make_tasks
 
-from pocketquant.eval.html import to_html, to_sheet
+from pocketquant.eval.report.html import to_html, to_sheet
 
 OVERLAPS = """
 (() => {

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pocketquant.demo import checkpoint_dir, text_path
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.loss_table import LossTable, read_figures
 from pocketquant.quant.sensitivity import read_sensitivity
 

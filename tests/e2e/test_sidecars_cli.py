@@ -11,7 +11,7 @@ import pytest
 from checkpoint_maker import mtp_weights_for, write_safetensors
 from vision_maker import make_vision_checkpoint
 
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 

@@ -12,7 +12,7 @@ import pytest
 
 from pocketquant import compare
 from pocketquant.demo import checkpoint_dir, text_path
-from pocketquant.files import sha256_of
+from pocketquant.files.reading import sha256_of
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 SMALL = ["--context", "64", "--chunks", "4", "--imatrix", "none"]

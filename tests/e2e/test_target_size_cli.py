@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pocketquant.demo import checkpoint_dir
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import builtin_recipes, format_recipe, open_recipe
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))

@@ -83,7 +83,7 @@ def test_measures_that_are_numbers_are_compared_by_their_mean(report: dict[str, 
 
 
 def test_the_report_says_what_was_run(report: dict[str, Any], demo_gguf: Callable[[str], Path]) -> None:
-    from pocketquant.files import sha256_of
+    from pocketquant.files.reading import sha256_of
 
     assert report["schema"] == "pocketquant.tasks/1"
     assert report["model"]["sha256"] == sha256_of(demo_gguf("q4_0"))

@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pocketquant.cli.app import app
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.rounding.layouts import layout_of
-from pocketquant.quant.tuning import DoesNotPay
+from pocketquant.tuning.tune import DoesNotPay
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
@@ -95,8 +96,8 @@ def test_tuning_that_does_not_pay_is_no_bad_input(
     def does_not_pay(file: Path, *_: object, **__: object) -> None:
         raise DoesNotPay(file, 0.011, 0.012)
 
-    monkeypatch.setattr("pocketquant.quant.tuning.tune_file", does_not_pay)
-    monkeypatch.setattr("pocketquant.quant.torch_layers.require_torch", lambda: None)
+    monkeypatch.setattr("pocketquant.tuning.tune.tune_file", does_not_pay)
+    monkeypatch.setattr("pocketquant.calibration.torch_layers.require_torch", lambda: None)
     words = [demo_gguf("q4_k_s"), "--reference", demo_gguf("f32"), "--out", tmp_path / "t.gguf", "--context", 64]
     result = CliRunner().invoke(app, ["tune", *map(str, words), "--chunks", "5", "--json"])
     assert result.exit_code == 1, result.output

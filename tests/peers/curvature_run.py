@@ -1,4 +1,4 @@
-"""Gradients twice: layer by layer as `pocketquant.quant.curvature` does, and of transformers' whole model at once.
+"""Gradients twice: layer by layer as `pocketquant.calibration.fisher` does, and of transformers' whole model at once.
 
     python curvature_run.py REPOSITORY GGUF CHECKPOINT WINDOWS.npy FOLDER N_WHOLE
 
@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 repository, gguf, checkpoint, windows_path, folder, n_whole = sys.argv[1:]
 sys.path.insert(0, repository)
 
-from pocketquant.gguf_file import open_gguf  # noqa: E402
-from pocketquant.quant.curvature import collect_curvature  # noqa: E402
-from pocketquant.quant.statistics import Text  # noqa: E402
+from pocketquant.calibration.fisher import collect_curvature  # noqa: E402
+from pocketquant.calibration.statistics import Text  # noqa: E402
+from pocketquant.gguf_file.opening import open_gguf  # noqa: E402
 
 SEED = 5
 windows = np.load(windows_path)

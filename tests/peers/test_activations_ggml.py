@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from ggml_library import open_ggml
 
-from pocketquant.quant.activations import add_rounding_errors
+from pocketquant.formats.activations import add_rounding_errors
 
 F32Array = npt.NDArray[np.float32]
 Q8_0 = np.dtype([("d", "<f2"), ("qs", "i1", 32)])

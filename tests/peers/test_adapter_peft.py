@@ -17,8 +17,9 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.adapter import open_adapter
 from pocketquant.convert.adapter_gguf import plan_adapter
 from pocketquant.demo import checkpoint_dir
-from pocketquant.files import read_at
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.files.reading import read_at
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Role
 
 DELTA = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]

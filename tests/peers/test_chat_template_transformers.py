@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from pocketquant.chat_template import CASES, render_cases
+from pocketquant.texts.chat_template import CASES, render_cases
 
 # Most of what Qwen's own templates do: trimmed blocks, macros, namespaces, slices, filters, tool calls, thoughts.
 TEMPLATE = """

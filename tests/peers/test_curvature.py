@@ -13,20 +13,21 @@ import pytest
 from moe_checkpoint import golden_checkpoint
 
 from pocketquant import open_model, open_recipe, write
+from pocketquant.calibration.fisher import cost_of_gradients
+from pocketquant.calibration.statistics import Statistics, open_statistics
+from pocketquant.calibration.statistics_writing import merge_statistics
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_gguf, read_header
-from pocketquant.quant.curvature import cost_of_gradients
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.planning import plan
 from pocketquant.quant.prediction import predict_losses
 from pocketquant.quant.recipe_text import recipe_of_types
-from pocketquant.quant.statistics import Statistics, open_statistics
-from pocketquant.quant.statistics_writing import merge_statistics
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.calibration.statistics_run import calibrate, cut_texts
 from pocketquant.eval import compare
-from pocketquant.quant.calibrating import calibrate, cut_texts
 
 CONTEXT, CHUNKS, WHOLE = 128, 96, 8
 N_K, N_V, HEAD_DIM = 2, 4, 64  # the embedded model's

@@ -16,8 +16,8 @@ import pytest
 from checkpoint_maker import make_checkpoint, text_config
 
 from pocketquant import open_model, open_recipe, plan, write
-from pocketquant.files import read_at
-from pocketquant.gguf_file import GgufHeader, read_header
+from pocketquant.files.reading import read_at
+from pocketquant.gguf_file.reading import GgufHeader, read_header
 
 INTERVAL = "qwen35.full_attention_interval"
 OURS_ONLY = {"pocketquant.recipe", "pocketquant.version"}

@@ -12,12 +12,12 @@ import pytest
 from moe_checkpoint import golden_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
+from pocketquant.calibration.importance import read_sums, write_sums
 from pocketquant.demo import text_path
-from pocketquant.quant.importance import read_sums, write_sums
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.quant.collect import collect_importance
+from pocketquant.calibration.imatrix import collect_importance
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_maker import make_checkpoint, moe_config, one_by_one, weights_for
 from test_llama_convert import convert_both, different_tensors, metadata_of, values
 
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 
 CASES: dict[str, dict[str, Any]] = {
     "two value heads per key head": {},

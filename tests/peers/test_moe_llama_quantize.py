@@ -14,7 +14,8 @@ from test_weights_llama_quantize import llama_quantize
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.check import ERROR, check_gguf
 from pocketquant.eval import weight_errors
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.llama.runtime import open_runtime
 from pocketquant.model import Model, Tensor
 from pocketquant.quant import Importance

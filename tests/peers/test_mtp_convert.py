@@ -13,8 +13,8 @@ from checkpoint_maker import make_checkpoint, moe_config, mtp_weights_for, text_
 
 from pocketquant import open_recipe, plan, write
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
-from pocketquant.files import read_at
-from pocketquant.gguf_file import GgufHeader, read_header
+from pocketquant.files.reading import read_at
+from pocketquant.gguf_file.reading import GgufHeader, read_header
 from pocketquant.model import Model
 from pocketquant.quant import Importance, builtin_recipes
 

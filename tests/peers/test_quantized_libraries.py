@@ -18,8 +18,8 @@ from quantized_schemes import SCHEMES, Scheme, make_quantized_checkpoints
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.quantized import dequantize_table
 from pocketquant.convert.safetensors import read_safetensors_header
-from pocketquant.files import read_at
-from pocketquant.gguf_file import read_header
+from pocketquant.files.reading import read_at
+from pocketquant.gguf_file.reading import read_header
 
 CONFIGS = {
     "awq": {"quant_method": "awq"},

@@ -14,7 +14,7 @@ import pytest
 
 from pocketquant.demo import checkpoint_dir
 from pocketquant.eval import compare
-from pocketquant.eval.pack import read_pack
+from pocketquant.eval.packs.pack import read_pack
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 CONTEXT, CHUNKS = 96, 4

@@ -14,15 +14,15 @@ from moe_checkpoint import golden_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import text_path
-from pocketquant.gguf_file import GgufTensor, read_header
+from pocketquant.gguf_file.reading import GgufTensor, read_header
 from pocketquant.quant.rounding.layouts import layout_of
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.calibration.statistics_run import cut_texts
 from pocketquant.eval import compare
-from pocketquant.eval.corpus import Text
-from pocketquant.quant.calibrating import cut_texts
-from pocketquant.quant.tuning import KEY, go_on
+from pocketquant.texts.corpus import Text
+from pocketquant.tuning.tune import KEY, go_on
 
 WATCHED = {
     "dense": ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta"),
@@ -100,7 +100,7 @@ def test_only_scales_codes_and_the_metadata_change(made: tuple[Path, Path, Path]
             continue
         for field in layout.dtype.names or ():
             one, two = (data.view(layout.dtype)[field] for data in blocks)
-            if field in ("d", layout.unit_of_offset):
+            if field in ("d", layout.dmin_field):
                 n_scales += np.count_nonzero(one != two)
             elif field.startswith("q"):
                 n_codes += np.count_nonzero(one != two)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B, Dimensions, build_model
 
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Model, Tensor
 from pocketquant.quant import builtin_recipes, choose_formats, open_recipe, plan
 

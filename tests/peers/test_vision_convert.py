@@ -11,8 +11,8 @@ from vision_maker import make_vision_checkpoint, vision_config
 
 from pocketquant import open_recipe, plan, write
 from pocketquant.convert.vision import open_vision
-from pocketquant.files import read_at
-from pocketquant.gguf_file import read_header
+from pocketquant.files.reading import read_at
+from pocketquant.gguf_file.reading import read_header
 
 KINDS = ("f32", "f16", "bf16", "q8_0")
 OURS_ONLY = {"pocketquant.recipe", "pocketquant.version"}

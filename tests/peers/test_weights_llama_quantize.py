@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pocketquant import open_model, open_recipe, plan, write
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.quant import Importance, builtin_recipes
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")

@@ -19,9 +19,10 @@ sys.path.insert(0, sys.argv[1])
 
 import numpy as np
 
-from pocketquant.gguf_file import open_gguf, read_header
-from pocketquant.quant import tuning
-from pocketquant.quant.statistics import Text
+from pocketquant.calibration.statistics import Text
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
+from pocketquant.tuning import tune as tuning
 
 STEP = 2.0**-7
 

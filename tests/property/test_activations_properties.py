@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pocketquant.formats import F32Array
-from pocketquant.quant.activations import add_rounding_errors
+from pocketquant.formats.activations import add_rounding_errors
 
 ROWS = st.integers(1, 20).flatmap(
     lambda n: arrays(np.float32, (3, 32 * n), elements=st.floats(-256, 256, width=32), fill=st.floats(-1, 1, width=32))

@@ -18,7 +18,8 @@ from pocketquant.convert.adapter_gguf import plan_adapter
 from pocketquant.convert.adapter_merge import add_product
 from pocketquant.errors import PocketquantError, SourceError
 from pocketquant.formats.plain import decode_bf16, encode_bf16
-from pocketquant.gguf_file import open_gguf, read_header
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 
 PREFIX = "base_model.model."
 

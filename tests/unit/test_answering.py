@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.answering import AnsweringModel
+from pocketquant.eval.tasks.answering import AnsweringModel
 from pocketquant.formats import F32Array
 from pocketquant.llama.branches import IsOver
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import GgufTensor
+from pocketquant.gguf_file.reading import GgufTensor
 from pocketquant.model import Role, Tensor
-from pocketquant.quant.block_scales import BlockScales, read_block_scales
+from pocketquant.tuning.block_scales import BlockScales, read_block_scales
 
 ROWS, COLS, OFFSET = 6, 512, 96
 BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS"]

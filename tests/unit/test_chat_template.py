@@ -10,7 +10,9 @@ import pytest
 from checkpoint_maker import make_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
-from pocketquant.chat_template import (
+from pocketquant.errors import TokenizerError
+from pocketquant.model import Value
+from pocketquant.texts.chat_template import (
     BROKEN,
     CASES,
     FAILED,
@@ -22,8 +24,6 @@ from pocketquant.chat_template import (
     render_cases,
     special_tokens,
 )
-from pocketquant.errors import TokenizerError
-from pocketquant.model import Value
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 

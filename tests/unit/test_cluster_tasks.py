@@ -14,12 +14,13 @@ from adapter_maker import make_adapter
 from checkpoint_maker import make_checkpoint, make_sparse_checkpoint, moe_config
 from statistics_maker import make_statistics
 
-from pocketquant import cluster, open_model, open_recipe, pipeline, plan, write
+from pocketquant import cluster, open_model, open_recipe, plan, write
+from pocketquant.calibration.statistics import open_statistics
 from pocketquant.convert.sources import open_parts
 from pocketquant.errors import SourceError
+from pocketquant.gguf_file import writing as pipeline
 from pocketquant.model import Plan
 from pocketquant.quant.rounding.encoding import with_rounding
-from pocketquant.quant.statistics import open_statistics
 
 
 def encode_elsewhere(planned: Plan, name: str, rows: slice) -> bytes:

@@ -13,8 +13,8 @@ from rich.console import Console
 from pocketquant.cli import screen
 from pocketquant.errors import SourceError, listing
 from pocketquant.escaping import LONGEST_LINE, as_code, as_lines, for_markdown, one_line
-from pocketquant.eval.gate import FAILED, PASS, Decision, Verdict
-from pocketquant.eval.verdict import to_junit, to_markdown
+from pocketquant.eval.gate.decide import FAILED, PASS, Decision, Verdict
+from pocketquant.eval.gate.output import to_junit, to_markdown
 
 HOSTILE = "x\n\n# @all ![t](u) <img src=x>|`\x1b[2J\0\u202e\ud800\ufffe\r"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pocketquant.errors import OutputError
-from pocketquant.files import check_target, refuse_overwriting, replacing, replacing_together
-from pocketquant.interrupts import files_in_place, put_in_place, signals_held
-from pocketquant.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
+from pocketquant.files.interrupts import files_in_place, put_in_place, signals_held
+from pocketquant.files.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
+from pocketquant.files.replacing import check_target, refuse_overwriting, replacing, replacing_together
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="no flock and no FIFOs there")
 
@@ -232,7 +232,7 @@ def test_check_target_follows_links(tmp_path: Path) -> None:
 HOLDING = """
 import sys
 from pathlib import Path
-from pocketquant.files import replacing
+from pocketquant.files.replacing import replacing
 with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("holding", flush=True)

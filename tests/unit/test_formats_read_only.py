@@ -16,7 +16,8 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.errors import RecipeError
 from pocketquant.eval.weights import weight_errors
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import GgufTensor, encode_table, read_header
+from pocketquant.gguf_file.header import encode_table
+from pocketquant.gguf_file.reading import GgufTensor, read_header
 from pocketquant.model import padded
 from pocketquant.quant.recipe import parse_recipe
 

@@ -14,15 +14,16 @@ import pytest
 
 from pocketquant.errors import EvalError, SourceError
 from pocketquant.eval import intervals
-from pocketquant.eval.evidence import sum_clusters
-from pocketquant.eval.gate import FAILED, PASS, UNDECIDED, Decision, Verdict, decide, read_report
+from pocketquant.eval.gate.decide import FAILED, PASS, UNDECIDED, Decision, Verdict, decide, read_report
+from pocketquant.eval.gate.limits import ABSOLUTE, BASELINE, parse_limits, read_limits
+from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, to_markdown
+from pocketquant.eval.gate.report_diff import find_moved
 from pocketquant.eval.kernels import FLOOR, NAMES, differing
-from pocketquant.eval.limits import ABSOLUTE, BASELINE, parse_limits, read_limits
 from pocketquant.eval.metrics import POSITION, Positions
-from pocketquant.eval.moved import find_moved
-from pocketquant.eval.readback import COLUMNS, Evidence, parse_report
-from pocketquant.eval.report import FileIdentity, Provenance, ScoredText, summarize
-from pocketquant.eval.verdict import describe_moved, table, to_json, to_junit, to_markdown
+from pocketquant.eval.report.evidence import sum_clusters
+from pocketquant.eval.report.reading import COLUMNS, Evidence, parse_report
+from pocketquant.eval.report.schema import Provenance, ScoredText, summarize
+from pocketquant.gguf_file.identity import FileIdentity
 
 FILE = FileIdentity("text.txt", 30, "cc")
 
@@ -341,7 +342,7 @@ def test_reports_that_are_none_are_refused(change: dict[str, Any], tmp_path: Pat
     data = dict(make_report().data) | change
     path = tmp_path / "report.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(EvalError, match=r"report\.json: (no report|damaged)"):
+    with pytest.raises(EvalError, match=r"report\.json: (no report|damaged|values of another kind)"):
         read_report(path)
 
 

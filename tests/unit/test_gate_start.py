@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError
-from pocketquant.eval.gate import PASS, decide, read_report
-from pocketquant.eval.limits import parse_limits, read_limits
-from pocketquant.eval.verdict import to_markdown
+from pocketquant.eval.gate.decide import PASS, decide, read_report
+from pocketquant.eval.gate.limits import parse_limits, read_limits
+from pocketquant.eval.gate.output import to_markdown
 
 TENSOR = {"name": "blk.0.ffn_up.weight", "role": "ffn_up", "layer": 0, "format": "Q4_K", "cosine": 0.99, "snr_db": 20.0}
 TENSOR |= {"relative_rmse": 0.1, "max_abs_error": 0.2}

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.errors import ArchitectureError, SourceError
-from pocketquant.files import read_at
+from pocketquant.files.reading import read_at
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import encode_header, file_name, open_gguf, read_header
+from pocketquant.gguf_file.header import encode_header, file_name
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Model, Value
 
 SMALL = 8 << 10

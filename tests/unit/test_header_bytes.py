@@ -8,7 +8,8 @@ import gguf
 import numpy as np
 
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import GgufTensor, encode_table
+from pocketquant.gguf_file.header import encode_table
+from pocketquant.gguf_file.reading import GgufTensor
 from pocketquant.model import Value
 
 _KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pocketquant.calibration.importance import ImportanceSums, importance_of, merge_sums, read_sums, write_sums
 from pocketquant.errors import EvalError, RecipeError
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import read_importance
-from pocketquant.quant.importance import ImportanceSums, importance_of, merge_sums, read_sums, write_sums
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
+from pocketquant.llama import observing
 from pocketquant.llama.library import require_runtime
-from pocketquant.quant import observing
 
 
 def matrix(scale: float = 1.0, *, n_cols: int = 6, name: str = "text.txt") -> ImportanceSums:

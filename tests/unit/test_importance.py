@@ -14,11 +14,11 @@ from qwen35_inventory import Dimensions, build_model
 from typer.testing import CliRunner
 
 from pocketquant import open_model, open_recipe, plan
+from pocketquant.calibration.importance import ImportanceSums, write_sums
 from pocketquant.cli.app import app
 from pocketquant.errors import PocketquantError, RecipeError
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant import Importance, check_importance, read_importance
-from pocketquant.quant.importance import ImportanceSums, write_sums
 from pocketquant.quant.planning import importance_gaps
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]

@@ -15,15 +15,15 @@ import pytest
 from pocketquant.errors import EvalError
 from pocketquant.eval import bootstrap
 from pocketquant.eval.compare import compare
-from pocketquant.eval.corpus import cut_corpus, read_text
-from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.metrics import score_rows
-from pocketquant.eval.report import Report
+from pocketquant.eval.report.markdown import to_markdown
+from pocketquant.eval.report.schema import Report
 from pocketquant.eval.weights import CHUNK_WEIGHTS, weight_errors
 from pocketquant.eval.windows import score_windows
 from pocketquant.formats import F32Array
 from pocketquant.llama.runtime import batch_bounds, default_rows
 from pocketquant.model import Model, Role, Tensor
+from pocketquant.texts.corpus import cut_corpus, read_text
 
 F64Array = npt.NDArray[np.float64]
 

@@ -21,7 +21,7 @@ from checkpoint_maker import (
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
 from pocketquant.errors import ArchitectureError, SourceError
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 
 SHIFTED = (
     ".input_layernorm.weight",

@@ -23,10 +23,11 @@ from checkpoint_maker import (
 )
 from qwen35_inventory import QWEN35_35B_A3B, build_model
 
-from pocketquant import open_model, open_recipe, pipeline, plan, write
+from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.errors import ArchitectureError, RecipeError, SourceError
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file import writing as pipeline
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.quant import Importance, builtin_recipes, choose_formats
 

@@ -15,7 +15,8 @@ from pocketquant.convert.checkpoint import open_checkpoint, open_mtp
 from pocketquant.convert.mtp import sidecar_path
 from pocketquant.errors import ArchitectureError, RecipeError, SourceError
 from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import encode_table, read_header
+from pocketquant.gguf_file.header import encode_table
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Model, Role, Value
 from pocketquant.quant import builtin_recipes, choose_formats, parse_recipe
 

@@ -17,7 +17,7 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.check import check_gguf
 from pocketquant.errors import ArchitectureError, SourceError
 from pocketquant.eval import weight_errors
-from pocketquant.gguf_file import open_gguf, open_unfused
+from pocketquant.gguf_file.opening import open_gguf, open_unfused
 from pocketquant.model import Model, Value
 from pocketquant.quant import Importance
 

@@ -12,10 +12,9 @@ import pytest
 from pack_maker import reseal
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.floor import FloorMeter
-from pocketquant.eval.kept_rows import fitting_codings
 from pocketquant.eval.metrics import score_rows
-from pocketquant.eval.pack import (
+from pocketquant.eval.packs.kept_rows import fitting_codings
+from pocketquant.eval.packs.pack import (
     MAGIC,
     Floor,
     HeadIdentity,
@@ -26,12 +25,13 @@ from pocketquant.eval.pack import (
     is_pack,
     read_pack,
 )
+from pocketquant.eval.packs.pack_error import FloorMeter
+from pocketquant.eval.packs.replay import open_pack
+from pocketquant.eval.packs.states import CODINGS, Head, decode_states, encode_states, row_bytes
+from pocketquant.eval.packs.top_k import check_top, decode_top, encode_top, row_dtype
 from pocketquant.eval.reference import base_file_bytes
-from pocketquant.eval.replay import open_pack
-from pocketquant.eval.report import FileIdentity
-from pocketquant.eval.states import CODINGS, Head, decode_states, encode_states, row_bytes
-from pocketquant.eval.top import check_top, decode_top, encode_top, row_dtype
 from pocketquant.formats import FORMATS, F32Array
+from pocketquant.gguf_file.identity import FileIdentity
 from pocketquant.model import Role, Tensor
 
 N_EMBD, N_VOCAB, CONTEXT, WINDOWS = 64, 96, 16, 3
@@ -211,8 +211,8 @@ def test_a_broken_state_stays_broken(coding: str, broken: float) -> None:
 def test_a_matrix_is_the_same_kept_or_decoded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     states = np.random.default_rng(5).standard_normal((4, N_EMBD)).astype(np.float32)
     kept, _ = make_head()
-    monkeypatch.setattr("pocketquant.eval.states.CACHED_BYTES", 0)
-    monkeypatch.setattr("pocketquant.eval.states._HEAD_BYTES", 4 * N_EMBD * 7)
+    monkeypatch.setattr("pocketquant.eval.packs.states.CACHED_BYTES", 0)
+    monkeypatch.setattr("pocketquant.eval.packs.states._HEAD_BYTES", 4 * N_EMBD * 7)
     anew, _ = make_head()
     assert anew.identify() == kept.identify() == HeadIdentity("output.weight", "BF16", N_EMBD, kept.identify().sha256)
     np.testing.assert_allclose(anew.logits(states), kept.logits(states), atol=1e-5)

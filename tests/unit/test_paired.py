@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from pocketquant.eval.paired import ALPHA, POWER, mcnemar, mean_difference, pair_answers, smallest_effect
+from pocketquant.eval.tasks.paired import ALPHA, POWER, mcnemar, mean_difference, pair_answers, smallest_effect
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 0), (0, 6), (3, 3), (2, 9), (8, 1)])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from checkpoint_maker import make_checkpoint, text_config, weights_for
 
-from pocketquant import open_model, open_recipe, pipeline, plan, write
+from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.errors import OutputError, RecipeError, SourceError
-from pocketquant.files import flushed_meanwhile
-from pocketquant.gguf_file import open_gguf
+from pocketquant.files.replacing import flushed_meanwhile
+from pocketquant.gguf_file import writing as pipeline
+from pocketquant.gguf_file.opening import open_gguf
 
 
 def digest(path: Path) -> str:

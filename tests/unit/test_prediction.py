@@ -13,18 +13,7 @@ from moe_checkpoint import golden_checkpoint
 from statistics_maker import make_statistics
 
 from pocketquant import open_model, open_recipe, plan
-from pocketquant.errors import RecipeError
-from pocketquant.formats import FORMATS
-from pocketquant.gguf_file import open_gguf
-from pocketquant.model import Model, Role, Tensor
-from pocketquant.quant.allocation import Target, list_options, plan_to_target
-from pocketquant.quant.explain import explain
-from pocketquant.quant.loss_table import SCHEMA, LossTable, parse_losses, read_figures, write_losses
-from pocketquant.quant.measuring import list_groups
-from pocketquant.quant.prediction import PREDICTED, predict_losses
-from pocketquant.quant.rounding.encoding import STEPS, with_rounding
-from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
-from pocketquant.quant.statistics import (
+from pocketquant.calibration.statistics import (
     COUNT,
     EMBED_OUTPUT,
     HEAD,
@@ -36,7 +25,18 @@ from pocketquant.quant.statistics import (
     fingerprint,
     open_statistics,
 )
-from pocketquant.quant.statistics_writing import About, triangles, write_statistics
+from pocketquant.calibration.statistics_writing import About, triangles, write_statistics
+from pocketquant.errors import RecipeError
+from pocketquant.formats import FORMATS
+from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.model import Model, Role, Tensor
+from pocketquant.quant.allocation import Target, list_options, plan_to_target
+from pocketquant.quant.explain import explain
+from pocketquant.quant.loss_table import SCHEMA, LossTable, parse_losses, read_figures, write_losses
+from pocketquant.quant.measuring import list_groups
+from pocketquant.quant.prediction import PREDICTED, predict_losses
+from pocketquant.quant.rounding.encoding import STEPS, with_rounding
+from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
 
 FINE = {"IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 UP, GATE, EMBED = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "token_embd.weight"

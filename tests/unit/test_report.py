@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.markdown import to_markdown
 from pocketquant.eval.metrics import POSITION, Positions
-from pocketquant.eval.report import (
-    FileIdentity,
-    Provenance,
-    ScoredText,
-    identify,
-    identify_all,
-    list_versions,
-    measure_noise,
-    summarize,
-)
+from pocketquant.eval.report.markdown import to_markdown
+from pocketquant.eval.report.schema import Provenance, ScoredText, measure_noise, summarize
+from pocketquant.extras import list_versions
+from pocketquant.gguf_file.identity import FileIdentity, identify, identify_all
 
 FROM = Provenance(
     model=FileIdentity("model.gguf", 10, "aa"),

@@ -14,10 +14,10 @@ from checkpoint_maker import make_checkpoint, text_config, weights_for
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.errors import OutputError, PocketquantError, SourceError
-from pocketquant.gguf_file import read_header, read_shards
+from pocketquant.gguf_file.reading import read_header, read_shards
+from pocketquant.gguf_file.shards import join_file, parse_size, split_file, split_plan
+from pocketquant.gguf_file.writing import write_together
 from pocketquant.model import Plan
-from pocketquant.pipeline import write_together
-from pocketquant.splits import join_file, parse_size, split_file, split_plan
 
 LIMIT = 1_000_000
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from pocketquant import open_model
-from pocketquant.errors import RecipeError
-from pocketquant.quant.moments import group_rows
-from pocketquant.quant.statistics import (
+from pocketquant.calibration.hessian import group_rows
+from pocketquant.calibration.statistics import (
     COUNT,
     EMBED_OUTPUT,
     HEAD_ROUNDING,
@@ -29,7 +28,7 @@ from pocketquant.quant.statistics import (
     side_of,
     unpacked,
 )
-from pocketquant.quant.statistics_writing import (
+from pocketquant.calibration.statistics_writing import (
     MOMENTS,
     About,
     Piece,
@@ -38,6 +37,7 @@ from pocketquant.quant.statistics_writing import (
     triangles,
     write_statistics,
 )
+from pocketquant.errors import RecipeError
 
 UP, GATE, EXPERTS = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_up_exps.weight"
 N_VOCAB = 12
@@ -328,10 +328,10 @@ def test_groups_hold_rows_of_like_frequency() -> None:
 def test_statistics_know_their_model(checkpoint: Path, stats: tuple[Path, dict[str, np.ndarray]]) -> None:
     model = open_model(checkpoint)
     with pytest.raises(RecipeError, match="made from another model"):
-        check_statistics(open_statistics(stats[0]), model)
+        check_statistics(open_statistics(stats[0]), model.tensors)
     arrays = contents(1, tokens=100, groups=GROUPS)
     write(stats[0], arrays, tokens=100, model=fingerprint(model))
-    check_statistics(open_statistics(stats[0]), model)
+    check_statistics(open_statistics(stats[0]), model.tensors)
 
 
 def test_a_file_has_its_length_before_it_is_filled(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pocketquant import open_model
 from pocketquant.cli.planning import read_rounding
 from pocketquant.cli.sizing import choice_of
 from pocketquant.demo import text_path
-from pocketquant.release import plan_release
-from pocketquant.sweep import plan_sweep
+from pocketquant.release.planning import plan_release
+from pocketquant.release.sweep import plan_sweep
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

@@ -11,7 +11,7 @@ import pytest
 
 from pocketquant.architectures import architecture_named
 from pocketquant.errors import EvalError, PocketquantWarning
-from pocketquant.gguf_file import open_gguf
+from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
 from pocketquant.llama.tiny import tiny_gguf

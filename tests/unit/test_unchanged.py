@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pocketquant import gguf_file, open_model, open_recipe, plan, write
+from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.errors import SourceError
-from pocketquant.gguf_file import encode_table, read_header
+from pocketquant.files.unchanged import check_unchanged, state_of
+from pocketquant.gguf_file import reading as gguf_file
+from pocketquant.gguf_file.header import encode_table
+from pocketquant.gguf_file.reading import read_header
+from pocketquant.gguf_file.shards import split_file
 from pocketquant.model import Value
-from pocketquant.splits import split_file
-from pocketquant.unchanged import check_unchanged, state_of
 
 CHANGES = ("overwritten", "replaced", "removed")
 

@@ -26,7 +26,7 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.architectures.qwen35_vision import PREFIXES
 from pocketquant.convert.vision import open_vision, read_pixel_scaling
 from pocketquant.errors import ArchitectureError, SourceError
-from pocketquant.gguf_file import read_header
+from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Model, Role
 
 RECIPE_TYPES = Path(__file__).parents[1] / "golden/recipe_types.json"
@@ -217,7 +217,7 @@ def test_breaks_today_04_mlx_towers_give_the_same_file(
     assert towers[1] is not None
     assert towers[1].notes == ("vision tower saved by MLX (its kernel's channels are last): put back in their place",)
     assert towers[0].notes == ()
-    monkeypatch.setattr("pocketquant.pipeline.CHUNK_WEIGHTS", 16 * 21)  # chunks that end within a channel
+    monkeypatch.setattr("pocketquant.gguf_file.writing.CHUNK_WEIGHTS", 16 * 21)  # chunks that end within a channel
     for tower, name in zip(towers, ("a.gguf", "b.gguf"), strict=True):
         write(plan(tower, open_recipe("f32")), tmp_path / name)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

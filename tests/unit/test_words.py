@@ -14,14 +14,14 @@ from gguf_maker import changed
 from typer.testing import CliRunner
 
 from pocketquant import compare, open_model, open_recipe, plan, write
+from pocketquant.calibration.importance import ImportanceSums, merge_sums
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.eval.kinship import check_architecture, describe_quantized
-from pocketquant.eval.report import identify, identify_model
-from pocketquant.eval.texts import read_texts
 from pocketquant.extras import install_command
-from pocketquant.quant.importance import ImportanceSums, merge_sums
-from pocketquant.splits import split_file
+from pocketquant.gguf_file.identity import identify, identify_model
+from pocketquant.gguf_file.shards import split_file
+from pocketquant.texts.embedded import read_texts
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -22,8 +22,8 @@ from pocketquant.convert.quantized.numbers import floats, nibbles
 from pocketquant.convert.quantized.tensor import DequantizedTensor, Reads, check_shape, part
 from pocketquant.convert.safetensors import StoredTensor
 from pocketquant.errors import SourceError
+from pocketquant.files.small import parse_json
 from pocketquant.formats import F32Array
-from pocketquant.small_files import parse_json
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError, listing
-from pocketquant.small_files import is_present, read_object
+from pocketquant.files.small import is_present, read_object
 
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 _FORMATS = {

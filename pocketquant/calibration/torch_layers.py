@@ -1,0 +1,236 @@
+"""transformers' decoder layers with an opened model's weights, one at a time; what gradients are computed by.
+
+The weights come out of the opened model, put back into the order and form of a checkpoint, so that every source that
+can be quantized can be differentiated. One layer is in memory at a time, whatever the size of the model.
+
+Source: transformers' `models/qwen3_5` and `models/qwen3_5_moe` (5.23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pocketquant.architectures import architecture_named
+from pocketquant.architectures.hybrid import minus_exp, plus_one
+from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, TensorRule
+from pocketquant.errors import ArchitectureError, EvalError
+from pocketquant.extras import install_command
+from pocketquant.formats import F32Array
+from pocketquant.machine import usable_threads
+from pocketquant.model import Model, Role, Tensor
+
+_ROWS = 1 << 14
+
+_CLASSES = {"qwen35": "Qwen3_5", "qwen35moe": "Qwen3_5Moe"}
+"""Architecture -> what the names of transformers' classes begin with."""
+
+_OF_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and what computes it; `part("DecoderLayer")` is transformers' class of that name for this model."""
+
+    torch: Any
+    part: Callable[[str], Any]
+    config: Any
+    model: Model
+    device: str
+    rules: tuple[TensorRule, ...]
+
+
+def require_torch() -> tuple[Any, dict[str, Any]]:
+    """torch, and architecture -> transformers' module of it; EvalError where one of them is not installed."""
+    try:
+        import torch
+        import transformers.models.qwen3_5.modeling_qwen3_5 as dense
+        import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe
+    except ImportError as error:
+        raise EvalError(
+            f"gradients need torch and transformers, which cannot be imported here ({error}); "
+            f"{install_command('curvature')}, or calibrate without gradients"
+        ) from error
+    return torch, {"qwen35": dense, "qwen35moe": moe}
+
+
+def set_up(model: Model, device: str, threads: int | None) -> Setting:
+    """Reads a model's sizes into transformers' configuration.
+
+    Raises:
+        EvalError: torch or transformers is absent.
+        ArchitectureError: no text model, or one whose positions are scaled.
+    """
+    if model.architecture not in _CLASSES:
+        raise ArchitectureError(f"{model.architecture}: gradients are known of text models; calibrate without them")
+    torch, modeling = require_torch()
+    architecture = architecture_named(model.architecture)
+
+    def part(name: str) -> Any:
+        return getattr(modeling[architecture.name], _CLASSES[architecture.name] + name)
+
+    torch.set_num_threads(threads or usable_threads())
+    start = f"{model.architecture}."
+    keys = {key.removeprefix(start): value.value for key, value in model.metadata.items() if key.startswith(start)}
+    if "rope.scaling.type" in keys:
+        raise ArchitectureError(f"positions scaled by {keys['rope.scaling.type']}: calibrate without gradients")
+    sizes = model.sizes
+    roles = {(tensor.layer, tensor.role) for tensor in model.tensors}
+    n_layer, sections = sizes["n_layer"], list(keys.get("rope.dimension_sections", (11, 11, 10, 0)))[:3]
+    config = part("TextConfig")(
+        layer_types=[
+            "linear_attention" if (layer, Role.DELTA_QKV) in roles else "full_attention" for layer in range(n_layer)
+        ],
+        rms_norm_eps=float(keys["attention.layer_norm_rms_epsilon"]),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(keys["rope.freq_base"]),
+            "partial_rotary_factor": keys["rope.dimension_count"] / sizes["head_dim"],
+            "mrope_interleaved": True,
+            "mrope_section": sections,
+        },
+        **{key: sizes[word] for word, key in architecture.config_keys.items()},
+    )
+    config._attn_implementation, config._experts_implementation = "sdpa", "eager"
+    rules = tuple(rule for rule in architecture.tensors if rule.where in (BLOCK, DELTA, ATTENTION))
+    return Setting(torch, part, config, model, device, rules)
+
+
+def tensors_of(setting: Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
+    """Rules and tensors of a layer."""
+    tensors = {tensor.name: tensor for tensor in setting.model.tensors if tensor.layer == layer}
+    pairs = [(rule, tensors.get(f"blk.{layer}.{rule.target}")) for rule in setting.rules]
+    return [(rule, tensor) for rule, tensor in pairs if tensor is not None]
+
+
+def linears_of(setting: Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
+    """Those of them that are multiplied."""
+    return [(rule, tensor) for rule, tensor in tensors_of(setting, layer) if not tensor.keep_f32]
+
+
+def read_whole(tensor: Tensor) -> F32Array:
+    """A whole tensor, f32[n_rows, n_cols], in GGUF's order."""
+    starts = range(0, tensor.n_rows, _ROWS)
+    return np.concatenate([tensor.rows(start, min(start + _ROWS, tensor.n_rows)) for start in starts])
+
+
+def source_weights(rule: TensorRule, tensor: Tensor, setting: Setting, values: F32Array) -> F32Array:
+    """A tensor's values as the checkpoint has them: `each` undone, rows and columns where they came from."""
+    if rule.each is plus_one:
+        values = values - np.float32(1)
+    elif rule.each is minus_exp:
+        values = np.log(-values.astype(np.float64)).astype(np.float32)
+    elif rule.each is not None:
+        raise ArchitectureError(f"{tensor.name}: its transform {rule.each.__name__} is not known backwards")
+    source = np.empty_like(values)
+    source[_places(rule, tensor, setting)] = values
+    return source.reshape(tensor.shape)
+
+
+def gguf_weights(rule: TensorRule, tensor: Tensor, setting: Setting, source: F32Array) -> F32Array:
+    """Numbers of a checkpoint's matrix, such as its gradients, in GGUF's order: f32[n_rows, n_cols]."""
+    if rule.half is not None:
+        source = np.split(source, 2, axis=1)[rule.half]
+    return source.reshape(tensor.n_rows, tensor.n_cols)[_places(rule, tensor, setting)]
+
+
+def _places(rule: TensorRule, tensor: Tensor, setting: Setting) -> Any:
+    rows = None if rule.rows is None else rule.rows(setting.model.sizes)
+    cols = None if rule.cols is None else rule.cols(setting.model.sizes)
+    if len(tensor.shape) == 1:
+        rows, cols = None, rows
+    shape = (tensor.n_rows, tensor.n_cols)
+    return np.ix_(*(np.arange(n) if o is None else o for o, n in zip((rows, cols), shape, strict=True)))
+
+
+def build_layer(setting: Setting, layer: int, read: Callable[[Tensor], F32Array] = read_whole) -> Any:
+    """transformers' decoder layer in f32; `read` gives each tensor's values f32[n_rows, n_cols] in GGUF's order."""
+    torch = setting.torch
+    with torch.device("meta"):
+        module = setting.part("DecoderLayer")(setting.config, layer)
+    shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    parts: dict[str, list[F32Array]] = {}
+    for rule, tensor in tensors_of(setting, layer):  # of two that are one in the checkpoint, the upper comes first
+        parts.setdefault(rule.source, []).append(source_weights(rule, tensor, setting, read(tensor)))
+    weights = {
+        name: torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found, axis=1)).reshape(shapes[name])
+        for name, found in parts.items()
+    }
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.to(setting.device).requires_grad_(False).eval()
+
+
+def watch_outputs(
+    setting: Setting,
+    module: Any,
+    linears: Sequence[tuple[TensorRule, Tensor]],
+    add: Callable[[str, int, Any], None],
+) -> None:
+    """Has `add` called on the way back through a layer, for every product of a linear layer.
+
+    It gets the tensor's name, the number of the expert (0 where there are none), and the gradient at the output,
+    [..., rows of one matrix], in the checkpoint's order.
+    """
+
+    def watch(name: str, expert: int, output: Any) -> None:
+        output.register_hook(lambda gradient: add(name, expert, gradient))
+
+    def watched(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:  # what a hook returns would replace the output
+            watch(name, 0, output)
+
+        return hook
+
+    for rule, tensor in linears:
+        if tensor.role not in _OF_EXPERTS:
+            module.get_submodule(rule.source.removesuffix(".weight")).register_forward_hook(watched(tensor.name))
+    names = {tensor.role: tensor.name for _, tensor in linears}
+    if names.keys() & set(_OF_EXPERTS):
+        seen = partial(_run_experts, setting.torch, module.mlp.experts, [names[role] for role in _OF_EXPERTS], watch)
+        module.mlp.experts.forward = seen
+
+
+def _run_experts(
+    torch: Any,
+    experts: Any,
+    names: Sequence[str],
+    watch: Callable[[str, int, Any], None],
+    hidden: Any,
+    index: Any,
+    weights: Any,
+) -> Any:
+    """The experts' sum [n, n_embd] as transformers computes it, with every product in sight.
+
+    Args:
+        hidden: [n, n_embd].
+        index, weights: [n, n_used], which experts a token is sent to, and how much each counts.
+    """
+    total, multiply = torch.zeros_like(hidden), torch.nn.functional.linear
+    for expert in torch.unique(index).tolist():
+        tokens, places = torch.where(index == expert)
+        gate, up = multiply(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        down = multiply(experts.act_fn(gate) * up, experts.down_proj[expert])
+        for name, output in zip(names, (gate, up, down), strict=True):
+            watch(name, expert, output)
+        total.index_add_(0, tokens, down * weights[tokens, places, None])
+    return total
+
+
+def positions_of(setting: Setting, context: int) -> Any:
+    """Cosines and sines of a window's positions."""
+    torch = setting.torch
+    rotary = setting.part("TextRotaryEmbedding")(setting.config).to(setting.device)
+    numbers = torch.arange(context, device=setting.device).view(1, 1, -1).expand(3, 1, -1)
+    return rotary(torch.zeros(1, context, 1, device=setting.device), numbers)
+
+
+def build_norm(setting: Setting) -> Any:
+    """The norm before the output head."""
+    tensor = next(tensor for tensor in setting.model.tensors if tensor.role is Role.NORM and tensor.layer is None)
+    norm = setting.part("RMSNorm")(setting.model.sizes["n_embd"], eps=setting.config.rms_norm_eps)
+    norm.weight.data = setting.torch.from_numpy(read_whole(tensor)[0] - np.float32(1))
+    return norm.to(setting.device).requires_grad_(False)
