@@ -1,4 +1,4 @@
-"""From logits to one record per scored position: the only pass over tokens x vocabulary.
+"""From logits to one record per scored position, with its KL divergence: the only pass over tokens x vocabulary.
 
 Two rows of logits and the token that really came next become a `POSITION`: divergence, both losses, whether the most
 likely token is the same. Everything in a report is a statistic of these records, so a new statistic of known numbers
