@@ -11,53 +11,11 @@ from typing import Any
 
 from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
+from pocketquant.formats import FORMATS
 
-_NUMBERS = (
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "rope.dimension_count",
-    "ssm.conv_kernel",
-    "ssm.state_size",
-    "ssm.group_count",
-    "ssm.time_step_rank",
-    "ssm.inner_size",
-)
-_FEED_FORWARD = {
-    "qwen35": ("feed_forward_length",),
-    "qwen35moe": (
-        "expert_count",
-        "expert_used_count",
-        "expert_feed_forward_length",
-        "expert_shared_feed_forward_length",
-    ),
-}
 _LARGEST = 1 << 24
-_FILE_TYPES = {
-    0: "F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    7: "Q8_0",
-    8: "Q5_0",
-    9: "Q5_1",
-    11: "Q3_K",
-    12: "Q3_K",
-    13: "Q3_K",
-    14: "Q4_K",
-    15: "Q4_K",
-    16: "Q5_K",
-    17: "Q5_K",
-    18: "Q6_K",
-    25: "IQ4_NL",
-    30: "IQ4_XS",
-    32: "BF16",
-}
-"""llama.cpp's number for a file's main type -> the type. Q2_K is left out: its files are mostly Q3_K."""
+_MAIN_FORMAT = {number: item.name for item in FORMATS.values() for number in item.main_in}
+"""llama.cpp's number for what a file mostly is -> the format."""
 
 
 def check_metadata(contents: Contents) -> Iterator[Finding]:
@@ -80,7 +38,7 @@ def _error(contents: Contents, code: str, key: str, message: str, advice: str = 
 
 
 def _check_numbers(contents: Contents) -> Iterator[Finding]:
-    for key in (*_NUMBERS, *_FEED_FORWARD.get(contents.architecture, ())):
+    for key in [rule.key for rule in contents.table.metadata if rule.needed] if contents.table else ():
         value = contents.metadata.get(f"{contents.architecture}.{key}")
         if value is None:
             yield _error(contents, "key-missing", key, "missing; the runtimes need it")
@@ -132,6 +90,8 @@ def _check_heads(contents: Contents) -> Iterator[Finding]:
 
 def _check_rope(contents: Contents) -> Iterator[Finding]:
     key = "rope.dimension_sections"
+    if contents.table is None or not contents.table.has_key(key):
+        return
     value = contents.metadata.get(f"{contents.architecture}.{key}")
     if value is None:
         yield _error(contents, "key-missing", key, "missing; llama.cpp does not load the file without it")
@@ -153,6 +113,8 @@ def _check_rope(contents: Contents) -> Iterator[Finding]:
 
 
 def _check_real(contents: Contents, key: str, least: float, most: float) -> Iterator[Finding]:
+    if contents.table is None or not contents.table.has_key(key):
+        return
     value = contents.metadata.get(f"{contents.architecture}.{key}")
     if value is None:
         yield _error(contents, "key-missing", key, "missing; the runtimes need it")
@@ -162,7 +124,7 @@ def _check_real(contents: Contents, key: str, least: float, most: float) -> Iter
 
 def _check_file_type(contents: Contents) -> Iterator[Finding]:
     stated = contents.metadata.get("general.file_type")
-    expected = _FILE_TYPES.get(stated.value) if stated is not None and type(stated.value) is int else None
+    expected = _MAIN_FORMAT.get(stated.value) if stated is not None and type(stated.value) is int else None
     weights: Counter[str] = Counter()
     for entry in contents.entries.values():
         if len(entry.shape) > 1:

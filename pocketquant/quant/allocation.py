@@ -1,10 +1,9 @@
 """A size as the input: the format of every tensor, so that the whole file fits and the predicted loss is least.
 
 What a choice costs comes from `prediction` (statistics of this model) or `sensitivity` (figures of others), the best of
-all choices from `knapsack`, and the result is an ordinary recipe, planned like any other. Formats on offer are those
-with fast kernels on phones (ARM repacking in llama.cpp, ggml/src/ggml-cpu/repack.cpp): IQ4_NL, Q4_K, Q5_K, Q6_K, Q8_0,
-and F16, which pays for the few weights that steer DeltaNet and above 8.5 bits per weight. Q3_K and IQ4_XS have no such
-kernels; for phones Q3_K is offered for small targets only, and IQ4_XS not at all.
+all choices from `knapsack`, and the result is an ordinary recipe, planned like any other. The table of formats
+(`QuantFormat.offered`, `fast_on`) says which may be chosen for a device: for phones those that ARM CPUs have fast
+kernels for, and F16, which pays for the few weights that steer DeltaNet and above 8.5 bits per weight.
 """
 
 from __future__ import annotations
@@ -13,55 +12,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from pocketquant.calibration.importance import Importance
+from pocketquant.architectures.qwen35_mtp import MTP_LEAST
 from pocketquant.errors import RecipeError
-from pocketquant.formats import FORMATS
-from pocketquant.model import Model, Plan, Role, Tensor, Value, padded
+from pocketquant.formats import FORMATS, offered_formats
+from pocketquant.model import Allocation, Model, Plan, Role, Tensor, Value, padded
+from pocketquant.quant.applying import apply_recipe
+from pocketquant.quant.choosing import Choice, Target
 from pocketquant.quant.knapsack import MOST_LOSS, select
 from pocketquant.quant.loss_table import LossTable
-from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
-from pocketquant.quant.sensitivity import Prediction, Sensitivity, read_sensitivity
+from pocketquant.quant.sensitivity import Prediction, read_sensitivity
 
-FORMATS_ON_OFFER = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
+FORMATS_ON_OFFER = tuple(item.name for item in offered_formats())
 """By ascending size. By figures of other models, IQ4_NL is offered only where a row does not fit the others."""
 
+_SMALLEST = FORMATS_ON_OFFER[0]
+
 DEVICES = {
-    "phone": frozenset({"Q3_K", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"}),
+    "phone": frozenset({_SMALLEST} | {item.name for item in offered_formats() if "arm" in item.fast_on}),
     "any": frozenset(FORMATS_ON_OFFER),
 }
-"""What a file is for -> formats that run fast there."""
+"""What a file is for -> formats that run fast there, and for phones the smallest one, which need not."""
 
 SMALL_TARGET = 4.75
-"""Q3_K is offered below so many bits per weight, or where nothing else fits. On the published figures it saves nothing
-above: 0.1 % of the predicted loss at 4.7 bits for 4B, nothing for 0.8B. Below it saves up to a tenth."""
+"""Below so many bits per weight, or where nothing else fits, phones are offered the smallest format (Q3_K) although it
+is slow there. On the published figures it saves nothing above: 0.1 % of the predicted loss at 4.7 bits for 4B, nothing
+for 0.8B. Below it saves up to a tenth."""
 
 CLOSE_ENOUGH = 0.005
 """A target above the largest file by more than this part of it cannot be reached."""
-
-_BELOW_MTP = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K")  # no importance matrix covers multi-token prediction: Q5_K or better
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the user asks for, one of the two: bytes of the whole file, or bits per weight of its tensors."""
-
-    file_bytes: int | None = None
-    bits_per_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.file_bytes is None) == (self.bits_per_weight is None):
-            raise RecipeError("give one target: a size or bits per weight")
-        if (self.file_bytes or self.bits_per_weight or 0) <= 0:
-            raise RecipeError(f"a target of {self}: must be above 0")
-
-    def __str__(self) -> str:
-        return f"{self.bits_per_weight:g} bits per weight" if self.file_bytes is None else f"{self.file_bytes:,} bytes"
-
-    @property
-    def recipe_name(self) -> str:
-        return f"target-{self.bits_per_weight:g}bpw" if self.file_bytes is None else f"target-{self.file_bytes}"
 
 
 @dataclass(frozen=True)
@@ -72,30 +52,6 @@ class Options:
     formats: tuple[str, ...]
     nbytes: tuple[int, ...]
     loss: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """A plan made to a target.
-
-    Attributes:
-        predicted_loss: nats a token, of all tensors together.
-        least_loss: no plan within the target is predicted to lose less; equal to `predicted_loss` but for problems
-            made to be hard.
-    """
-
-    target: Target
-    recipe: Recipe
-    plan: Plan
-    predicted_loss: float
-    least_loss: float
-
-    @property
-    def fill(self) -> float:
-        """The part of the target that the plan uses."""
-        if self.target.file_bytes is not None:
-            return self.plan.file_bytes / self.target.file_bytes
-        return self.plan.bits_per_weight / (self.target.bits_per_weight or 1)
 
 
 def list_options(model: Model, prediction: Prediction | LossTable, device: str = "phone") -> list[Options]:
@@ -128,15 +84,16 @@ def list_options(model: Model, prediction: Prediction | LossTable, device: str =
 
 
 def _can_be(tensor: Tensor, name: str, n_layer: int) -> bool:
-    if tensor.role is Role.VISION_PATCH:  # runtimes have no convolution with quantized kernels
-        return name == "F16"
-    if tensor.layer is not None and tensor.layer >= n_layer and name in _BELOW_MTP:
-        return False
-    return tensor.n_cols % FORMATS[name].block_len == 0
+    chosen = FORMATS[name]
+    if tensor.role is Role.VISION_PATCH:
+        return chosen.convolves
+    if tensor.layer is not None and tensor.layer >= n_layer:
+        return chosen.fits(tensor.n_cols) and chosen.bits_per_weight >= FORMATS[MTP_LEAST].bits_per_weight
+    return chosen.fits(tensor.n_cols)
 
 
 def _has_superblocks(tensors: list[Tensor]) -> bool:
-    return all(tensor.n_cols % FORMATS["Q4_K"].block_len == 0 for tensor in tensors)
+    return all(FORMATS["Q4_K"].fits(tensor.n_cols) for tensor in tensors)
 
 
 def _bytes(tensor: Tensor, name: str) -> int:
@@ -144,57 +101,65 @@ def _bytes(tensor: Tensor, name: str) -> int:
 
 
 def plan_to_target(
-    model: Model,
-    target: Target,
-    sensitivity: Sensitivity | LossTable | None = None,
-    importance: Importance | None = None,
-    metadata_extra: Mapping[str, Value] | None = None,
-    device: str = "phone",
-    recipe_name: str | None = None,
-) -> Allocation:
-    """Plans the file that loses least, by prediction, among those that are not larger than the target.
+    model: Model, choice: Choice, metadata_extra: Mapping[str, Value] | None = None, recipe_name: str | None = None
+) -> Plan:
+    """Plans the file that loses least, by prediction, among those that are not larger than the choice's target.
 
     Args:
         model: the opened source.
-        target: bytes of the whole file, header and alignment included; or bits per weight, counting the alignment.
-        sensitivity: the table to predict with; None for the one that comes with the package.
-        importance, metadata_extra: as for `plan`. What the file's rounding adds to the metadata
+        choice: its target is bytes of the whole file, header and alignment included, or bits per weight, counting the
+            alignment; its figures are what is predicted with, None for the table that comes with the package.
+        metadata_extra: keys to add to the model's own. What the file's rounding adds
             (`rounding.encoding.rounding_metadata`) belongs here, so that the size is decided with it.
-        device: one of `DEVICES`.
         recipe_name: what the file says it was made by; None for one that says the target.
+
+    Returns:
+        The plan, which says in `allocation` how near it comes; its weights are not yet rounded by statistics.
 
     Raises:
         RecipeError: the target is beyond what the formats reach (the range is named), roles without a sensitivity, or
-            what `plan` raises.
+            what `apply_recipe` raises.
     """
+    target, importance = choice.target, choice.importance
+    if target is None:
+        raise RecipeError("the choice names no size to plan for")
     name = recipe_name or target.recipe_name
-    prediction = (sensitivity or read_sensitivity()).predict(model)
-    options = list_options(model, prediction, device)
+    prediction = (choice.figures or read_sensitivity()).predict(model)
+    options = list_options(model, prediction, choice.device)
     if not options:
         raise RecipeError("the model has no tensor whose type could be chosen")
     # All plans have one name and so one length of header, but for the keys of an importance matrix, which nothing
     # uses where no tensor is quantized; the smallest plan has them.
-    smallest = plan(model, _recipe(model, name, target, options, [0] * len(options)), importance, metadata_extra)
+    least = _recipe(model, name, target, options, [0] * len(options))
+    smallest = apply_recipe(model, least, importance, metadata_extra)
     kept = sum(padded(item.nbytes) for item in smallest.tensors if item.tensor.keep_f32)
     budget = _budget(model, target, len(smallest.header), kept, options)
-    if device == "phone":
-        options = _without_q3_k(model, options, budget)
+    if "arm" not in FORMATS[_SMALLEST].fast_on and choice.device == "phone":
+        options = _without_smallest(model, options, budget)
 
     total = sum(max(option.loss) for option in options)
     unit = total / (MOST_LOSS - 2 * len(options)) or 1.0
     found = select([o.nbytes for o in options], [[round(x / unit) for x in o.loss] for o in options], budget)
     recipe = _recipe(model, name, target, options, found.choices)
-    planned = plan(model, recipe, importance, metadata_extra)
+    planned = apply_recipe(model, recipe, importance, metadata_extra)
     loss = sum(option.loss[i] for option, i in zip(options, found.choices, strict=True))
-    return Allocation(target, recipe, planned, loss, loss * (found.lower_bound / found.loss if found.loss else 1.0))
+    least_loss = loss * (found.lower_bound / found.loss if found.loss else 1.0)
+    return replace(planned, allocation=Allocation(str(target), _fill(planned, target), loss, least_loss))
 
 
-def _without_q3_k(model: Model, options: list[Options], budget: int) -> list[Options]:
-    """The options without Q3_K, unless the budget is small."""
+def _fill(planned: Plan, target: Target) -> float:
+    """The part of the target that a plan uses."""
+    if target.file_bytes is not None:
+        return planned.file_bytes / target.file_bytes
+    return planned.bits_per_weight / (target.bits_per_weight or 1)
+
+
+def _without_smallest(model: Model, options: list[Options], budget: int) -> list[Options]:
+    """The options without the smallest format, unless the budget is small."""
     n_weights = sum(prod(tensor.shape) for tensor in model.tensors if not tensor.keep_f32)
     fast = [
         replace(option, formats=option.formats[1:], nbytes=option.nbytes[1:], loss=option.loss[1:])
-        if option.formats[0] == "Q3_K"
+        if option.formats[0] == _SMALLEST
         else option
         for option in options
     ]

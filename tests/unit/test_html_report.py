@@ -155,7 +155,7 @@ def test_numbers_that_are_none_are_left_out() -> None:
     document["metrics"]["ppl"]["ratio"] = None
     document["metrics"]["kld"]["se"] = None
     document["by_domain"][0]["metrics"] = None
-    document["by_position"][1]["kld"] = "high"
+    document["by_position"][1]["kld"] = None
     document["tensors"][0]["relative_rmse"] = math.inf
     document["tensors"][1]["layer"] = -3
     document["non_finite"] = 12
@@ -250,6 +250,13 @@ def test_divergences_from_a_pack_of_top_tokens_are_lower_bounds() -> None:
     assert "lower bound" not in to_card(to_sheet([("a.json", make_evaluation("Tiny-Q4_K", kld=0.01))]))
     with pytest.raises(EvalError, match="another number of tokens kept of the reference"):
         to_sheet([("a.json", document), ("b.json", make_evaluation("Tiny-Q5_K", kld=0.005, size=3_000_000))])
+
+
+def test_benchmarks_against_a_quantized_reference_say_so() -> None:
+    documents = [("a.json", make_evaluation("Tiny", kld=0.01)), ("t.json", make_tasks())]
+    assert "itself quantized" not in to_html(to_sheet(documents))
+    documents[1][1]["reference_quantized"] = "97 % Q8_0"
+    assert "Tiny-F32.gguf is itself quantized (97 % Q8_0)" in to_html(to_sheet(documents))
 
 
 def test_bits_per_weight_are_those_of_a_plan(checkpoint: Path) -> None:
