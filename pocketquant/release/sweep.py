@@ -18,7 +18,7 @@ from typing import Any
 
 from pocketquant import __version__
 from pocketquant.errors import OutputError, SourceError
-from pocketquant.eval.reference import make_reference
+from pocketquant.eval.reference import PackSettings, make_reference
 from pocketquant.eval.report.html.sheet import find_front
 from pocketquant.files.finished import unfinished_work
 from pocketquant.files.interrupts import put_in_place
@@ -193,20 +193,17 @@ def _make_reference(sweep: Sweep, reference: Path, pack: Path, matrix: Path, mea
         calibrate(release, reference, matrix.parent, means, matrix.with_suffix(".unfinished"))
         os.replace(matrix.with_name(release.calibrating.name), matrix)
     if not pack.exists():
+        settings = PackSettings(
+            release.settings.context,
+            release.settings.chunks,
+            release.settings.positions,
+            with_head=True,
+            threads=means.threads,
+            gpu_layers=means.gpu_layers,
+        )
         with means.bars.steps("reference") as advance:
             make_reference(
-                reference,
-                release.settings.texts,
-                pack,
-                context=release.settings.context,
-                chunks=release.settings.chunks,
-                positions=release.settings.positions,
-                with_head=True,
-                threads=means.threads,
-                gpu_layers=means.gpu_layers,
-                resume=True,
-                is_result=False,
-                progress=advance,
+                reference, release.settings.texts, pack, settings, resume=True, is_result=False, progress=advance
             )
     reference.unlink()
 
