@@ -19,7 +19,7 @@ matrices are lower triangles, row by row. Source: https://github.com/huggingface
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
@@ -34,7 +34,7 @@ from pocketquant.files.reading import read_at
 from pocketquant.files.small import open_regular, parse_json
 from pocketquant.files.unchanged import FileState, state_of
 from pocketquant.formats import F32Array
-from pocketquant.model import Model
+from pocketquant.model import Model, Tensor
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -218,21 +218,25 @@ def fingerprint(model: Model) -> str:
     A checkpoint in BF16 and the GGUFs made of it in F32 or BF16 have the same; a fine-tune has another, a merged
     adapter too. Reads a few kilobytes a tensor.
     """
+    return _fingerprint(model.tensors)
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
-    for tensor in sorted(model.tensors, key=lambda tensor: tensor.name):
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         row = tensor.rows(0, 1).astype("<f4").reshape(-1)
         digest.update(f"{tensor.name} {list(tensor.shape)}\n".encode())
         digest.update(row.tobytes())
     return digest.hexdigest()
 
 
-def check_statistics(statistics: Statistics, model: Model) -> None:
-    """Checks that statistics were made from this very model.
+def check_statistics(statistics: Statistics, tensors: Iterable[Tensor]) -> None:
+    """Checks that statistics were made from the very model that has these tensors.
 
     Raises:
         RecipeError: they were not.
     """
-    if statistics.model_sha256 != fingerprint(model):
+    if statistics.model_sha256 != _fingerprint(tensors):
         raise RecipeError(
             f"{statistics.path}: made from another model than this one; make them anew with `pocketquant calibrate` on "
             "the source that is quantized"

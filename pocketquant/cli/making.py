@@ -110,7 +110,8 @@ def make(
         split_bytes=parse_size(split_max_size) if split_max_size else None,
     )
     made_from = [source, imatrix, stats, calibrate, chat_template, adapter, *(recipe or [])]
-    refuse_overwriting(list_outputs(release, out), [*made_from, *(each.path for each in release.texts)])
+    read = [*made_from, *(each.path for each in release.texts)]
+    refuse_overwriting(list_outputs(release, out), read, makes_folder=True)
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)
     for variant in (*release.variants, *release.sidecars):

@@ -120,7 +120,7 @@ def sweep(
     )
     made_from = [source, imatrix, stats, calibrate, sensitivity, reference, adapter, *(recipe or [])]
     written = [out / name for name in (*(each.name for each in release.variants), *REPORTS)]
-    refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)])
+    refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)], makes_folder=True)
     planned = plan_sweep(release, pack=reference, keep=keep, statistics=stats)
     missing = planned.missing(out)
     for variant in release.variants:

@@ -57,7 +57,7 @@ def plan_outputs(
         out: path of the model's file.
         recipe: the model's, for the block in the sidecar as well.
         plan_model: plans the model itself, with whatever importance or target size there is.
-        mmproj: recipe of the vision tower.
+        mmproj: recipe of the vision tower; "none" leaves the tower out.
         split_bytes: largest file; None for no limit. llama.cpp reads the vision tower from one file alone.
         importance: for the block in the sidecar, where it has entries for it.
 
@@ -65,10 +65,11 @@ def plan_outputs(
         OutputError: a tensor, or the whole vision tower, is larger than `split_bytes`.
         RecipeError: a recipe is unknown or cannot be applied.
     """
+    tower_recipe = None if mmproj == "none" else open_recipe(mmproj)  # a wrong name is one for a text-only model, too
     planned = plan_model(parts.model)
     outputs = [Output("model", out, planned, tuple(split_plan(planned, out, split_bytes)))]
-    if parts.vision is not None:
-        tower, path = plan(parts.vision, open_recipe(mmproj)), mmproj_path(out)
+    if parts.vision is not None and tower_recipe is not None:
+        tower, path = plan(parts.vision, tower_recipe), mmproj_path(out)
         check_whole("vision tower", path, tower.file_bytes, split_bytes)
         outputs.append(Output("mmproj", path, tower, ((tower, path),)))
     if parts.mtp is not None:

@@ -62,7 +62,7 @@ def test_the_diagonal_is_the_importance_matrix(stats: Path, demo_gguf: Callable[
         np.testing.assert_allclose(np.diag(moment), squares, rtol=1e-4, atol=1e-9, err_msg=name)
         np.testing.assert_array_equal(moment, moment.T)
         assert np.linalg.eigvalsh(moment.astype(np.float64))[0] > -1e-5 * np.trace(moment), name
-    check_statistics(statistics, open_model(checkpoint_dir()))  # of the checkpoint, not only of its GGUF
+    check_statistics(statistics, open_model(checkpoint_dir()).tensors)  # of the checkpoint, not only of its GGUF
     assert not statistics.has_outputs
 
 

@@ -328,10 +328,10 @@ def test_groups_hold_rows_of_like_frequency() -> None:
 def test_statistics_know_their_model(checkpoint: Path, stats: tuple[Path, dict[str, np.ndarray]]) -> None:
     model = open_model(checkpoint)
     with pytest.raises(RecipeError, match="made from another model"):
-        check_statistics(open_statistics(stats[0]), model)
+        check_statistics(open_statistics(stats[0]), model.tensors)
     arrays = contents(1, tokens=100, groups=GROUPS)
     write(stats[0], arrays, tokens=100, model=fingerprint(model))
-    check_statistics(open_statistics(stats[0]), model)
+    check_statistics(open_statistics(stats[0]), model.tensors)
 
 
 def test_a_file_has_its_length_before_it_is_filled(tmp_path: Path) -> None:
