@@ -19,7 +19,7 @@ from pocketquant.cli.group import OTHER, panels_of, spellings
 FIRST_SCREEN = {
     "Make a file": ["make", "quantize", "convert", "demo"],
     "Prepare": ["imatrix", "calibrate", "reference", "recipe"],
-    "Measure": ["eval", "gate", "check"],
+    "Measure": ["eval", "compare", "gate", "check"],
     "Ship": ["report", "inspect", "split", "doctor"],
 }
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
