@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [--source CHECKPOINT] [--calibration FILE...] [--evaluation NAME=FILE...]
                                  [--stats FILE] [--sensitivity FILE] [--chunks N] [--sizes Q4_K_M,...] [--ablation]
-                                 [--sampled N] [--epochs N] [--keep FOLDER]
+                                 [--sampled N] [--epochs N] [--keep FOLDER] [--csv FILE]
 
 Without files of your own: the embedded model and its texts. Both sides calibrate on the same texts: the peer by an
 importance matrix (llama.cpp's own quantizer, in this process), ours by `pocketquant calibrate`. Every file is scored
@@ -10,11 +10,13 @@ against F32 on texts that neither saw, by llama.cpp's kernels ("native"), and de
 leaves out what the kernels' rounding of activations costs. Columns: bytes, mean KL divergence with its standard error,
 99th percentile, same top token, ratio of the means to the peer's of that size. `--ablation` has one row per step at
 Q4_K_M's bytes. `--keep` holds what was made, and an interrupted run goes on there.
+`--csv` writes the native figures as rows too, for `plot_quality.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 import tempfile
@@ -53,6 +55,9 @@ from pocketquant.quant.sensitivity import Sensitivity
 from pocketquant.texts.corpus import Text
 
 RECIPES = {"IQ4_XS": "iq4_xs", "Q4_K_S": "q4_k_s", "Q4_K_M": "q4_k_m", "Q5_K_M": "q5_k_m", "Q6_K": "q6_k"}
+
+Row = tuple[str, str, Path, Path]
+"""Size, method, file, the peer's file."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,8 @@ def make(bench: Bench, name: str, maker: Callable[[], Plan] | None, file_type: i
     return path
 
 
-def print_table(bench: Bench, rows: Sequence[tuple[str, str, Path, Path]]) -> None:
-    """Rows are (size, method, file, the peer's file)."""
+def print_table(bench: Bench, rows: Sequence[Row]) -> None:
+    """One table for each text."""
     for text in bench.texts:
         print(f"\n{text.domain} ({text.path.name}), context {bench.context}, up to {bench.chunks} windows\n")
         titles = ["size", "method", "bytes", "native KL", "p99", "same top", "ratio"]
@@ -186,6 +191,18 @@ def print_table(bench: Bench, rows: Sequence[tuple[str, str, Path, Path]]) -> No
                     cells += [f"{own['p99']:.4f}", f"{100 * own['top']:.2f} %"]
                 cells.append(f"{own['mean'] / other['mean']:.3f}")
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def write_rows(bench: Bench, rows: Sequence[Row], out: Path) -> None:
+    """The native figures of `print_table` at the same digits, one row for each file and text."""
+    with out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["text", "size", "method", "bytes", "kld_nats", "kld_se", "p99_nats", "same_top"])
+        for text in bench.texts:
+            for size, method, path, _ in rows:
+                own = score(bench, path, "native")[text.domain]
+                kld = [f"{own['mean']:.6f}", f"{own['se']:.6f}", f"{own['p99']:.4f}", f"{own['top']:.4f}"]
+                writer.writerow([text.domain, size, method, path.stat().st_size, *kld])
 
 
 def sample_more(bench: Bench, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
@@ -227,8 +244,8 @@ def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
     return path
 
 
-def compare_sizes(bench: Bench, sizes: Sequence[str], methods: Sequence[str]) -> None:
-    """The table against the peer at each of its sizes."""
+def compare_sizes(bench: Bench, sizes: Sequence[str], methods: Sequence[str]) -> list[Row]:
+    """Rows against the peer at each of its sizes."""
     rows = []
     for size in sizes:
         peer = make(bench, f"peer {size}", None, SIZES[size])
@@ -245,7 +262,7 @@ def compare_sizes(bench: Bench, sizes: Sequence[str], methods: Sequence[str]) ->
             for kind in bench.kinds:
                 score(bench, path, kind)
         print(f"{size}: done", file=sys.stderr, flush=True)
-    print_table(bench, rows)
+    return rows
 
 
 METHODS: dict[str, Callable[[Bench, int], Plan]] = {
@@ -260,7 +277,7 @@ TUNED = "types and rounding, curvature, tuned"
 """One more row, where torch and gradients are there."""
 
 
-def ablate(bench: Bench) -> None:
+def ablate(bench: Bench) -> list[Row]:
     """One row per step, at Q4_K_M's bytes."""
     peer = make(bench, "peer Q4_K_M", None, SIZES["Q4_K_M"])
     nbytes = peer.stat().st_size
@@ -281,7 +298,7 @@ def ablate(bench: Bench) -> None:
             rows.append((label, make(bench, f"{label} {bench.mark}", maker)))
     if has_gradients and has_torch():
         rows.append((TUNED, make_tuned(bench, f"Q4_K_M {TUNED} {bench.mark}", nbytes)))
-    print_table(bench, [("Q4_K_M", method, path, peer) for method, path in rows])
+    return [("Q4_K_M", method, path, peer) for method, path in rows]
 
 
 def print_floor(bench: Bench) -> None:
@@ -392,15 +409,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--native-only", action="store_true", help="leave out the runs of dequantized weights")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--csv", type=Path, help="file for the native figures as rows")
     asked, _ = parser.parse_known_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         bench = prepare(asked, asked.keep or Path(name))
         if asked.ablation:
-            ablate(bench)
+            rows = ablate(bench)
         else:
             names = [*METHODS, TUNED] if bench.statistics.has_outputs and has_torch() else list(METHODS)
             chosen = asked.methods or range(len(names))
-            compare_sizes(bench, asked.sizes.split(","), [names[i] for i in chosen])
+            rows = compare_sizes(bench, asked.sizes.split(","), [names[i] for i in chosen])
+        print_table(bench, rows)
+        if asked.csv:
+            write_rows(bench, rows, asked.csv)
         print_floor(bench)
 
 

@@ -1,6 +1,6 @@
 """`make bench`: one table of ratios against llama.cpp and `cp`, measured side by side on this machine.
 
-    python benchmarks/run.py [--size 0.8B|4B] [--repeats N] [--only kernels|pipeline|evaluation] [--write README.md]
+    python benchmarks/run.py [--size 0.8B|4B] [--repeats N] [--only kernels|pipeline|evaluation] [--write FILE]
 
 `--write` puts the table between the lines `<!-- bench -->` and `<!-- /bench -->` of a file. A synthetic checkpoint is
 made in build/, or in --work: 1.5 GB and as much again for 0.8B, 8.4 GB and 20 GB more for 4B.

@@ -10,6 +10,10 @@ import re
 LONGEST_LINE = 1000
 """Characters of a message's line; what is longer loses its middle."""
 
+_names: set[str] = set()
+"""Parts of paths that hold line ends, which nothing in a finished message tells from the message's own."""
+_MOST_NAMES = 1000
+
 _MARKUP = re.compile(r"[\\`*\[\]|#]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@<!-- -->"}
 """The last one keeps a name from being notified, which no escape in Markdown does; it is not seen."""
@@ -22,9 +26,17 @@ def one_line(text: str, most: int | None = None) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
-def as_lines(text: str) -> str:
-    """The same line by line, none longer than `LONGEST_LINE`: line ends stay, those of other kinds do not."""
-    return "\n".join(one_line(line, LONGEST_LINE) for line in text.split("\n"))
+def as_lines(text: str, most: int | None = LONGEST_LINE) -> str:
+    """The same line by line, none longer than `most`: line ends stay, but for those of names that were noted."""
+    for name in sorted(_names, key=len, reverse=True):
+        text = text.replace(name, one_line(name))
+    return "\n".join(one_line(line, most) for line in text.split("\n"))
+
+
+def note_name(path: str) -> None:
+    """Has `as_lines` show a path that was given or found as one line, whatever line ends are in its parts."""
+    if "\n" in path and len(_names) < _MOST_NAMES:
+        _names.update(part for part in re.split("[/=]", path) if "\n" in part)
 
 
 def is_text(text: str) -> bool:

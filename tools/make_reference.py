@@ -97,13 +97,21 @@ def formats_page() -> str:
     lines = [
         "# Number formats",
         "",
-        "| format | GGML id | weights in a block | bytes | bits per weight | where rows do not fit |",
+        "All of it stands in one table, in `pocketquant/formats/__init__.py`; [add a format](../add-a-format.md). "
+        "`acts` is how many columns of a layer's inputs share a scale where llama.cpp's CPU kernels round them to 8 "
+        "bits. `dB` is the least signal over error that `check --source` accepts. Formats on offer are those that "
+        "`--target-size` chooses from: *measured* by any figures, *predicted* by statistics only, *exact* where "
+        "nothing is lost.",
+        "",
+        "| format | GGML id | file type | weights in a block | bytes | bits per weight | where rows do not fit | acts "
+        "| dB | fast on | on offer | written |",
     ]
-    lines.append("|---|---:|---:|---:|---:|---|")
+    lines.append("|---|---:|---:|---:|---:|---:|---|---:|---:|---|---|---|")
     for item in FORMATS.values():
         lines.append(
-            f"| {item.name} | {item.ggml_id} | {item.block_len} | {item.block_bytes} | {item.bits_per_weight:g} | "
-            f"{item.fallback} |"
+            f"| {item.name} | {item.ggml_id} | {item.file_type} | {item.block_len} | {item.block_bytes} | "
+            f"{item.bits_per_weight:g} | {item.fallback} | {item.activation_block or ''} | {item.snr_db:g} | "
+            f"{', '.join(item.fast_on)} | {item.offered} | {'yes' if item.written else 'no'} |"
         )
     return "\n".join(lines) + "\n"
 

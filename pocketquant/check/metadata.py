@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
+from pocketquant.formats import FORMATS
 
 _NUMBERS = (
     "block_count",
@@ -37,27 +38,8 @@ _FEED_FORWARD = {
     ),
 }
 _LARGEST = 1 << 24
-_FILE_TYPES = {
-    0: "F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    7: "Q8_0",
-    8: "Q5_0",
-    9: "Q5_1",
-    11: "Q3_K",
-    12: "Q3_K",
-    13: "Q3_K",
-    14: "Q4_K",
-    15: "Q4_K",
-    16: "Q5_K",
-    17: "Q5_K",
-    18: "Q6_K",
-    25: "IQ4_NL",
-    30: "IQ4_XS",
-    32: "BF16",
-}
-"""llama.cpp's number for a file's main type -> the type. Q2_K is left out: its files are mostly Q3_K."""
+_MAIN_FORMAT = {number: item.name for item in FORMATS.values() for number in item.main_in}
+"""llama.cpp's number for what a file mostly is -> the format."""
 
 
 def check_metadata(contents: Contents) -> Iterator[Finding]:
@@ -162,7 +144,7 @@ def _check_real(contents: Contents, key: str, least: float, most: float) -> Iter
 
 def _check_file_type(contents: Contents) -> Iterator[Finding]:
     stated = contents.metadata.get("general.file_type")
-    expected = _FILE_TYPES.get(stated.value) if stated is not None and type(stated.value) is int else None
+    expected = _MAIN_FORMAT.get(stated.value) if stated is not None and type(stated.value) is int else None
     weights: Counter[str] = Counter()
     for entry in contents.entries.values():
         if len(entry.shape) > 1:

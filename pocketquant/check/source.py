@@ -17,31 +17,11 @@ from pocketquant.check.contents import Contents, Entry
 from pocketquant.check.findings import ERROR, WARNING, Comparison, Finding
 from pocketquant.check.structure import is_mtp, rules_by_name
 from pocketquant.errors import SourceError
-from pocketquant.formats import F32Array
+from pocketquant.formats import FORMATS, F32Array
 from pocketquant.model import Role
 
 Progress = Callable[[int, int], None]
 
-SNR_LIMITS_DB = {
-    "F32": 60.0,
-    "F16": 50.0,
-    "BF16": 45.0,
-    "Q8_0": 34.0,
-    "Q6_K": 25.0,
-    "Q5_K": 21.0,
-    "Q5_1": 21.0,
-    "Q5_0": 15.0,
-    "Q4_K": 14.0,
-    "Q4_1": 14.0,
-    "IQ4_NL": 13.0,
-    "IQ4_XS": 13.0,
-    "Q4_0": 12.0,
-    "Q3_K": 9.0,
-    "Q2_K": 6.0,
-}
-"""The least signal over error, in decibels, that a format keeps: two or more below the worst of eight distributions
-of weights (normal to Student's t with 2 degrees of freedom, outlying columns), rounded with and without importance."""
-_LEAST_DB = 3.0  # for a format that has no limit of its own
 _NEXT_TO_NOTHING_DB = 20.0  # so far above its limit, what was lost is a few odd numbers and says nothing
 _MOVED_RATIO = 4.0  # how much more heads that change places may lose than those that stay
 _CONVERT = "convert again with a tool that knows this architecture"
@@ -109,7 +89,7 @@ def _compare(
     norms = (ours_squared * theirs_squared) ** 0.5
     cosine = min(max(product / norms, -1.0), 1.0) if norms else float(ours_squared == theirs_squared)
     snr = _decibels(theirs_squared, lost_squared)
-    limit = SNR_LIMITS_DB.get(entry.format, _LEAST_DB)
+    limit = FORMATS[entry.format].snr_db
     comparisons.append(Comparison(entry.name, entry.format, cosine, snr, limit))
     ratio = _moved_over_still(along_order, order)
     if snr is None or snr >= limit + _NEXT_TO_NOTHING_DB or (snr >= limit and ratio <= _MOVED_RATIO):

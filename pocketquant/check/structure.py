@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pocketquant.architectures import gguf_names
 from pocketquant.architectures.foreign import foreign_layout
+from pocketquant.architectures.qwen35_mtp import MTP_LEAST
 from pocketquant.architectures.table import Architecture, TensorRule, target_shape_of
 from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
@@ -28,7 +29,6 @@ _NEXTN_OPTIONAL = {
 _LEFTOVER = re.compile(
     r"SCB|absmax|quant_map|nested_|bitsandbytes|qweight|qzeros|g_idx|weight_scale|weight_packed|lora_[ab]|scale_inv"
 )
-_MTP_LEAST_BITS = 5.5  # Q5_K
 _CONVERT_AGAIN = "convert the checkpoint again with a tool that knows this architecture"
 
 
@@ -104,11 +104,11 @@ def _check_mtp(contents: Contents, n_trunk: int, n_mtp: int) -> Iterator[Finding
     coarse = [
         name
         for name, entry in contents.entries.items()
-        if _layer_of(name) in present and FORMATS[entry.format].bits_per_weight < _MTP_LEAST_BITS
+        if _layer_of(name) in present and FORMATS[entry.format].bits_per_weight < FORMATS[MTP_LEAST].bits_per_weight
     ]
     for name in coarse:
         message = f"{contents.entries[name].format} in the multi-token-prediction block, which llama-imatrix leaves out"
-        yield Finding(WARNING, "mtp-coarse", name, message, "keep the MTP block at Q5_K or better")
+        yield Finding(WARNING, "mtp-coarse", name, message, f"keep the MTP block at {MTP_LEAST} or better")
 
 
 def _check_unknown(

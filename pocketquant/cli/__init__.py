@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, TextIO
 from pocketquant.activity import note_end
 from pocketquant.cli import streams, watching
 from pocketquant.errors import PocketquantError, PocketquantWarning, listing
+from pocketquant.escaping import note_name
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -78,6 +79,8 @@ def main() -> None:
     started = time.monotonic()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
+    for argument in arguments:
+        note_name(argument)
     if not is_debug:
         watching.stay_child()
     streams.open_streams()

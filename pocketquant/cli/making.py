@@ -113,7 +113,8 @@ def make(
     with step_progress("predicting", quiet=quiet) as advance:
         release = plan_release(source, choices, settings, parts=parts, progress=advance)
     made_from = [source, imatrix, stats, calibrate, chat_template, adapter, *(recipe or [])]
-    refuse_overwriting(list_outputs(release, out), [*made_from, *(each.path for each in release.settings.texts)])
+    read = [*made_from, *(each.path for each in release.settings.texts)]
+    refuse_overwriting(list_outputs(release, out), read, makes_folder=True)
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)
     for variant in (*release.variants, *release.sidecars):

@@ -39,7 +39,7 @@ def say(message: str, *, quiet: bool) -> None:
 
 def print_lines(text: str) -> None:
     """Text for people on stdout: what foreign names hold moves no cursor."""
-    print("\n".join(map(one_line, text.split("\n"))))
+    print(as_lines(text, None))
 
 
 def set_command(words: Sequence[str]) -> None:

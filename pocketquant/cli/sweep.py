@@ -118,7 +118,8 @@ def sweep(
         release = plan_release(source, read_choices(options), settings, parts=parts, progress=advance)
     made_from = [source, imatrix, stats, calibrate, sensitivity, reference, adapter, *(recipe or [])]
     written = [out / name for name in (*(each.name for each in release.variants), *REPORTS)]
-    refuse_overwriting(written, [*made_from, *(each.path for each in release.settings.texts)])
+    read = [*made_from, *(each.path for each in release.settings.texts)]
+    refuse_overwriting(written, read, makes_folder=True)
     planned = plan_sweep(release, pack=reference, keep=keep)
     missing = planned.missing(out)
     for variant in release.variants:

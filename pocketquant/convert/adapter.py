@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.convert.adapter_whole import sort_whole
+from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.safetensors import StoredTensor, read_safetensors_header
 from pocketquant.errors import SourceError, listing
-from pocketquant.files.small import is_present, read_object
+from pocketquant.files.small import is_present, kind_of, read_object, refuse_other
 from pocketquant.files.unchanged import FileState, state_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -135,6 +136,9 @@ def open_adapter(folder: Path | str) -> Adapter:
     """
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    if kind_of(folder) == "file":
+        raise SourceError(f"{folder}: is a file; give the folder that PEFT's save_pretrained wrote")
+    refuse_other(folder)
     if not is_present(config_path):
         raise SourceError(f"{folder}: no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
     config = read_object(config_path)
@@ -317,9 +321,8 @@ def _low_rank(
     rank = _chosen(config.get("rank_pattern"), module, config["r"])
     if a.shape[0] != rank and not (is_parameter and a.shape[0] % rank == 0):
         return f"{shapes}: {CONFIG} says rank {rank}"
-    readable = ("BF16", "F16", "F32")
-    if a.dtype not in readable or b.dtype not in readable:
-        return f"data types {a.dtype} and {b.dtype}, expected {', '.join(readable)}"
+    if a.dtype not in READABLE or b.dtype not in READABLE:
+        return f"data types {a.dtype} and {b.dtype}, expected {', '.join(READABLE)}"
     alpha = _chosen(config.get("alpha_pattern"), module, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     transposed = _is_transposed(config) if is_parameter else False

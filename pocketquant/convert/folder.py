@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError
-from pocketquant.escaping import one_line
+from pocketquant.escaping import note_name, one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -199,6 +199,8 @@ def list_entries(folder: Path) -> tuple[str, ...]:
         raise SourceError(f"{folder}: cannot be listed: {error.strerror}") from error
     if len(names) == _MOST_ENTRIES:
         raise SourceError(f"{folder}: holds {_MOST_ENTRIES} entries or more; give the model a folder of its own")
+    for name in names:
+        note_name(name)
     return tuple(sorted(names))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -27,9 +27,11 @@ from pocketquant.architectures.table import (
 from pocketquant.convert.rows import CheckpointRows, ExpertStack
 from pocketquant.convert.safetensors import CheckpointTensor
 from pocketquant.errors import ArchitectureError, listing
+from pocketquant.formats import FORMATS
 from pocketquant.model import Role, Tensor
 
-READABLE = ("BF16", "F16", "F32")
+READABLE = tuple(sorted(item.name for item in FORMATS.values() if item.is_plain))
+"""Data types of safetensors that weights are read in; their names are those of GGML's plain formats."""
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _HEAD_PREFIXES = ("", "language_model.", "model.")
 _COMPARE_WEIGHTS = 1 << 22
@@ -121,38 +123,8 @@ def map_tensors(
         for rule, layer in _expected_rules(architecture, kinds, mtp)
         if not (rule.role is Role.HEAD and tied)
     ]
-    # Two rules may read the same tensor: a dictionary, so that each offender is named once.
-    expected = {name: item for item in wanted for name in item.names}
-    missing = [
-        f"{name} {list(shape_of(item.rule, sizes, one_by_one=item.one_by_one))}"
-        for name, item in expected.items()
-        if name not in stored
-    ]
-    left_out: dict[str, int] = {}
-    unknown = []
-    for name, tensor in stored.items():
-        if name in expected:
-            continue
-        reason = None if mtp and name.startswith(mtp.prefix) else _dropped_as(architecture, name, tied)
-        if reason is None:
-            unknown.append(f"{name} {tensor.dtype} {list(tensor.shape)}")
-        else:
-            left_out[reason] = left_out.get(reason, 0) + 1
+    left_out = _refuse_misfits(architecture, wanted, stored, sizes, tied, mtp)
     notes.extend(f"{count} tensors of the {reason}: left out" for reason, count in left_out.items() if reason)
-    wrong = [
-        f"{name}: {problem}"
-        for name, item in expected.items()
-        if name in stored and (problem := _shape_problem(stored[name], item, sizes))
-    ]
-    wrong += [problem for item in wanted if (problem := _mixture_problem(item, stored))]
-    parts = [
-        (missing, f"tensors missing that config.json's {sizes['n_layer']} layers need"),
-        (unknown, f"tensors that no {architecture.name} model has"),
-        (wrong, "tensors that do not fit config.json"),
-    ]
-    message = "\n".join(f"{len(items)} {what}:\n{listing(items)}" for items, what in parts if items)
-    if message:
-        raise ArchitectureError(message)
     orders = lru_cache(maxsize=None)(lambda order: order(sizes))
     return tuple(_tensor(item, stored, sizes, orders) for item in wanted)
 
@@ -173,6 +145,49 @@ class _Wanted:
     layer: int | None
     names: tuple[str, ...]
     one_by_one: bool = False
+
+
+def _refuse_misfits(
+    architecture: Architecture,
+    wanted: Sequence[_Wanted],
+    stored: Mapping[str, CheckpointTensor],
+    sizes: Sizes,
+    tied: bool,
+    mtp: MtpBlock | None,
+) -> dict[str, int]:
+    """How many tensors are left out, by reason; ArchitectureError if any is missing, unknown or does not fit."""
+    # Two rules may read the same tensor: a dictionary, so that each offender is named once.
+    expected = {name: item for item in wanted for name in item.names}
+    missing = [
+        f"{name} {list(shape_of(item.rule, sizes, one_by_one=item.one_by_one))}"
+        for name, item in expected.items()
+        if name not in stored
+    ]
+    left_out: dict[str, int] = {}
+    unknown = []
+    for name, tensor in stored.items():
+        if name in expected:
+            continue
+        reason = None if mtp and name.startswith(mtp.prefix) else _dropped_as(architecture, name, tied)
+        if reason is None:
+            unknown.append(f"{name} {tensor.dtype} {list(tensor.shape)}")
+        else:
+            left_out[reason] = left_out.get(reason, 0) + 1
+    wrong = [
+        f"{name}: {problem}"
+        for name, item in expected.items()
+        if name in stored and (problem := _shape_problem(stored[name], item, sizes))
+    ]
+    wrong += [problem for item in wanted if (problem := _mixture_problem(item, stored))]
+    parts = [
+        (missing, f"tensors missing that config.json's {sizes['n_layer']} layers need"),
+        (unknown, f"tensors that no {architecture.name} model has"),
+        (wrong, "tensors that do not fit config.json"),
+    ]
+    message = "\n".join(f"{len(items)} {what}:\n{listing(items)}" for items, what in parts if items)
+    if message:
+        raise ArchitectureError(message)
+    return left_out
 
 
 def _expected_rules(

@@ -10,7 +10,7 @@ from pocketquant.convert.folder import INDEX, SINGLE, list_entries
 from pocketquant.convert.safetensors import LocalFile, RangeFile
 from pocketquant.errors import SourceError
 from pocketquant.files.reading import checkpoint_states
-from pocketquant.files.small import is_present, kind_of, read_object
+from pocketquant.files.small import is_present, kind_of, read_object, refuse_other
 from pocketquant.files.unchanged import FileState, state_of
 
 
@@ -47,6 +47,7 @@ def local_snapshot(path: Path) -> Snapshot:
         known = {file.path.name: file for file in files}
         weights = {name: LocalFile(path / name, known.get(name)) for name in entries if name.endswith(".safetensors")}
         return Snapshot(path, weights, entries, files=files)
+    refuse_other(path)
     if path.suffix != ".safetensors" or kind_of(path) != "file":
         raise SourceError(
             f"{path}: no such folder; give a checkpoint folder (config.json, tokenizer.json, *.safetensors), one "

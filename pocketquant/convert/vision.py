@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from pocketquant.errors import ArchitectureError, SourceError, listing
 from pocketquant.files.small import is_present, kind_of, read_object
 from pocketquant.gguf_file.reading import is_gguf
 from pocketquant.model import Model, Tensor, Value
+
+_LARGEST_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -142,23 +144,26 @@ def read_pixel_scaling(folder: Path) -> dict[str, list[float]]:
         SourceError: found in neither file, or no numbers that can be scaled with.
     """
     found: dict[str, Any] = {}
+    where: dict[str, str] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if is_present(folder / name):
             settings = read_object(folder / name)
+            inner = settings.get("image_processor")
+            settings |= {} if inner is None else _object(inner, f"{folder / name} image_processor")
             found |= settings
-            found |= _object(settings.get("image_processor", {}), f"{folder / name} image_processor")
+            where |= dict.fromkeys(settings, f"{name}: ")
     problems = []
     for key in ("image_mean", "image_std"):
         values = found.get(key)
         if values is None:
             problems.append(f"{key}: missing")
         elif not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
-            problems.append(f"{key}: {str(values)[:80]}, expected three numbers")
+            problems.append(f"{where[key]}{key}: {str(values)[:80]}, expected three numbers that f32 holds")
         elif key == "image_std" and min(values) <= 0:
-            problems.append(f"{key}: {values}, expected positive numbers")
+            problems.append(f"{where[key]}{key}: {values}, expected positive numbers")
     factor = found.get("rescale_factor", 1 / 255)
     if not _is_number(factor) or abs(factor * 255 - 1) > 1e-3:
-        problems.append(f"rescale_factor: {str(factor)[:80]}, llama.cpp scales with 1/255")
+        problems.append(f"{where['rescale_factor']}rescale_factor: {str(factor)[:80]}, llama.cpp scales with 1/255")
     if problems:
         raise SourceError(
             f"{folder}: how images are scaled is not known, so the vision tower cannot be converted; copy "
@@ -168,7 +173,7 @@ def read_pixel_scaling(folder: Path) -> dict[str, list[float]]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= _LARGEST_F32  # type: ignore[arg-type]
 
 
 def _object(value: Any, where: Path | str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and nothing keeps a second run away.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -22,8 +23,29 @@ from pocketquant.errors import OutputError
 if sys.platform != "win32":
     import fcntl
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on all file systems that matter."""
+_RANDOM = 8
+"""Letters that `tempfile` puts into a name."""
+
 FOLDER_LOCK = ".lock"
 """Ending of a file that stands for the folder beside it, `NAME.lock` for `NAME`."""
+
+
+def hidden_name(name: str, ending: str) -> str:
+    """`.NAMEending` for what lies beside NAME meanwhile; a name too long for that is cut, and told by a digest."""
+    room = _LONGEST_NAME - len(os.fsencode(ending)) - 1
+    raw = os.fsencode(name)
+    if len(raw) > room:
+        mark = f"~{hashlib.sha256(raw).hexdigest()[:16]}"
+        name = raw[: room - len(mark)].decode("utf-8", "ignore") + mark
+    return f".{name}{ending}"
+
+
+def hidden_prefix(name: str, suffix: str) -> str:
+    """The same for names that end in random letters and `suffix`: what they begin with."""
+    ending = f".{'x' * _RANDOM}{suffix}"
+    return hidden_name(name, ending)[: -len(ending)] + "."
 
 
 @contextmanager
@@ -38,7 +60,7 @@ def holding(place: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    path = place.with_name(f".{place.name.lstrip('.')}{FOLDER_LOCK}")
+    path = place.with_name(hidden_name(place.name.lstrip("."), FOLDER_LOCK))
     note_lock(path)  # first: an interrupt may come as soon as it is there
     while True:
         try:
@@ -75,7 +97,7 @@ def work_folder(beside: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder is missing or cannot be written.
     """
-    prefix = f".{beside.name}."
+    prefix = hidden_prefix(beside.name, FOLDER_LOCK)
     remove_leftovers(beside.parent, prefix, FOLDER_LOCK)
     try:
         lock, descriptor = make_held_file(beside.parent, prefix, FOLDER_LOCK)
@@ -124,7 +146,7 @@ def remove_leftovers(folder: Path, prefix: str, suffix: str) -> None:
     """
     if sys.platform == "win32":
         return
-    pattern = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}{re.escape(suffix)}")
+    pattern = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{{_RANDOM}}}{re.escape(suffix)}")
     try:
         with os.scandir(folder) as entries:
             found = [entry.path for entry in entries if pattern.fullmatch(entry.name) and _is_file(entry)]

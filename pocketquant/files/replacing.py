@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pocketquant.errors import OutputError, listing
 from pocketquant.files.interrupts import put_in_place
-from pocketquant.files.leftovers import FOLDER_LOCK, make_held_file, remove_leftovers
+from pocketquant.files.leftovers import FOLDER_LOCK, hidden_name, hidden_prefix, make_held_file, remove_leftovers
 from pocketquant.files.reading import files_of
 
 _FLUSH_SECONDS = 0.2
+_PARTIAL = ".partial"
+"""Ending of a file that is being written."""
 _umask_lock = threading.Lock()
 
 
@@ -51,22 +53,27 @@ def _refuse_one_place(outputs: Sequence[Path]) -> list[Path]:
 def hidden_beside(target: Path, what: str) -> Path:
     """`.NAME.what` beside where an output goes: what lies on disk meanwhile, on the disk that the output will be on."""
     place = check_target(target)
-    return place.with_name(f".{place.name}.{what}")
+    return place.with_name(hidden_name(place.name, f".{what}"))
 
 
-def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
+def refuse_overwriting(
+    outputs: Iterable[Path], inputs: Iterable[Path | str | None], *, makes_folder: bool = False
+) -> None:
     """Refuses outputs that would take the place of what they are made from, through links or not.
 
     Args:
         outputs: files that will be written.
         inputs: files and checkpoint folders that are read, and what may be one; names that are none do not matter.
+        makes_folder: the outputs' folder is made where it is missing.
 
     Raises:
-        OutputError: an output is an input, two outputs are one file (all listed), or one is no file; see
-            `check_target`.
+        OutputError: an output is an input, two outputs are one file (all listed), one is no file (see `check_target`),
+            or the folder is missing.
     """
     outputs = list(outputs)
-    _refuse_one_place(outputs)
+    places = _refuse_one_place(outputs)
+    for output, place in zip(outputs, places, strict=True):
+        _check_folder(output, place.parent, is_made=makes_folder)
     read = {_identity(file): file for given in inputs if given is not None for file in files_of(Path(given))}
     read.pop(None, None)
     problems = []
@@ -76,6 +83,15 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path | str | No
             problems.append(f"{output}" if file == output else f"{output} is {file}")
     if problems:
         raise OutputError(f"an output would replace what it is made from; give it another name:\n{listing(problems)}")
+
+
+def _check_folder(output: Path, folder: Path, *, is_made: bool) -> None:
+    """Before anything is planned: the folder of an output has to be there, or possible to make."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise OutputError(f"{output}: cannot be written: {there} is no folder; give another place")
+    if not is_made and there != folder:
+        raise OutputError(f"{output}: cannot be written: there is no folder {folder}; make it first")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -136,10 +152,10 @@ def replacing_together(targets: Sequence[Path], *, is_result: bool = True) -> It
 @contextmanager
 def _temporary(place: Path) -> Iterator[Path]:
     """A file beside `place`, held while the block runs and gone afterwards."""
-    prefix = f".{place.name}."
-    remove_leftovers(place.parent, prefix, ".partial")
-    remove_leftovers(place.parent, prefix, FOLDER_LOCK)  # of `work_folder`
-    path, descriptor = make_held_file(place.parent, prefix, ".partial")
+    prefix = hidden_prefix(place.name, _PARTIAL)
+    remove_leftovers(place.parent, prefix, _PARTIAL)
+    remove_leftovers(place.parent, hidden_prefix(place.name, FOLDER_LOCK), FOLDER_LOCK)  # of `work_folder`
+    path, descriptor = make_held_file(place.parent, prefix, _PARTIAL)
     try:
         yield path
     finally:

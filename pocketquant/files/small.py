@@ -66,7 +66,7 @@ def is_present(path: Path | str, error: Error = SourceError) -> bool:
 
 
 def kind_of(path: Path | str, error: Error = SourceError) -> str:
-    """ "file", "folder", "other" (a pipe, a device), or "" where nothing is; errors as `is_present`."""
+    """ "file", "folder", "other" (see `refuse_other`), or "" where nothing is; errors as `is_present`."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -74,6 +74,16 @@ def kind_of(path: Path | str, error: Error = SourceError) -> str:
     except (OSError, ValueError) as problem:
         _refuse(path, problem, error)
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def refuse_other(path: Path | str, error: Error = SourceError) -> None:
+    """Refuses what is there and neither file nor folder, before it would be called missing; errors as `is_present`.
+
+    Raises:
+        error: a pipe, a device or a socket.
+    """
+    if kind_of(path, error) == "other":
+        raise _of_another_kind(path, os.stat(path).st_mode, error)
 
 
 def open_regular(path: Path | str, error: Error = SourceError) -> BinaryIO:
@@ -85,6 +95,7 @@ def open_regular(path: Path | str, error: Error = SourceError) -> BinaryIO:
     """
     if not is_text(os.path.basename(path)):
         raise error(f"{path}: cannot be read: its name is no UTF-8; rename it")
+    refuse_other(path, error)  # a socket could not be opened
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
     except (OSError, ValueError) as problem:
@@ -92,9 +103,7 @@ def open_regular(path: Path | str, error: Error = SourceError) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise error(
-            f"{path}: cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; only regular files are read"
-        )
+        raise _of_another_kind(path, mode, error)
     return os.fdopen(descriptor, "rb")
 
 
@@ -197,6 +206,7 @@ def parse_toml(text: str, where: Path | str, error: Error) -> dict[str, Any]:
     Raises:
         error: it is broken, nested deeper than `MAX_DEPTH`, or holds an integer that f64 does not.
     """
+    text = text.removeprefix("\ufeff")  # which some editors write, and TOML 1.1 ignores
     if _LONG_KEY.search(text):
         raise error(f"{where}: not valid TOML: a key of more than {MAX_DEPTH} parts")
     try:
@@ -212,6 +222,11 @@ def parse_toml(text: str, where: Path | str, error: Error) -> dict[str, Any]:
 def _refuse(path: Path | str, problem: OSError | ValueError, error: Error) -> NoReturn:
     reason = problem.strerror if isinstance(problem, OSError) else problem  # ValueError: a name with a NUL
     raise error(f"{path}: cannot be read: {reason or problem}") from problem
+
+
+def _of_another_kind(path: Path | str, mode: int, error: Error) -> PocketquantError:
+    kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+    return error(f"{path}: cannot be read: it is {kind}; only regular files are read")
 
 
 def _whole(digits: str) -> int | float:

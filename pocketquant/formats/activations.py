@@ -20,10 +20,7 @@ import numpy.typing as npt
 from pocketquant.formats import F32Array
 
 COARSE, FINE = 256, 32
-"""Columns that share a scale: beside K-quants and IQ4_XS, and beside other block formats."""
-
-FINE_FORMATS = frozenset({"IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"})
-"""Formats beside which inputs have a scale for 32 columns."""
+"""Columns that share a scale: every `activation_block` that a format has."""
 
 _NOTHING = np.float32(1e-30)
 """Inputs below have errors that no sum shows, and the inverse of their scale may be infinite."""

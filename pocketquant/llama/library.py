@@ -16,6 +16,7 @@ from typing import Any
 from pocketquant.activity import doing, say_last
 from pocketquant.errors import EvalError, SourceError, listing
 from pocketquant.extras import install_command
+from pocketquant.files.small import refuse_other
 from pocketquant.gguf_file.reading import OTHER_KINDS, GgufHeader, read_shards
 from pocketquant.llama import trial
 from pocketquant.llama.buffers import BufferNames
@@ -112,6 +113,7 @@ def check_loadable(path: Path, *, has_mtp: bool = False) -> None:
             twice in the vocabulary.
         SourceError: a broken file.
     """
+    refuse_other(path, EvalError)
     if not path.is_file():
         raise EvalError(f"{path}: no such file; give the path of a GGUF")
     shards = read_shards(path)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.files.small import read_bytes
+from pocketquant.files.small import read_bytes, refuse_other
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.llama.callbacks import calling
 from pocketquant.llama.library import log_callback, require_runtime
@@ -47,6 +47,7 @@ def open_vision_runtime(
     """
     library = require_runtime()
     for file in (path, mmproj):
+        refuse_other(file, EvalError)
         if not Path(file).is_file():
             raise EvalError(f"{file}: no such file; give the path of a GGUF")
     threads = threads or usable_threads()

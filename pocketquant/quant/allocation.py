@@ -1,10 +1,9 @@
 """A size as the input: the format of every tensor, so that the whole file fits and the predicted loss is least.
 
 What a choice costs comes from `prediction` (statistics of this model) or `sensitivity` (figures of others), the best of
-all choices from `knapsack`, and the result is an ordinary recipe, planned like any other. Formats on offer are those
-with fast kernels on phones (ARM repacking in llama.cpp, ggml/src/ggml-cpu/repack.cpp): IQ4_NL, Q4_K, Q5_K, Q6_K, Q8_0,
-and F16, which pays for the few weights that steer DeltaNet and above 8.5 bits per weight. Q3_K and IQ4_XS have no such
-kernels; for phones Q3_K is offered for small targets only, and IQ4_XS not at all.
+all choices from `knapsack`, and the result is an ordinary recipe, planned like any other. The table of formats
+(`QuantFormat.offered`, `fast_on`) says which may be chosen for a device: for phones those that ARM CPUs have fast
+kernels for, and F16, which pays for the few weights that steer DeltaNet and above 8.5 bits per weight.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from pocketquant.architectures.qwen35_mtp import MTP_LEAST
 from pocketquant.errors import RecipeError
-from pocketquant.formats import FORMATS
+from pocketquant.formats import FORMATS, offered_formats
 from pocketquant.model import Allocation, Model, Plan, Role, Tensor, Value, padded
 from pocketquant.quant.applying import apply_recipe
 from pocketquant.quant.choosing import Choice, Target
@@ -24,23 +24,24 @@ from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
 from pocketquant.quant.sensitivity import Prediction, read_sensitivity
 
-FORMATS_ON_OFFER = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
+FORMATS_ON_OFFER = tuple(item.name for item in offered_formats())
 """By ascending size. By figures of other models, IQ4_NL is offered only where a row does not fit the others."""
 
+_SMALLEST = FORMATS_ON_OFFER[0]
+
 DEVICES = {
-    "phone": frozenset({"Q3_K", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"}),
+    "phone": frozenset({_SMALLEST} | {item.name for item in offered_formats() if "arm" in item.fast_on}),
     "any": frozenset(FORMATS_ON_OFFER),
 }
-"""What a file is for -> formats that run fast there."""
+"""What a file is for -> formats that run fast there, and for phones the smallest one, which need not."""
 
 SMALL_TARGET = 4.75
-"""Q3_K is offered below so many bits per weight, or where nothing else fits. On the published figures it saves nothing
-above: 0.1 % of the predicted loss at 4.7 bits for 4B, nothing for 0.8B. Below it saves up to a tenth."""
+"""Below so many bits per weight, or where nothing else fits, phones are offered the smallest format (Q3_K) although it
+is slow there. On the published figures it saves nothing above: 0.1 % of the predicted loss at 4.7 bits for 4B, nothing
+for 0.8B. Below it saves up to a tenth."""
 
 CLOSE_ENOUGH = 0.005
 """A target above the largest file by more than this part of it cannot be reached."""
-
-_BELOW_MTP = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K")  # no importance matrix covers multi-token prediction: Q5_K or better
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,16 @@ def list_options(model: Model, prediction: Prediction | LossTable, device: str =
 
 
 def _can_be(tensor: Tensor, name: str, n_layer: int) -> bool:
-    if tensor.role is Role.VISION_PATCH:  # runtimes have no convolution with quantized kernels
-        return name == "F16"
-    if tensor.layer is not None and tensor.layer >= n_layer and name in _BELOW_MTP:
-        return False
-    return tensor.n_cols % FORMATS[name].block_len == 0
+    chosen = FORMATS[name]
+    if tensor.role is Role.VISION_PATCH:
+        return chosen.convolves
+    if tensor.layer is not None and tensor.layer >= n_layer:
+        return chosen.fits(tensor.n_cols) and chosen.bits_per_weight >= FORMATS[MTP_LEAST].bits_per_weight
+    return chosen.fits(tensor.n_cols)
 
 
 def _has_superblocks(tensors: list[Tensor]) -> bool:
-    return all(tensor.n_cols % FORMATS["Q4_K"].block_len == 0 for tensor in tensors)
+    return all(FORMATS["Q4_K"].fits(tensor.n_cols) for tensor in tensors)
 
 
 def _bytes(tensor: Tensor, name: str) -> int:
@@ -132,8 +134,8 @@ def plan_to_target(
     smallest = apply_recipe(model, least, importance, metadata_extra)
     kept = sum(padded(item.nbytes) for item in smallest.tensors if item.tensor.keep_f32)
     budget = _budget(model, target, len(smallest.header), kept, options)
-    if choice.device == "phone":
-        options = _without_q3_k(model, options, budget)
+    if "arm" not in FORMATS[_SMALLEST].fast_on and choice.device == "phone":
+        options = _without_smallest(model, options, budget)
 
     total = sum(max(option.loss) for option in options)
     unit = total / (MOST_LOSS - 2 * len(options)) or 1.0
@@ -152,12 +154,12 @@ def _fill(planned: Plan, target: Target) -> float:
     return planned.bits_per_weight / (target.bits_per_weight or 1)
 
 
-def _without_q3_k(model: Model, options: list[Options], budget: int) -> list[Options]:
-    """The options without Q3_K, unless the budget is small."""
+def _without_smallest(model: Model, options: list[Options], budget: int) -> list[Options]:
+    """The options without the smallest format, unless the budget is small."""
     n_weights = sum(prod(tensor.shape) for tensor in model.tensors if not tensor.keep_f32)
     fast = [
         replace(option, formats=option.formats[1:], nbytes=option.nbytes[1:], loss=option.loss[1:])
-        if option.formats[0] == "Q3_K"
+        if option.formats[0] == _SMALLEST
         else option
         for option in options
     ]

@@ -236,10 +236,7 @@ def _search(
     )
     order = np.argsort(nearest, kind="stable")
     prices = price * _PRICES
-    # ahead[k, p]: the least that the items from the k-th on can add to loss + price * bytes
-    ahead = np.zeros((len(order) + 1, len(prices)))
-    for k in range(len(order) - 1, -1, -1):
-        ahead[k] = ahead[k + 1] + (losses[order[k]][:, None] + prices * sizes[order[k]][:, None]).min(axis=0)
+    ahead = _least_ahead(order, sizes, losses, prices)
 
     used, lost = np.zeros(1, np.int64), np.zeros(1, np.int64)  # the states, relative to `start`
     best, best_at = best_loss - start.loss, None  # after how many stages and in which state it was found
@@ -265,11 +262,8 @@ def _search(
         if not len(kept):
             break
         kept = kept[_undominated_states(used[kept], lost[kept])]
-        most = _WIDEST if n_states < max_states else _NARROW
-        if len(kept) > most:
-            likely = np.sort(np.argsort(bounds[kept], kind="stable")[:most])
-            dropped = min(dropped, float(np.delete(bounds[kept], likely).min()))
-            kept = kept[likely]
+        kept, least_dropped = _likeliest(kept, bounds, _WIDEST if n_states < max_states else _NARROW)
+        dropped = min(dropped, least_dropped)
         move, parent = np.divmod(kept, len(used) // len(moves))
         stages.append(_Stage(free[i], parent.astype(np.int32), moves[move].astype(np.int8)))
         n_states += len(used)
@@ -279,12 +273,34 @@ def _search(
 
     if best_at is None:
         return None, start.loss + dropped, n_states
-    n_stages, at = best_at
+    return _choices_of(stages[: best_at[0]], best_at[1]), start.loss + dropped, n_states
+
+
+def _likeliest(kept: IntArray, bounds: npt.NDArray[np.float64], most: int) -> tuple[IntArray, float]:
+    """The states with the lowest bounds, `most` of them, in their order; and the lowest bound of those left out."""
+    if len(kept) <= most:
+        return kept, float("inf")
+    likely = np.sort(np.argsort(bounds[kept], kind="stable")[:most])
+    return kept[likely], float(np.delete(bounds[kept], likely).min())
+
+
+def _least_ahead(
+    order: npt.NDArray[np.intp], sizes: Sequence[IntArray], losses: Sequence[IntArray], prices: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """f64[n_item + 1, n_price]: the least that the items from the k-th on can add to loss + price * bytes."""
+    ahead = np.zeros((len(order) + 1, len(prices)))
+    for k in range(len(order) - 1, -1, -1):
+        ahead[k] = ahead[k + 1] + (losses[order[k]][:, None] + prices * sizes[order[k]][:, None]).min(axis=0)
+    return ahead
+
+
+def _choices_of(stages: Sequence[_Stage], state: int) -> dict[int, int]:
+    """Item -> choice along the way to a state of the last stage."""
     chosen: dict[int, int] = {}
-    for stage in reversed(stages[:n_stages]):
-        chosen[stage.item] = int(stage.choice[at])
-        at = int(stage.parent[at])
-    return chosen, start.loss + dropped, n_states
+    for stage in reversed(stages):
+        chosen[stage.item] = int(stage.choice[state])
+        state = int(stage.parent[state])
+    return chosen
 
 
 def _undominated_states(used: IntArray, lost: IntArray) -> IntArray:

@@ -21,7 +21,7 @@ from pocketquant.errors import EvalError, RecipeError
 from pocketquant.files.reading import sha256_of
 from pocketquant.files.replacing import replacing
 from pocketquant.files.small import read_object
-from pocketquant.formats import FORMATS
+from pocketquant.formats import FORMATS, offered_formats
 from pocketquant.gguf_file.opening import open_unfused
 from pocketquant.gguf_file.reading import read_header
 from pocketquant.gguf_file.writing import CHUNK_WEIGHTS, naming_overflow
@@ -31,7 +31,7 @@ from pocketquant.quant.loss_table import LossTable
 PROBE = "Q3_K"
 """Large enough an error to stand out of the noise, small enough for errors to add up."""
 
-WHOLE = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+WHOLE = tuple(item.name for item in offered_formats() if item.offered == "measured")
 """Formats that the whole model is measured in."""
 
 LEAST, MOST = 0.25, 4.0
@@ -167,15 +167,9 @@ def _write(work: Path, tensors: Mapping[str, Tensor], places: Mapping[str, int],
                 file.write(np.ascontiguousarray(rows, "<f4").tobytes())
 
 
-def _fitting(tensor: Tensor, name: str) -> str:
-    """The format, or what stands in for it where rows do not fit: the largest one that does."""
-    while name and tensor.n_cols % FORMATS[name].block_len:
-        name = FORMATS[name].fallback
-    return name or "F16"
-
-
 def _types(tensors: Iterable[Tensor], name: str) -> dict[str, str]:
-    return {tensor.name: _fitting(tensor, name) for tensor in tensors}
+    """Tensor name -> the format, or what stands in for it where rows do not fit."""
+    return {tensor.name: FORMATS[name].fitting(tensor.n_cols).name for tensor in tensors}
 
 
 def count_runs(model: Model, n_groups: int | None) -> int:

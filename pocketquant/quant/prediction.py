@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pocketquant.calibration.statistics import HEAD, HeadStatistics, Statistics, check_statistics
-from pocketquant.formats import FORMATS, F32Array
-from pocketquant.formats.activations import FINE_FORMATS
+from pocketquant.formats import FORMATS, F32Array, offered_formats
+from pocketquant.formats.activations import FINE
 from pocketquant.gguf_file.writing import encode_rows
 from pocketquant.model import Model, Role, RowEncoder, Tensor
 from pocketquant.quant.applying import apply_recipe
@@ -36,7 +36,7 @@ from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding
 from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
 
-PREDICTED = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
+PREDICTED = tuple(item.name for item in offered_formats() if not item.is_plain)
 """Formats that a table has figures for; F16 and the like lose nothing that counts."""
 
 SAMPLE_WEIGHTS = 1 << 22
@@ -86,8 +86,8 @@ def predict_losses(
     prior = None if all(meter.is_absolute(tensor) for tensor in tensors) else table.predict(model)
     losses: dict[str, dict[str, float]] = {}
     for done, tensor in enumerate(tensors, start=1):
-        encoder, fitting = encoders.get(tensor.name), [name for name in formats if _fits(tensor, name)]
-        base = next((name for name in _BASES if _fits(tensor, name)), None)
+        encoder, fitting = encoders.get(tensor.name), [name for name in formats if FORMATS[name].fits(tensor.n_cols)]
+        base = next((name for name in _BASES if FORMATS[name].fits(tensor.n_cols)), None)
         if base is None:
             losses[tensor.name] = {}
             continue
@@ -106,17 +106,13 @@ def predict_losses(
         if activations:
             coarse, fine = meter.kernel_errors(tensor)
             for name in losses[tensor.name]:
-                losses[tensor.name][name] += level * (fine if name in FINE_FORMATS else coarse)
+                losses[tensor.name][name] += level * (fine if FORMATS[name].activation_block == FINE else coarse)
         if progress is not None:
             progress(done, len(tensors))
     kind = "with gradients" if meter.has_gradients else f"without gradients, sensitivities of {table.source}"
     steps = next((name for name, known in STEPS.items() if known == options), "plain" if options is None else "own")
     source = f"{statistics.path.name} ({statistics.tokens} tokens, {kind}; rounding: {steps})"
     return LossTable(source, statistics.model_sha256, losses)
-
-
-def _fits(tensor: Tensor, name: str) -> bool:
-    return tensor.n_cols % FORMATS[name].block_len == 0
 
 
 def _encoders(model: Model, statistics: Statistics, options: Rounding) -> Mapping[str, RowEncoder]:

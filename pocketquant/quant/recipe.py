@@ -42,6 +42,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pocketquant.architectures.qwen35_mtp import MTP_LEAST
 from pocketquant.errors import RecipeError, listing
 from pocketquant.files.small import is_present, parse_toml, read_text
 from pocketquant.formats import FORMATS, QuantFormat
@@ -49,9 +50,6 @@ from pocketquant.model import Model, Role, Tensor
 
 MAX_RECIPE_BYTES = 65536
 """A recipe file larger than this is refused unread."""
-
-MTP_LEAST = "Q5_K"
-"""The least that the multi-token-prediction block gets."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _LAYER_WORD = re.compile(r"first_eighth|last_sixteenth|more_bits|-[1-9]\d{0,3}|(\d{1,4})(?:-(\d{1,4}))?")
@@ -199,11 +197,9 @@ def _choose(tensor: Tensor, model: Model, recipe: Recipe, has_importance: bool) 
     if not is_meant and _is_mtp(tensor, model) and wanted.bits_per_weight < least.bits_per_weight:
         reason = f"multi-token prediction, which no importance matrix covers: {least.name} in place of {wanted.name}"
         wanted = least
-    if tensor.role is Role.VISION_PATCH and wanted.name not in ("F16", "F32"):
+    if tensor.role is Role.VISION_PATCH and not wanted.convolves:
         return FORMATS["F32"], f"kept in F32: runtimes have no convolution with {wanted.name} kernels"
-    fitting = wanted
-    while tensor.n_cols % fitting.block_len:
-        fitting = FORMATS[fitting.fallback]
+    fitting = wanted.fitting(tensor.n_cols)
     if fitting is not wanted:
         reason += f"; {fitting.name} for {wanted.name}: {tensor.n_cols} columns are no multiple of {wanted.block_len}"
     return fitting, reason

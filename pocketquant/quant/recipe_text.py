@@ -17,28 +17,6 @@ from pocketquant.gguf_file.reading import read_header
 from pocketquant.model import Model, Role, Value
 from pocketquant.quant.recipe import Recipe, Rule, choose_formats, open_named_recipe
 
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12} | {
-    "Q4_K": 15,
-    "Q5_K": 17,
-    "Q6_K": 18,
-    "IQ4_NL": 25,
-    "IQ4_XS": 30,
-    "BF16": 32,
-    "IQ2_XXS": 19,
-    "IQ2_XS": 20,
-    "IQ3_XXS": 23,
-    "IQ1_S": 24,
-    "IQ3_S": 26,
-    "IQ2_S": 28,
-    "IQ1_M": 31,
-    "TQ1_0": 36,
-    "TQ2_0": 37,
-    "MXFP4": 38,
-    "NVFP4": 39,
-    "Q1_0": 40,
-}
-"""The number of llama.cpp's llama_ftype (include/llama.h) that says which format most of a file is in."""
-
 Place = tuple[Role, int | None]
 """A role and its block; all tensors of one place have one format."""
 
@@ -99,7 +77,7 @@ def recipe_of_types(name: str, description: str, types: Mapping[Place, QuantForm
             plain[chosen.name].add(role)
     rules = [Rule(FORMATS[f], reason, frozenset(roles), layers) for (f, layers), roles in sorted(exceptions.items())]
     rules += [Rule(FORMATS[format], reason, frozenset(roles)) for format, roles in sorted(plain.items())]
-    return Recipe(name, description, _FILE_TYPES[default.name], default, tuple(rules))
+    return Recipe(name, description, default.file_type, default, tuple(rules))
 
 
 def recipe_of_file(path: Path | str) -> Recipe:

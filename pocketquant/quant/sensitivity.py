@@ -62,7 +62,7 @@ UNTIED_EMBED = 0.25
 """An embedding that is not the head as well, relative to one that is. An assumption."""
 
 _SCHEMA = 1
-EXACT = ("F32", "F16", "BF16")
+EXACT = tuple(item.name for item in FORMATS.values() if item.is_plain)
 """Formats that lose nothing that counts."""
 _MEASURED_KEYS = {"model", "n_weights", "n_layer", "probe", "floor", "whole_model", "roles"}
 

@@ -48,16 +48,16 @@ def plan_outputs(
         parts: the opened source.
         out: path of the model's file.
         choice: what decides the model's file.
-        mmproj: recipe of the vision tower; None for the one that goes with the choice's recipe.
+        mmproj: recipe of the vision tower; None for the one that goes with the choice's recipe, "none" for no tower.
         split_bytes: largest file; None for no limit. llama.cpp reads the vision tower from one file alone.
 
     Raises:
         OutputError: a tensor, or the whole vision tower, is larger than `split_bytes`.
         RecipeError: a recipe is unknown or cannot be applied.
     """
+    beside = plan_sidecars(parts, out, choice, mmproj, split_bytes)
     planned = plan(parts.model, choice)
-    model = Output("model", out, planned, tuple(split_plan(planned, out, split_bytes)))
-    return (model, *plan_sidecars(parts, out, choice, mmproj, split_bytes))
+    return (Output("model", out, planned, tuple(split_plan(planned, out, split_bytes))), *beside)
 
 
 def plan_sidecars(
@@ -67,9 +67,10 @@ def plan_sidecars(
     importance where that has entries for the block. Arguments and errors as `plan_outputs`.
     """
     outputs = []
-    if parts.vision is not None:
-        recipe = open_recipe(mmproj or default_mmproj_recipe(choice.recipe.name))
-        tower, path = plan(parts.vision, recipe), mmproj_path(out)
+    named = mmproj or default_mmproj_recipe(choice.recipe.name)
+    tower_recipe = None if named == "none" else open_recipe(named)  # a wrong name is one for a text-only model, too
+    if parts.vision is not None and tower_recipe is not None:
+        tower, path = plan(parts.vision, tower_recipe), mmproj_path(out)
         check_whole("vision tower", path, tower.file_bytes, split_bytes)
         outputs.append(Output("mmproj", path, tower, ((tower, path),)))
     if parts.mtp is not None:

@@ -132,7 +132,7 @@ def read_block_scales(path: Path, tensor: GgufTensor, state: FileState | None = 
     layout = layout_of(tensor.format)
     if layout is None:
         return None
-    fields = ("d", layout.unit_of_offset) if layout.unit_of_offset else ("d",)
+    fields = ("d", layout.dmin_field) if layout.dmin_field else ("d",)
     n_rows = int(np.prod(tensor.shape[:-1]))
     shape = (n_rows, tensor.shape[-1] // tensor.format.block_len)
     changes = {field: np.zeros(shape, np.float32) for field in fields}

@@ -89,12 +89,12 @@ class FreeCodes:
         """Weight per level and weight at level zero, f32[n, n_cols] each."""
         layout = self.layout
         found: Scales = layout.scales(blocks.view(np.uint8).reshape(len(blocks), -1))
-        n_parts = layout.block_len // layout.part_len
+        n_sub_blocks = layout.block_len // layout.sub_block_len
         d, dmin = (
-            np.repeat(unit.view(np.float16).astype(np.float32), n_parts, axis=1) for unit in (found.d, found.dmin)
+            np.repeat(unit.view(np.float16).astype(np.float32), n_sub_blocks, axis=1) for unit in (found.d, found.dmin)
         )
         scale, offset = d * found.scale, np.float32(layout.offset_sign) * (dmin * found.offset)
-        return np.repeat(scale, layout.part_len, axis=1), np.repeat(offset, layout.part_len, axis=1)
+        return np.repeat(scale, layout.sub_block_len, axis=1), np.repeat(offset, layout.sub_block_len, axis=1)
 
 
 def open_codes(layout: Layout, tensor: Tensor, folder: Path) -> FreeCodes:

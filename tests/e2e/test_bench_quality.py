@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def test_the_table(quality: ModuleType, demo_text: Path, tmp_path: Path, capsys:
     calibration.write_text(text_path("calibration").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     kept = tmp_path / "kept"
     words = ["--calibration", calibration, "--evaluation", f"name={demo_text}", "--keep", kept, "--sizes", "Q4_K_M"]
-    quality.main([*map(str, words), "--chunks", "4", "--methods", "0", "2", "--native-only"])
+    measured = tmp_path / "measured.csv"
+    quality.main([*map(str, words), "--chunks", "4", "--methods", "0", "2", "--native-only", "--csv", str(measured)])
     lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
     rows = {line[2]: line for line in lines if len(line) > 6 and line[1] == "Q4_K_M"}
     assert list(rows) == ["peer", "types only, no statistics", "types and rounding, no gradients"]
@@ -69,3 +71,10 @@ def test_the_table(quality: ModuleType, demo_text: Path, tmp_path: Path, capsys:
     assert {t.name for t in read_header(files["peer_Q4_K_M.gguf"]).tensors} == {
         t.name for t in read_header(files["Q4_K_M_types_only_no_statistics"]).tensors
     }
+    with measured.open(encoding="utf-8", newline="") as file:
+        kept = {each["method"]: each for each in csv.DictReader(file)}
+    assert [f"{float(each['kld_nats']):.6f} ± {float(each['kld_se']):.6f}" for each in kept.values()] == [
+        row[4] for row in rows.values()
+    ]
+    assert [int(each["bytes"]) for each in kept.values()] == sizes
+    assert {each["text"] for each in kept.values()} == {"name"}

@@ -19,7 +19,7 @@ from pocketquant.demo import text_path
 from pocketquant.formats import F32Array
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Tensor
-from pocketquant.quant.rounding import losses, prepare
+from pocketquant.quant.rounding import factor_hessian, losses
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -88,13 +88,14 @@ def test_each_expert_loses_less_by_its_own_moment(made: Made, layer: int, kind: 
             continue
         assert moment is not None
         ours, plain = (
-            losses(made.errors(path, name, rows), prepare(moment)).sum() for path in (made.rounded, made.plain)
+            losses(made.errors(path, name, rows), factor_hessian(moment)).sum() for path in (made.rounded, made.plain)
         )
         assert ours < 0.6 * plain, f"expert {expert}"
         other = made.statistics.input(name, (expert + 1) % 3)  # the gain is not one of everybody's moments
         if other is not None and expert != (expert + 1) % 3:
             theirs, also = (
-                losses(made.errors(path, name, rows), prepare(other)).sum() for path in (made.rounded, made.plain)
+                losses(made.errors(path, name, rows), factor_hessian(other)).sum()
+                for path in (made.rounded, made.plain)
             )
             assert ours / plain < 0.9 * theirs / also, f"expert {expert}"
 
@@ -103,7 +104,7 @@ def test_the_plan_names_experts_without_tokens(made: Made) -> None:
     described = json.loads(quantize(made.checkpoint, made.statistics.path, "--dry-run", "--json"))
     reasons = {tensor["name"]: tensor["reason"] for tensor in described["tensors"]}
     for kind in ("gate", "up", "down"):
-        said = "rounded by its inputs, but no token came by 1 of its experts, which get the plain kernel: 4"
+        said = "rounded by its inputs, but no token was routed to 1 of its experts, which keep the plain kernel: 4"
         assert reasons[f"blk.0.ffn_{kind}_exps.weight"].endswith(said)
         assert reasons[f"blk.1.ffn_{kind}_exps.weight"].endswith("; rounded by its inputs")
 
@@ -114,8 +115,8 @@ def test_an_output_head_of_its_own_is_rounded_by_groups(made: Made) -> None:
     everything = slice(0, len(head.row_group))
     ours, plain = (made.errors(path, "output.weight", everything) for path in (made.rounded, made.plain))
     for group in range(head.n_group):
-        prepared, rows = prepare(head.moment(group)), head.row_group == group
-        assert losses(ours[rows], prepared).sum() < 0.9 * losses(plain[rows], prepared).sum()
+        factored, rows = factor_hessian(head.moment(group)), head.row_group == group
+        assert losses(ours[rows], factored).sum() < 0.9 * losses(plain[rows], factored).sum()
     # without gradients nothing is known of the embedding
     embedding = [made.rows(path, "token_embd.weight", everything) for path in (made.rounded, made.plain)]
     assert np.array_equal(*embedding)

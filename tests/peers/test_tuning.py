@@ -100,7 +100,7 @@ def test_only_scales_codes_and_the_metadata_change(made: tuple[Path, Path, Path]
             continue
         for field in layout.dtype.names or ():
             one, two = (data.view(layout.dtype)[field] for data in blocks)
-            if field in ("d", layout.unit_of_offset):
+            if field in ("d", layout.dmin_field):
                 n_scales += np.count_nonzero(one != two)
             elif field.startswith("q"):
                 n_codes += np.count_nonzero(one != two)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pocketquant.formats import FORMATS, F32Array
-from pocketquant.quant.rounding import Rounding, prepare, round_matrix, round_rows
+from pocketquant.quant.rounding import Rounding, factor_hessian, round_matrix, round_rows
 
 NAMES = st.sampled_from(
     ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -35,14 +35,14 @@ OUTPUTS = st.builds(moment_of, st.integers(0, 2**32 - 1), st.just(3), st.sampled
 @settings(max_examples=60, deadline=None)
 @given(NAMES, st.one_of(ROWS, SEEDED), MOMENTS, STEPS)
 def test_no_row_is_worse_than_the_plain_kernel(name: str, rows: F32Array, moment: F32Array, steps: Rounding) -> None:
-    prepared, quant_format = prepare(moment), FORMATS[name]
-    hessian = prepared.hessian.astype(np.float64)
-    plain = quant_format.encode(rows, np.ascontiguousarray(prepared.hessian.diagonal()))
+    factored, quant_format = factor_hessian(moment), FORMATS[name]
+    hessian = factored.matrix.astype(np.float64)
+    plain = quant_format.encode(rows, np.ascontiguousarray(factored.matrix.diagonal()))
     ours, theirs = (
         ((errors @ hessian) * errors).sum(axis=1)
         for errors in (
             quant_format.decode(data, 256).astype(np.float64) - rows
-            for data in (round_rows(rows, quant_format, prepared, steps), plain)
+            for data in (round_rows(rows, quant_format, factored, steps), plain)
         )
     )
     size = ((rows.astype(np.float64) @ hessian) * rows).sum(axis=1)
@@ -54,13 +54,13 @@ def test_no_row_is_worse_than_the_plain_kernel(name: str, rows: F32Array, moment
 def test_no_matrix_is_worse_than_by_the_plain_kernel(
     name: str, rows: F32Array, moment: F32Array, outer: F32Array, steps: Rounding
 ) -> None:
-    inputs, outputs, quant_format = prepare(moment), prepare(outer), FORMATS[name]
-    hessian, across = inputs.hessian.astype(np.float64), outputs.hessian.astype(np.float64)
+    inputs, outputs, quant_format = factor_hessian(moment), factor_hessian(outer), FORMATS[name]
+    hessian, across = inputs.matrix.astype(np.float64), outputs.matrix.astype(np.float64)
 
     def loss(errors: F32Array) -> float:
         return float(((across @ errors.astype(np.float64) @ hessian) * errors).sum())
 
-    plain = quant_format.encode(rows, np.ascontiguousarray(inputs.hessian.diagonal()))
+    plain = quant_format.encode(rows, np.ascontiguousarray(inputs.matrix.diagonal()))
     ours = round_matrix(rows, quant_format, inputs, outputs, steps)
     bound = loss(quant_format.decode(plain, 256) - rows)
     assert loss(quant_format.decode(ours, 256) - rows) <= bound * (1 + 1e-4) + 1e-9 * loss(rows)
@@ -69,6 +69,6 @@ def test_no_matrix_is_worse_than_by_the_plain_kernel(
 @settings(max_examples=40, deadline=None)
 @given(NAMES, st.one_of(ROWS, SEEDED), MOMENTS, STEPS, st.integers(1, 2))
 def test_rows_apart_are_rows_together(name: str, rows: F32Array, moment: F32Array, steps: Rounding, cut: int) -> None:
-    prepared, quant_format = prepare(moment), FORMATS[name]
-    apart = [round_rows(piece, quant_format, prepared, steps) for piece in (rows[:cut], rows[cut:])]
-    np.testing.assert_array_equal(np.concatenate(apart), round_rows(rows, quant_format, prepared, steps))
+    factored, quant_format = factor_hessian(moment), FORMATS[name]
+    apart = [round_rows(piece, quant_format, factored, steps) for piece in (rows[:cut], rows[cut:])]
+    np.testing.assert_array_equal(np.concatenate(apart), round_rows(rows, quant_format, factored, steps))

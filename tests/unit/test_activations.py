@@ -9,7 +9,7 @@ from rounded_inputs import rounding_errors
 
 from pocketquant.calibration.hessian import MomentSums, Share
 from pocketquant.formats import FORMATS
-from pocketquant.formats.activations import COARSE, FINE, FINE_FORMATS, add_rounding_errors
+from pocketquant.formats.activations import COARSE, FINE, add_rounding_errors
 from pocketquant.llama.observing import Product
 
 F32Array = npt.NDArray[np.float32]
@@ -59,10 +59,9 @@ def test_one_large_input_costs_its_whole_block() -> None:
     assert np.flatnonzero(lost[1]).tolist() == [i for i in range(FINE, 2 * FINE) if i != 40]
 
 
-def test_formats_with_fine_scales_are_those_of_32_weights() -> None:
-    quantized = {name for name, kind in FORMATS.items() if kind.block_len == 32}
-    assert quantized >= FINE_FORMATS
-    assert not FINE_FORMATS & {name for name, kind in FORMATS.items() if kind.block_len == 256}
+def test_formats_have_one_of_the_blocks_that_are_measured() -> None:
+    assert {item.activation_block for item in FORMATS.values() if not item.is_plain} == {COARSE, FINE}
+    assert not any(item.activation_block for item in FORMATS.values() if item.is_plain)
 
 
 def test_experts_get_the_errors_of_their_own_tokens_and_unseen_ones_none() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from qwen35_inventory import QWEN35_08B, QWEN35_4B, QWEN35_9B, QWEN35_35B_A3B, Dimensions, RandomRows, build_model
 
+from pocketquant.calibration.statistics import fingerprint
 from pocketquant.errors import ArchitectureError, RecipeError, SourceError
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file.writing import write
@@ -30,6 +31,8 @@ from pocketquant.quant import (
     read_sensitivity,
 )
 from pocketquant.quant.allocation import list_options
+from pocketquant.quant.loss_table import LossTable
+from pocketquant.quant.prediction import PREDICTED
 from pocketquant.quant.recipe_text import check_types, recipe_of_types
 from pocketquant.quant.sensitivity import UNTIED_EMBED
 
@@ -279,6 +282,20 @@ def test_prediction_block_and_image_patches_keep_their_precision() -> None:
     types = {item.tensor.name: item.format.name for item in made.tensors}
     assert types["v.patch_embd.weight"] == types["v.patch_embd.weight.1"] == "F16"
     assert types["blk.4.ffn_down.weight"] in ("Q5_K", "Q6_K", "Q8_0", "F16")
+
+
+def test_a_prediction_block_is_offered_what_a_recipe_can_give_it() -> None:
+    base = build_model(Dimensions())
+    mtp = Tensor("blk.4.ffn_down.weight", Role.FFN_DOWN, 4, (256, 512), "F32", RandomRows("m", 512))
+    model = replace(base, tensors=(*base.tensors, mtp))
+    losses = {t.name: {name: 2.0**-i for i, name in enumerate(PREDICTED)} for t in model.tensors if not t.keep_f32}
+    losses[mtp.name] |= {"Q4_1": 0.0}  # the best there is, and below what the block may have
+    table = LossTable("test", fingerprint(model), losses)
+    offered = {option.place: option.formats for option in list_options(model, table, "any")}
+    assert offered[Role.FFN_DOWN, 4] == ("Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
+    made = plan(model, Choice(target=Target(bits_per_weight=5.5), figures=table, device="any"))
+    types = {item.tensor.name: item.format for item in made.tensors}
+    assert types[mtp.name].bits_per_weight >= FORMATS["Q5_K"].bits_per_weight
 
 
 def test_the_header_that_an_importance_matrix_adds_is_counted() -> None:

@@ -155,7 +155,7 @@ def test_numbers_that_are_none_are_left_out() -> None:
     document["metrics"]["ppl"]["ratio"] = None
     document["metrics"]["kld"]["se"] = None
     document["by_domain"][0]["metrics"] = None
-    document["by_position"][1]["kld"] = "high"
+    document["by_position"][1]["kld"] = None
     document["tensors"][0]["relative_rmse"] = math.inf
     document["tensors"][1]["layer"] = -3
     document["non_finite"] = 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,16 @@ def test_a_tower_is_as_deep_as_its_tensors(change: dict[str, Any], tmp_path: Pat
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
+def test_the_file_that_scales_pixels_wrong_is_named(tmp_path: Path) -> None:
+    folder = make_vision_checkpoint(tmp_path / "v")
+    later = {"image_processor": {"image_mean": [1e308] * 3, "rescale_factor": 1}}
+    (folder / "processor_config.json").write_text(json.dumps(later))
+    with pytest.raises(SourceError) as caught:
+        open_vision(folder)
+    assert "\n  processor_config.json: image_mean: [1e+308" in str(caught.value)
+    assert "\n  processor_config.json: rescale_factor: 1, llama.cpp" in str(caught.value)
+
+
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
 @pytest.mark.parametrize("value", [1e308, 10**400, -1, float("nan"), "x"])
 def test_pixels_are_scaled_by_numbers(key: str, value: Any, tmp_path: Path) -> None:
@@ -255,7 +266,9 @@ def test_pixels_are_scaled_by_numbers(key: str, value: Any, tmp_path: Path) -> N
     if (key, value) == ("image_mean", -1):
         assert open_vision(folder) is not None
         return
-    with pytest.raises(PocketquantError, match=key):
+    with pytest.raises(
+        PocketquantError, match=rf"  preprocessor_config\.json: {key}: .*expected (three|positive) number"
+    ):
         open_vision(folder)
 
 
@@ -293,29 +306,64 @@ def test_a_number_of_5000_digits(
         read(tmp_path / "f")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"reference": 3}, {"reference_pack": {"model": [1]}}, {"model": None}, {"context": []}],
-)
-def test_reports_whose_provenance_is_none(change: dict[str, Any], tmp_path: Path) -> None:
+_TYPED_WRONG: list[tuple[str, Any]] = [
+    ("provenance", [1]),
+    ("provenance.reference", 3),
+    ("provenance.model.name", ["x"]),
+    ("provenance.reference_pack.model", [1]),
+    ("provenance.reference_pack.is_lower_bound", "no"),
+    ("provenance.context", []),
+    ("provenance.versions", "x"),
+    ("provenance.versions.numpy", 2),
+    ("provenance.reference_quantized", True),
+    ("tokens", float("inf")),
+    ("tokens", "many"),
+    ("windows", 2.5),
+    ("non_finite", -1),
+    ("metrics.kld", 0.1),
+    ("metrics.kld.mean", "0.1"),
+    ("by_domain", {"a": 1}),
+    ("by_domain[0].file.size", "x"),
+    ("by_position[1].kld", "high"),
+    ("noise_floor.metrics", 7),
+    ("tensors[0].layer", "x"),
+    ("sums", [3]),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), _TYPED_WRONG)
+def test_a_report_with_a_value_of_another_kind(place: str, value: Any, tmp_path: Path) -> None:
+    """Neither a gate nor a page may take it for nothing, or for something."""
     report = make_evaluation("Tiny", kld=0.01)
-    (tmp_path / "old.json").write_text(json.dumps(report))
-    report["provenance"] |= change
-    (tmp_path / "new.json").write_text(json.dumps(report))
-    new, old = (read_report(tmp_path / f"{name}.json") for name in ("new", "old"))
-    if change != {"model": None}:
-        with pytest.raises(EvalError, match="measure different things"):
-            decide(new, Limits({"kld_mean": 1.0}), old)
-    else:
-        assert new.model == ("None", "None")
+    report["provenance"]["reference_pack"] = {"kind": "top", "top": 64, "model": report["provenance"]["reference"]}
+    owner: Any = report
+    *way, last = re.findall(r"\w+", place)
+    for key in way:
+        owner = owner[int(key)] if key.isdigit() else owner[key]
+    owner[last] = value
+    release = {"schema": "pocketquant.make/1", "variants": [{"file": "x", "evaluation": report}]}
+    path = tmp_path / "r.json"
+    for document, file in ((report, None), (release, "x")):
+        path.write_text(json.dumps(document))
+        for read in (lambda file=file: read_report(path, file), lambda: read_sheet([path])):
+            with pytest.raises(EvalError, match=r"values of another kind") as caught:
+                read()
+            assert re.search(rf"(\.| ){re.escape(place)}(\[0\])?: ", str(caught.value))
 
 
-def test_versions_that_are_none(tmp_path: Path) -> None:
-    report = make_evaluation("Tiny", kld=0.01) | {"non_finite_model": 0}
-    report["provenance"]["versions"] = "x"
+def test_a_report_whose_values_are_null_says_nothing(tmp_path: Path) -> None:
+    report = make_evaluation("Tiny", kld=0.01) | {"by_position": None, "noise_floor": None, "tensors": None}
+    report["provenance"] |= {"model": None, "chunks": None}
     (tmp_path / "r.json").write_text(json.dumps(report))
-    read = read_report(tmp_path / "r.json")
-    assert decide(read, Limits({"non_finite": 0}), read).is_accepted
+    assert read_report(tmp_path / "r.json").model == ("None", "None")
+
+
+def test_a_report_with_a_count_of_5000_digits(tmp_path: Path) -> None:
+    report = json.dumps(make_evaluation("Tiny", kld=0.01))
+    (tmp_path / "r.json").write_text(report.replace('"tokens": 1001', f'"tokens": {DIGITS}'))
+    for read in (read_report, lambda path: read_sheet([path])):
+        with pytest.raises(EvalError, match="tokens: inf, expected a whole number"):
+            read(tmp_path / "r.json")
 
 
 @pytest.mark.parametrize("clusters", [10**12, 1e300, 0, -1, 2.5])

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from pocketquant.eval.tasks.smoke import FAULTS, PROMPTS, Prompt, find_faults, has_loop, is_json, wrong_script_share
+import pytest
+from checkpoint_maker import make_checkpoint, mtp_weights_for, text_config, weights_for
+
+import pocketquant
+from pocketquant.convert.checkpoint import open_mtp
+from pocketquant.errors import EvalError
+from pocketquant.eval.tasks.smoke import (
+    FAULTS,
+    PROMPTS,
+    Prompt,
+    compare_smoke,
+    find_faults,
+    has_loop,
+    is_json,
+    wrong_script_share,
+)
+
+
+def test_both_files_are_looked_at_before_one_answers(tmp_path: Path) -> None:
+    """A model writes for minutes; a reference that cannot be run is known from its header."""
+    config = text_config()
+    folder = make_checkpoint(tmp_path / "m", weights=weights_for(config) | mtp_weights_for(config))
+    good, sidecar = tmp_path / "m.gguf", tmp_path / "mtp-m.gguf"
+    recipe = pocketquant.open_recipe("q8_0")
+    pocketquant.write(pocketquant.plan(pocketquant.open_model(folder), recipe), good)
+    pocketquant.write(pocketquant.plan(open_mtp(folder), recipe), sidecar)
+    answered = []
+    with pytest.raises(EvalError, match=r"mtp-m\.gguf: only a multi-token-prediction block"):
+        compare_smoke(good, sidecar, progress=lambda done, total: answered.append(done))
+    assert answered == []
+
 
 ASKED = Prompt("What is a quokka?")
 JSON = Prompt("Answer in JSON.", is_json=True)

@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from pocketquant.errors import EvalError, listing
 from pocketquant.eval.intervals import F64Array
+from pocketquant.eval.report.kinds import RELEASE, REPORT
 from pocketquant.eval.report.schema import SCHEMA
+from pocketquant.files.json_kinds import refuse_other_kinds
 
 COLUMNS = ("tokens", "bytes", "kld", "top1", "top5", "tv", "nll_model", "nll_reference")
 RELEASES = ("pocketquant.make/1", "pocketquant.sweep/1")
@@ -144,7 +146,8 @@ def choose_file(data: Any, path: str, file: str | None) -> Any:
         if file is not None:
             raise EvalError(f"{path}: a measurement of one file, so there is none to choose; leave --file out")
         return data
-    entries = [each for each in _list(data.get("variants"), path, "variants", _MAX_FILES) if isinstance(each, Mapping)]
+    refuse_other_kinds(data, RELEASE, path, EvalError)
+    entries = _list(data.get("variants"), path, "variants", _MAX_FILES)
     found = [each for each in entries if file is None or file in (each.get("file"), each.get("recipe"))]
     if len(found) != 1 or not isinstance(found[0].get("evaluation"), Mapping):
         names = listing(f"{each.get('file')} ({each.get('recipe')})"[:200] for each in entries)
@@ -174,6 +177,7 @@ def parse_report(data: Any, path: str) -> Evidence:
     """
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA or not isinstance(data.get("metrics"), Mapping):
         raise EvalError(f"{path}: no report of the schema {SCHEMA}; give what `pocketquant eval --json` printed")
+    refuse_other_kinds(data, REPORT, path, EvalError)
     tensors = data.get("tensors")
     return Evidence(
         path=path,

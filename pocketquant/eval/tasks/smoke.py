@@ -24,6 +24,7 @@ from pocketquant.files.reading import states_of
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import FileIdentity, identify_model
 from pocketquant.llama.branches import open_branches
+from pocketquant.llama.library import check_loadable
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256
@@ -132,8 +133,10 @@ def compare_smoke(
 
     answers = []
     versions: Mapping[str, str] = {}
-    for path in (model, reference):
-        render = chat_renderer(path)
+    for path in (model, reference):  # both before the first one has answered everything
+        check_loadable(path)
+    renders = [(path, chat_renderer(path)) for path in (model, reference)]
+    for path, render in renders:
         texts = [render([{"role": "user", "content": prompt.text}], True) for prompt in prompts]
         room = context_of(path)
         with open_branches(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:

@@ -1,18 +1,28 @@
-"""Rounding by curvature: which bytes of a format lose least, given what the layer's inputs and outputs are like.
+"""Rounding by the Hessian of a layer's inputs and the Fisher matrix of its outputs, for the least loss.
 
-layouts.py    all block formats as one: code, scale, offset, units
-state.py      rows while they are being rounded
-prepared.py   a second moment, damped and factored
-product.py    a matrix product with one order of summation
-feedback.py   every column makes up for the errors before it
-descent.py    every code, scale and unit moves to where the objective is least
-rows.py       by the inputs alone: rows are independent
-matrix.py     by inputs and outputs
-encoding.py   for the tensors of a plan, by statistics
+encoding.py      which tensor of a plan is rounded with which statistics
+rows.py          rounding with the Hessian H of the inputs; the rows are independent
+two_sided.py     rounding with H and with the Fisher matrix G of the outputs
+feedback.py      error feedback (GPTQ, LDLQ): every column makes up for the errors of the columns before it
+descent.py       coordinate descent over codes, sub-block scales and super-block scales
+layouts.py       one description of every block format: codes, scales, offsets
+state.py         the rows that are being rounded
+factored.py      a Hessian with damping, and its Cholesky factor; factor_cache.py keeps the latest ones
+cholesky.py      the Cholesky factorization, with one order of summation
+matmul.py        the matrix product, with one order of summation
 """
 
-from pocketquant.quant.rounding.prepared import Prepared, losses, prepare
+from pocketquant.quant.rounding.factored import FactoredHessian, factor_hessian, losses
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
 from pocketquant.quant.rounding.two_sided import round_matrix, two_sided_loss
 
-__all__ = ["DEFAULT", "Prepared", "Rounding", "losses", "prepare", "round_matrix", "round_rows", "two_sided_loss"]
+__all__ = [
+    "DEFAULT",
+    "FactoredHessian",
+    "Rounding",
+    "factor_hessian",
+    "losses",
+    "round_matrix",
+    "round_rows",
+    "two_sided_loss",
+]

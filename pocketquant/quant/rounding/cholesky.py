@@ -1,7 +1,7 @@
-"""The triangular root of a matrix, each element summed in one order, whatever the machine and the threads.
+"""The Cholesky factorization, with one order of summation on every machine and for any number of threads.
 
-A LAPACK may be faster for wide layers, but its sums depend on its build, the processor and the number of threads, and
-so would a weight that lies between two levels.
+A LAPACK may be faster for wide layers, but the order of its sums depends on its build, the processor and the number of
+threads. The code of a weight that lies between two levels would then depend on them too.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ from pocketquant.quant.rounding.kernel import jit
 
 F64Array = npt.NDArray[np.float64]
 _BLOCK = 128
-"""Columns that are worked on at a time."""
+"""Number of columns that are processed at a time."""
 _ROWS = 16
-"""Rows that go through a block together: with eight columns of the root they stay in the first cache."""
+"""Number of rows that go through a block together: with eight columns of the factor they stay in the L1 cache."""
 
 
 @jit
-def take_root(matrix: F64Array) -> bool:
-    """Puts R, upper triangular, into the upper triangle of f64[k, k], R R^T being the matrix; whether there is one.
+def factor_in_place(matrix: F64Array) -> bool:
+    """Factors a symmetric f64[k, k] as R R^T and puts R, upper triangular, into its upper triangle.
 
-    What is below the diagonal is neither read nor changed. Blocks of columns from the right: all columns behind a block
-    are taken from it, then it is factored column by column.
+    The elements below the diagonal are neither read nor changed. Blocks of columns are factored from the right: the
+    products of all columns behind a block are subtracted from it, then it is factored column by column.
+
+    Returns:
+        Whether the matrix is positive definite. If it is not, its upper triangle holds nothing of use.
     """
     n = len(matrix)
-    stop, has_root = n, True
+    stop, is_positive = n, True
     while stop > 0:
         start = max(0, stop - _BLOCK)
-        below = matrix[start:stop, start:stop].copy()  # taking whole rectangles is faster than sparing this
+        below = matrix[start:stop, start:stop].copy()  # computing whole rectangles is faster than leaving this out
         if stop < n:
             _subtract_behind(matrix, start, stop)
         for j in range(stop - 1, start - 1, -1):
             pivot = matrix[j, j]
             if not pivot > 0.0:
-                has_root = False
+                is_positive = False
                 break
-            root = np.sqrt(pivot)
-            column = matrix[start : j + 1, j] / root
-            column[j - start] = root
+            diagonal = np.sqrt(pivot)
+            column = matrix[start : j + 1, j] / diagonal
+            column[j - start] = diagonal
             for i in range(j):
-                x = matrix[i, j] / root
+                x = matrix[i, j] / diagonal
                 matrix[i, j] = x
                 line = matrix[i, start:j]
                 for c in range(j - start):
                     line[c] -= x * column[c]
-            matrix[j, j] = root
+            matrix[j, j] = diagonal
         for i in range(stop - start):
             matrix[start + i, start : start + i] = below[i, :i]
-        if not has_root:
+        if not is_positive:
             return False
         stop = start
     return True
@@ -58,7 +61,7 @@ def take_root(matrix: F64Array) -> bool:
 
 @jit
 def _subtract_behind(matrix: F64Array, start: int, stop: int) -> None:
-    """Takes from the columns [start, stop) what the columns from `stop` on make of them."""
+    """Subtracts the products of the columns from `stop` on from the columns [start, stop)."""
     n, width = len(matrix), stop - start
     across = np.empty((_BLOCK, width))
     for first in range(stop, n, _BLOCK):
@@ -95,7 +98,7 @@ def _subtract_eight(x: F64Array, across: F64Array, line: F64Array) -> None:
 
 @jit
 def restore(matrix: F64Array, diagonal: F64Array) -> None:
-    """Makes the matrix anew whose root was taken, or tried to be, from what is below the diagonal."""
+    """Restores the matrix after `factor_in_place`, from the elements below the diagonal and the diagonal given."""
     for i in range(len(matrix)):
         matrix[i, i] = diagonal[i]
         for j in range(i):
@@ -103,8 +106,11 @@ def restore(matrix: F64Array, diagonal: F64Array) -> None:
 
 
 @jit
-def take_apart(matrix: F64Array, diagonal: F64Array, original: F32Array, factor: F32Array) -> None:
-    """The matrix whose root was taken, and the root over its own diagonal, zero on and below it."""
+def separate(matrix: F64Array, diagonal: F64Array, original: F32Array, factor: F32Array) -> None:
+    """Writes a factored matrix into two: the original, and the factor divided by its own diagonal.
+
+    The factor gets zeros on and below the diagonal.
+    """
     n = len(matrix)
     for i in range(n):
         for j in range(i):

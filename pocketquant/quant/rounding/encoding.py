@@ -1,8 +1,8 @@
-"""Rounds the tensors of a plan by statistics: who encodes which, and with what.
+"""Rounds the tensors of a plan with statistics: which encoder a tensor gets, and with which matrices.
 
-A tensor whose outputs' curvature is known is rounded whole, from both sides; one whose inputs alone are known in row
-chunks; the embedding and the output head by groups of rows that have a moment of their own. A tensor that the
-statistics say nothing about keeps the format's own encoder.
+A tensor with a Hessian of its inputs and a Fisher matrix of its outputs is rounded as a whole (`two_sided`). A tensor
+with a Hessian alone is rounded in chunks of rows (`rows`). The rows of the embedding and of the output head are rounded
+in groups, each with a Hessian of its own. A tensor that the statistics do not hold keeps the format's own encoder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.gguf_file.header import encode_header
 from pocketquant.gguf_file.writing import encode_rows, naming_overflow
 from pocketquant.model import Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
-from pocketquant.quant.rounding.kept import ROOM, alone, bytes_of, keep
+from pocketquant.quant.rounding.factor_cache import CACHE_BYTES, cached, factored_bytes, uncached
+from pocketquant.quant.rounding.factored import F64Array, FactoredHessian, factor_hessian
 from pocketquant.quant.rounding.layouts import layout_of
-from pocketquant.quant.rounding.prepared import F64Array, Prepared, prepare
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
 from pocketquant.quant.rounding.two_sided import round_matrix
 
@@ -31,23 +31,23 @@ STEPS = {
     "descent": Rounding(two_sided=False),
     "two-sided": Rounding(),
 }
-"""Names of `--rounding`: each takes the steps of those before it."""
+"""The names that `--rounding` accepts; each includes the steps of those before it."""
 
-MOMENTS = HEAD[3]
-HEAD_ROOM = 2 << 30
-"""Bytes of the prepared moments of the vocabulary's groups; where all would take more, neighbours are joined."""
+HEAD_HESSIANS = HEAD[3]
+HEAD_CACHE_BYTES = 2 << 30
+"""The most memory for the factored Hessians of the vocabulary's groups; beyond it, neighbouring groups are joined."""
 _Side = Callable[[str, int | None], F32Array | None]
 _NAMED = 8
-"""Experts that a reason names."""
+"""Number of experts that a reason names."""
 
 
 @dataclass(frozen=True)
 class LayerEncoder:
-    """Rounds a linear layer, or the experts of one, each by its own moments.
+    """Rounds a linear layer, or each expert of one, with its own Hessian and Fisher matrix.
 
     Attributes:
-        whole: whether a matrix is rounded as one piece.
-        importance: for experts that no token came by; None if there are none, or no importance matrix.
+        whole: whether a matrix is rounded as a whole, with its Fisher matrix.
+        importance: for the experts that no token was routed to; None if there are none, or no importance matrix.
     """
 
     statistics: Statistics
@@ -72,26 +72,26 @@ class LayerEncoder:
         if expert is not None and not statistics.share(name, expert) > 0:
             return encode_rows(tensor, start, stop, quant_format, self.importance)
         key = (_file_of(statistics), self.options.damping, statistics.shared.get(name, name), expert)
-        inputs = keep(key, tensor.n_cols, lambda: self._prepare(statistics.input, name, expert))
-        outputs = statistics.output(name, expert) if self.whole else None
-        if outputs is None or not outputs.any():
-            return round_rows(tensor.rows(start, stop), quant_format, inputs, self.options)
-        del outputs
-        across = alone(lambda: self._prepare(statistics.output, name, expert))
-        return round_matrix(tensor.rows(start, stop), quant_format, inputs, across, self.options)
+        hessian = cached(key, tensor.n_cols, lambda: self._factor(statistics.input, name, expert))
+        fisher = statistics.output(name, expert) if self.whole else None
+        if fisher is None or not fisher.any():
+            return round_rows(tensor.rows(start, stop), quant_format, hessian, self.options)
+        del fisher
+        factored = uncached(lambda: self._factor(statistics.output, name, expert))
+        return round_matrix(tensor.rows(start, stop), quant_format, hessian, factored, self.options)
 
-    def _prepare(self, side: _Side, name: str, expert: int | None) -> Prepared:
-        return _prepare(_read(side, name, expert), name, self.options)
+    def _factor(self, side: _Side, name: str, expert: int | None) -> FactoredHessian:
+        return _factor(_read(side, name, expert), name, self.options)
 
 
 @dataclass(frozen=True)
 class VocabularyEncoder:
-    """Rounds the embedding, the output head, or both in one: rows of a group share a moment.
+    """Rounds the embedding, the output head, or the one tensor that is both: the rows of a group share a Hessian.
 
     Attributes:
         groups: i32[n_vocab], the group of each row.
-        weights: f64[n_group, n_moment + 1], how much of each of the head's moments is in a group's, and of the
-            embedding's.
+        weights: f64[n_group, n_hessian + 1], the share of each of the head's Hessians in the Hessian of a group, and
+            last that of the embedding's Fisher matrix.
     """
 
     statistics: Statistics
@@ -107,26 +107,28 @@ class VocabularyEncoder:
         for group in np.unique(groups):
             chosen = np.flatnonzero(groups == group)
             with naming_overflow(tensor):
-                data[chosen] = round_rows(rows[chosen], quant_format, self._ready(int(group), tensor), self.options)
+                data[chosen] = round_rows(rows[chosen], quant_format, self._hessian(int(group), tensor), self.options)
         return data
 
-    def _ready(self, group: int, tensor: Tensor) -> Prepared:
+    def _hessian(self, group: int, tensor: Tensor) -> FactoredHessian:
         key = (_file_of(self.statistics), self.options.damping, tensor.name, group)
-        room = max(ROOM, len(self.weights) * bytes_of(tensor.n_cols))  # every chunk of rows needs all groups
-        return keep(key, tensor.n_cols, lambda: self._prepare(group, tensor), room)
+        cache_bytes = max(
+            CACHE_BYTES, len(self.weights) * factored_bytes(tensor.n_cols)
+        )  # a chunk of rows needs all groups
+        return cached(key, tensor.n_cols, lambda: self._factor(group, tensor), cache_bytes)
 
-    def _prepare(self, group: int, tensor: Tensor) -> Prepared:
-        moment = np.zeros((tensor.n_cols, tensor.n_cols))
+    def _factor(self, group: int, tensor: Tensor) -> FactoredHessian:
+        hessian = np.zeros((tensor.n_cols, tensor.n_cols))
         *of_head, of_embedding = self.weights[group]
         for i in np.flatnonzero(of_head):
-            moment += of_head[i] * self.statistics.matrix(MOMENTS, int(i)).astype(np.float64)
+            hessian += of_head[i] * self.statistics.matrix(HEAD_HESSIANS, int(i)).astype(np.float64)
         if of_embedding > 0:
-            moment += of_embedding * self.statistics.matrix(EMBED_OUTPUT).astype(np.float64)
-        return _prepare(moment, tensor.name, self.options)
+            hessian += of_embedding * self.statistics.matrix(EMBED_OUTPUT).astype(np.float64)
+        return _factor(hessian, tensor.name, self.options)
 
 
 def with_rounding(plan: Plan, statistics: Statistics, options: Rounding = DEFAULT) -> Plan:
-    """The same plan, its tensors rounded by statistics, with the importance only of tensors and experts that need it.
+    """The same plan with its tensors rounded by statistics; only what is not keeps its importance.
 
     Give `rounding_metadata` to `plan` as `metadata_extra`, so that the size is decided with it; else it is added here.
 
@@ -161,7 +163,7 @@ def with_rounding(plan: Plan, statistics: Statistics, options: Rounding = DEFAUL
 
 
 def rounding_metadata(statistics: Statistics, options: Rounding) -> dict[str, Value]:
-    """How a file's weights were rounded, as its metadata says it."""
+    """The metadata of a file that says how its weights were rounded."""
     steps = next((name for name, known in STEPS.items() if known == options), str(options))
     texts = ", ".join(text.name for text in statistics.texts)
     return {"pocketquant.rounding": Value("str", f"{steps}; {statistics.tokens} tokens of {texts}")}
@@ -189,7 +191,7 @@ def _encoder_of(
 
 
 def _unseen_experts(tensor: Tensor, statistics: Statistics) -> list[int]:
-    """Experts that no token came by."""
+    """The experts that no token was routed to."""
     if len(tensor.shape) < 3:
         return []
     counts = statistics.array(statistics.shared.get(tensor.name, tensor.name) + INPUT + COUNT)
@@ -200,15 +202,15 @@ def _describe_unseen(experts: list[int]) -> str:
     if not experts:
         return ""
     named = ", ".join(map(str, experts[:_NAMED])) + (", ..." if len(experts) > _NAMED else "")
-    return f", but no token came by {len(experts)} of its experts, which get the plain kernel: {named}"
+    return f", but no token was routed to {len(experts)} of its experts, which keep the plain kernel: {named}"
 
 
 def _check_side(tensor: Tensor, name: str, side: int, statistics: Statistics, n_matrix: int | None = None) -> None:
     expected = tensor.n_matrix if n_matrix is None else n_matrix
     if statistics.entries[name].shape != (expected, side * (side + 1) // 2):
         raise RecipeError(
-            f"{statistics.path}: {name} is not of the size of {tensor.name} {list(tensor.shape)}; the statistics are "
-            "of another model"
+            f"{statistics.path}: {name} does not have the size of {tensor.name} {list(tensor.shape)}; the statistics "
+            "are those of another model"
         )
 
 
@@ -218,32 +220,32 @@ def _vocabulary_encoder(
     head = statistics.head()
     if head is None or len(head.row_group) != tensor.n_rows:
         return None
-    n_moment, by_head = head.n_group, tensor.role is Role.HEAD or is_tied
+    n_hessian, by_head = head.n_group, tensor.role is Role.HEAD or is_tied
     if by_head:
-        _check_side(tensor, MOMENTS, tensor.n_cols, statistics, n_moment)
+        _check_side(tensor, HEAD_HESSIANS, tensor.n_cols, statistics, n_hessian)
     if head.embed_output is not None:
         _check_side(tensor, EMBED_OUTPUT, tensor.n_cols, statistics)
     if not by_head:
         if head.embed_output is None:
             return None
         return VocabularyEncoder(
-            statistics, options, np.zeros(tensor.n_rows, np.int32), np.eye(1, n_moment + 1, n_moment)
+            statistics, options, np.zeros(tensor.n_rows, np.int32), np.eye(1, n_hessian + 1, n_hessian)
         )
-    # neighbours in number are neighbours in frequency
-    n_group = min(n_moment, max(1, HEAD_ROOM // bytes_of(tensor.n_cols)))
-    joined = np.arange(n_moment) * n_group // n_moment
-    counts = np.bincount(head.row_group, minlength=n_moment)
+    # groups with neighbouring numbers have similar frequencies
+    n_group = min(n_hessian, max(1, HEAD_CACHE_BYTES // factored_bytes(tensor.n_cols)))
+    joined = np.arange(n_hessian) * n_group // n_hessian
+    counts = np.bincount(head.row_group, minlength=n_hessian)
     groups = joined[head.row_group].astype(np.int32)
     sizes = np.maximum(np.bincount(groups, minlength=n_group), 1)
-    weights = np.zeros((n_group, n_moment + 1))
-    weights[joined, np.arange(n_moment)] = counts / sizes[joined]
+    weights = np.zeros((n_group, n_hessian + 1))
+    weights[joined, np.arange(n_hessian)] = counts / sizes[joined]
     if is_tied and head.embed_output is not None:
         weights[:, -1] = np.bincount(groups, weights=head.frequency, minlength=n_group) / sizes
     return VocabularyEncoder(statistics, options, groups, weights)
 
 
 def _file_of(statistics: Statistics) -> Hashable:
-    """What tells a statistics file from another at the same path."""
+    """Tells a statistics file from another one at the same path."""
     try:
         stat = statistics.path.stat()
     except OSError as error:
@@ -252,15 +254,15 @@ def _file_of(statistics: Statistics) -> Hashable:
 
 
 def _read(side: _Side, name: str, expert: int | None) -> F64Array:
-    """A moment in f64, which alone stays in memory."""
-    moment = side(name, expert)
-    if moment is None:
-        raise RecipeError(f"{name}: the statistics name its moment but hold none; make them again")
-    return moment.astype(np.float64)
+    """The matrix in f64; no other copy of it stays in memory."""
+    matrix = side(name, expert)
+    if matrix is None:
+        raise RecipeError(f"{name}: the statistics name its matrix but do not hold it; make the statistics again")
+    return matrix.astype(np.float64)
 
 
-def _prepare(moment: F64Array, name: str, options: Rounding) -> Prepared:
+def _factor(hessian: F64Array, name: str, options: Rounding) -> FactoredHessian:
     try:
-        return prepare(moment, options.damping)
+        return factor_hessian(hessian, options.damping)
     except ValueError as error:
         raise RecipeError(f"{name}: {error}") from error

@@ -1,8 +1,9 @@
-"""Error feedback: every column makes up for what the columns before it lost.
+"""Error feedback: every column makes up for the errors of the columns before it.
 
-With H = R R^T, R upper triangular, the objective d H d^T of a row's error d is the squared length of d R. Its element c
-knows the errors up to column c only, so column by column each weight is rounded to the value that brings that element
-nearest to zero. Sources: Frantar et al., "GPTQ", 2022; Chee et al., "QuIP", 2023 (LDLQ: the same without an inverse).
+With H = R R^T and R upper triangular, the loss d H d^T of a row's error d is the squared length of d R. Element c of it
+depends on the errors up to column c only. So the columns are rounded in order, each weight to the value that brings its
+element nearest to zero. Sources: Frantar et al., "GPTQ", 2022; Chee et al., "QuIP", 2023 (LDLQ, the same without an
+inverse).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from pocketquant.formats import F32Array
 from pocketquant.formats.lanes import load, store
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.state import Grid, State, line_of, nearest_code
+from pocketquant.quant.rounding.state import Grid, State, nearest_code, scale_and_offset
 
 _F32 = np.float32
 F64Array = npt.NDArray[np.float64]
@@ -21,19 +22,19 @@ F64Array = npt.NDArray[np.float64]
 
 @jit
 def feed_back_row(g: Grid, s: State, want: F32Array, factor: F32Array, start: int, row: int) -> None:
-    """Chooses the codes of columns [start, start + length) of a row under scales already chosen.
+    """Chooses the codes of columns [start, start + length) of a row, whose scales have been chosen before.
 
     Args:
-        want: f32[length], the weights with the feedback of all columns before `start`; left as they are wanted when
-            their turn comes.
-        factor: f32[length, length], R of these columns over its diagonal, zero on and below the diagonal.
+        want: f32[length], the weights with the feedback of all columns before `start`. At the end it holds each weight
+            with the feedback of all columns before its own.
+        factor: f32[length, length], these columns of R divided by R's diagonal, zero on and below the diagonal.
     """
     length = len(want)
     values, codes, weights, errors = s.values[row], s.codes[row], s.weights[row], s.errors[row]
-    for first in range(0, length, g.part_len):
-        scale, offset = line_of(g, s, row, (start + first) // g.part_len)
+    for first in range(0, length, g.sub_block_len):
+        scale, offset = scale_and_offset(g, s, row, (start + first) // g.sub_block_len)
         inverse = _F32(1.0) / scale if abs(scale) > _F32(1e-36) else _F32(0.0)
-        for j in range(first, first + g.part_len):
+        for j in range(first, first + g.sub_block_len):
             column = start + j
             code = nearest_code(g, (want[j] - offset) * inverse)
             value = scale * g.levels[code] + offset
@@ -47,11 +48,11 @@ def feed_back_row(g: Grid, s: State, want: F32Array, factor: F32Array, start: in
 
 @jit
 def feed_back(
-    g: Grid, s: State, wanted: F32Array, factor: F32Array, spread: F32Array, start: int, loss: F64Array
+    g: Grid, s: State, wanted: F32Array, factor: F32Array, pivots: F32Array, start: int, loss: F64Array
 ) -> None:
-    """`feed_back_row` for all rows: wanted f32[n, length]; adds their losses to loss f64[n]."""
+    """Calls `feed_back_row` for all rows of wanted f32[n, length], and adds their losses to loss f64[n]."""
     for row in range(wanted.shape[0]):
         feed_back_row(g, s, wanted[row], factor, start, row)
         for j in range(wanted.shape[1]):
             miss = np.float64(s.values[row, start + j] - wanted[row, j])
-            loss[row] += miss * miss * np.float64(spread[j])
+            loss[row] += miss * miss * np.float64(pivots[j])

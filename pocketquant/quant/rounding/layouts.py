@@ -1,13 +1,13 @@
-"""What all block formats have in common, for an optimiser that must not know one from the other.
+"""One description of every block format, so that the same rounding code serves them all.
 
-A row is cut into blocks, a block into parts. Every weight has a code, every part a small integer scale and offset,
-every block two F16 units:
+A row is cut into blocks (super-blocks, in the K-quants), and a block into sub-blocks. Every weight has a code, every
+sub-block a small integer scale and offset, and every block the F16 numbers d and dmin, which multiply those integers:
 
     weight = (d * scale) * level[code] + sign * (dmin * offset)
 
-Formats without one of these have a constant in its place: the legacy formats' parts are their blocks, with a scale of
-one. `Layout.scales` reads scales and units out of encoded blocks, `Layout.pack` builds blocks from them and codes; the
-formats' own decoders give back exactly the value above, in f32 and in that order of operations.
+A format that lacks one of these has a constant in its place: in the legacy formats the block is its own only sub-block,
+with a scale of one. `Layout.scales` reads the scales out of encoded blocks, and `Layout.pack` builds blocks from scales
+and codes. The formats' own decoders compute exactly the value above, in f32 and in that order of operations.
 
 Source for the layouts: the structured dtypes of `pocketquant.formats`, which name theirs.
 """
@@ -29,11 +29,11 @@ Blocks = npt.NDArray[Any]
 
 
 class Scales(NamedTuple):
-    """Scales and units of rows.
+    """The scales of encoded rows.
 
     Attributes:
-        scale, offset: i16[n, k / part_len].
-        d, dmin: u16[n, k / block_len], bits of F16 numbers.
+        scale, offset: i16[n, k / sub_block_len], the integers of each sub-block.
+        d, dmin: u16[n, k / block_len], the bits of the F16 numbers of each block.
     """
 
     scale: I16Array
@@ -48,23 +48,24 @@ _Fill = Callable[[Blocks, U8Array, U8Array, U8Array], None]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one format keeps its numbers.
+    """How one format stores its numbers.
 
     Attributes:
-        dtype: of a block.
-        part_len: weights that share a scale and an offset.
+        dtype: the structured dtype of a block.
+        sub_block_len: number of weights that share an integer scale and offset.
         levels: f32[n_code], ascending.
-        is_even: whether the levels are one apart.
-        scale_low, scale_high: range of a part's integer scale; equal where it has none.
-        offset_high: the largest integer offset; 0 where a part has none.
+        is_even: whether neighbouring levels are one apart.
+        scale_low, scale_high: range of a sub-block's integer scale; equal where the format has no such scale.
+        offset_high: the largest integer offset of a sub-block; 0 where the format has no such offset.
         offset_sign: sign of the offset; 0.0 where there is none.
-        unit_of_offset: the block's field of the offsets' unit; "" if none.
-        read: blocks -> integer scales and offsets, [..., parts]; None where they are constant.
-        fill: writes codes u8[..., block_len], scales and offsets u8[..., parts] (scales counted from `scale_low`).
+        dmin_field: name of the block's field that multiplies the offsets; "" where there is none.
+        read: blocks -> integer scales and offsets [..., n_sub_blocks]; None where they are constant.
+        fill: writes codes u8[..., block_len] and scales and offsets u8[..., n_sub_blocks] into blocks; the scales are
+            counted from `scale_low`.
     """
 
     dtype: np.dtype[Any]
-    part_len: int
+    sub_block_len: int
     levels: F32Array
     fill: _Fill
     read: _Read | None = None
@@ -72,37 +73,37 @@ class Layout:
     scale_high: int = 1
     offset_high: int = 0
     offset_sign: float = 0.0
-    unit_of_offset: str = ""
+    dmin_field: str = ""
     is_even: bool = True
     block_len: int = field(default=256)
 
     @property
-    def has_parts(self) -> bool:
-        """Whether parts have integer scales below the block's unit."""
+    def has_sub_blocks(self) -> bool:
+        """Whether sub-blocks have integer scales of their own."""
         return self.scale_high > self.scale_low
 
     def scales(self, data: U8Array) -> Scales:
-        """Scales and units of encoded rows u8[n, bytes]."""
+        """The scales of encoded rows u8[n, bytes]."""
         blocks = np.ascontiguousarray(data).view(self.dtype)
         n_rows, n_blocks = blocks.shape
-        n_parts = self.block_len // self.part_len
+        n_sub_blocks = self.block_len // self.sub_block_len
         if self.read is None:
-            scale = np.ones((n_rows, n_blocks * n_parts), np.int16)
-            offset = np.full_like(scale, 1 if self.unit_of_offset else 0)
+            scale = np.ones((n_rows, n_blocks * n_sub_blocks), np.int16)
+            offset = np.full_like(scale, 1 if self.dmin_field else 0)
         else:
-            scale, offset = (part.astype(np.int16).reshape(n_rows, -1) for part in self.read(blocks))
-        dmin = blocks[self.unit_of_offset] if self.unit_of_offset else np.zeros_like(blocks["d"])
+            scale, offset = (each.astype(np.int16).reshape(n_rows, -1) for each in self.read(blocks))
+        dmin = blocks[self.dmin_field] if self.dmin_field else np.zeros_like(blocks["d"])
         return Scales(scale, offset, np.ascontiguousarray(blocks["d"]), np.ascontiguousarray(dmin))
 
     def pack(self, codes: U8Array, scales: Scales) -> U8Array:
-        """Blocks u8[n, bytes] of codes u8[n, k] and scales."""
+        """Encoded rows u8[n, bytes], from codes u8[n, k] and scales."""
         n_rows, n_cols = codes.shape
-        n_blocks, n_parts = n_cols // self.block_len, self.block_len // self.part_len
+        n_blocks, n_sub_blocks = n_cols // self.block_len, self.block_len // self.sub_block_len
         blocks: Blocks = np.zeros((n_rows, n_blocks), self.dtype)
         blocks["d"] = scales.d
-        if self.unit_of_offset:
-            blocks[self.unit_of_offset] = scales.dmin
-        shape = (n_rows, n_blocks, n_parts)
+        if self.dmin_field:
+            blocks[self.dmin_field] = scales.dmin
+        shape = (n_rows, n_blocks, n_sub_blocks)
         steps = (scales.scale - np.int16(self.scale_low)).astype(np.uint8).reshape(shape)
         offsets = scales.offset.astype(np.uint8).reshape(shape)
         self.fill(blocks, codes.reshape(n_rows, n_blocks, self.block_len), steps, offsets)
@@ -110,12 +111,12 @@ class Layout:
 
 
 def layout_of(quant_format: QuantFormat) -> Layout | None:
-    """A format's layout; None where it has no blocks."""
+    """The layout of a format; None for a format without blocks, and for one that is only read."""
     return _LAYOUTS.get(quant_format.name)
 
 
 def _stacked(values: npt.NDArray[Any], shape: tuple[int, ...], shift: int) -> U8Array:
-    """u8[..., n] cut into `shape` = (.., pieces, bytes): byte i gets piece p's value i from bit `shift` * p on."""
+    """Packs u8[..., n], cut into `shape` = (.., pieces, bytes): value i of piece p goes to byte i, bit `shift` * p."""
     pieces = values.reshape(*values.shape[:-1], *shape)
     result = np.zeros((*pieces.shape[:-2], pieces.shape[-1]), np.uint8)
     for p in range(pieces.shape[-2]):
@@ -217,15 +218,15 @@ def _even(first: int, n_code: int) -> F32Array:
     return np.arange(first, first + n_code, dtype=np.float32)
 
 
-def _affine(dtype: np.dtype[Any], part_len: int, n_code: int, high: int, read: _Read, fill: _Fill) -> Layout:
+def _affine(dtype: np.dtype[Any], sub_block_len: int, n_code: int, high: int, read: _Read, fill: _Fill) -> Layout:
     levels = _even(0, n_code)
-    return Layout(dtype, part_len, levels, fill, read, 0, high, high, -1.0, "dmin")
+    return Layout(dtype, sub_block_len, levels, fill, read, 0, high, high, -1.0, "dmin")
 
 
 def _legacy(dtype: np.dtype[Any], levels: F32Array, fill: _Fill) -> Layout:
     is_even = bool((np.diff(levels) == 1).all())
     if dtype.names and "m" in dtype.names:
-        return Layout(dtype, 32, levels, fill, offset_sign=1.0, unit_of_offset="m", block_len=32)
+        return Layout(dtype, 32, levels, fill, offset_sign=1.0, dmin_field="m", block_len=32)
     return Layout(dtype, 32, levels, fill, is_even=is_even, block_len=32)
 
 

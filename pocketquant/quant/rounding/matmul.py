@@ -1,7 +1,7 @@
-"""A matrix product whose every element is summed in one order, whatever the machine, the threads or the other rows.
+"""The matrix product, with one order of summation on every machine, for any number of threads and of other rows.
 
-A BLAS is half as fast again, but what it gives for a row depends on how many rows come with it and on the processor,
-and a code that lies between two levels would then depend on them too.
+A BLAS is half as fast again, but its result for a row depends on the number of rows beside it and on the processor.
+The code of a weight that lies between two levels would then depend on them too.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pocketquant.formats.lanes import load, store
 from pocketquant.quant.rounding.kernel import jit
 
 _PANEL = 256
-"""Rows of b that are summed up before the next rows of a are taken: with 32 columns they stay in the first cache."""
+"""Number of rows of b that are summed before the next rows of a: with 32 columns they stay in the L1 cache."""
 
 
 @jit
-def subtract_product(a: F32Array, b: F32Array, out: F32Array) -> None:
-    """out -= a @ b, for a f32[n, p], b f32[p, q], out f32[n, q], rows contiguous, q a multiple of 16.
+def subtract_matmul(a: F32Array, b: F32Array, out: F32Array) -> None:
+    """out -= a @ b for a f32[n, p], b f32[p, q], out f32[n, q], with contiguous rows and q a multiple of 16.
 
-    Every element takes its p products one after the other, unfused.
+    The p products of an element are subtracted one after the other, without fused multiply-add.
     """
     n, p = a.shape
     q = out.shape[1]
@@ -62,7 +62,7 @@ def subtract_product(a: F32Array, b: F32Array, out: F32Array) -> None:
 
 @jit
 def add_squares(a: F32Array, weights: F32Array, out: npt.NDArray[np.float64]) -> None:
-    """out f64[n] += the squares of a f32[n, q], weighed by weights f32[q], one after the other."""
+    """Adds the squares of a f32[n, q], weighted by weights f32[q], to out f64[n], one after the other."""
     for r in range(a.shape[0]):
         for c in range(a.shape[1]):
             out[r] += np.float64(a[r, c]) * np.float64(a[r, c]) * np.float64(weights[c])

@@ -1,4 +1,4 @@
-"""Rounding by what goes into a layer: for every row on its own, the least d H d^T of its error d, H = E[x x^T]."""
+"""Rounding with the Hessian H = E[x x^T] of a layer's inputs: the loss of each row's error d is d H d^T."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 from pocketquant.quant.rounding.descent import descend
+from pocketquant.quant.rounding.factored import DAMPING, WINDOW, F64Array, FactoredHessian, losses
 from pocketquant.quant.rounding.feedback import feed_back
 from pocketquant.quant.rounding.layouts import Layout, layout_of
-from pocketquant.quant.rounding.matmul import subtract_product
-from pocketquant.quant.rounding.prepared import DAMPING, WINDOW, F64Array, Prepared, losses
+from pocketquant.quant.rounding.matmul import subtract_matmul
 from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack, rows_of, set_scales
 
 
@@ -20,10 +20,10 @@ class Rounding:
     """Which steps are taken.
 
     Attributes:
-        feedback: error feedback over columns (and over rows, where outputs count).
-        sweeps: of coordinate descent after it; 0 for none.
-        two_sided: whether the outputs' curvature counts where it is known.
-        damping: of H and G.
+        feedback: whether error feedback is used, over columns and, with a Fisher matrix, over rows.
+        sweeps: number of sweeps of coordinate descent that follow; 0 for none.
+        two_sided: whether the Fisher matrix of the outputs is used where the statistics have it.
+        damping: of H and G, see `DAMPING`.
     """
 
     feedback: bool = True
@@ -36,58 +36,59 @@ DEFAULT = Rounding()
 
 
 def round_rows(
-    weights: F32Array, quant_format: QuantFormat, prepared: Prepared, options: Rounding = DEFAULT
+    weights: F32Array, quant_format: QuantFormat, hessian: FactoredHessian, options: Rounding = DEFAULT
 ) -> U8Array:
-    """Encodes rows f32[n, k] for a small d H d^T; the bytes of a row do not depend on the rows that come with it.
+    """Encodes rows f32[n, k] for a small loss d H d^T; the bytes of a row do not depend on the other rows.
 
-    No row is worse than the format's own encoder leaves it with the diagonal of H as importance.
+    No row loses more than the format's own encoder makes it lose with the diagonal of H as importance.
 
     Args:
-        weights: finite.
-        quant_format: of blocks; others have nothing to choose.
-        prepared: H.
+        weights: finite numbers.
+        quant_format: a format of blocks; any other is left to its own encoder.
+        hessian: H.
+        options: which steps are taken.
 
     Returns:
         u8[n, row_bytes].
     """
     weights = np.ascontiguousarray(weights, np.float32)
-    importance = np.ascontiguousarray(prepared.hessian.diagonal())
+    importance = np.ascontiguousarray(hessian.matrix.diagonal())
     plain = quant_format.encode(weights, importance)
     layout = layout_of(quant_format)
     if layout is None or not (options.feedback or options.sweeps):
         return plain
     grid, state = grid_of(layout), new_state(weights, layout)
     if options.feedback:
-        loss = _choose_in_order(layout, grid, state, quant_format, prepared)
-        worse = np.flatnonzero(loss > losses(decoded_errors(plain, quant_format, state), prepared))
+        loss = _choose_in_order(layout, grid, state, quant_format, hessian)
+        worse = np.flatnonzero(loss > losses(decoded_errors(plain, quant_format, state), hessian))
         if len(worse):
             keep_plain(layout, grid, state, plain, worse)
     else:
         keep_plain(layout, grid, state, plain, np.arange(len(weights)))
     for _ in range(options.sweeps):
-        _sweep(grid, state, prepared)
+        _sweep(grid, state, hessian)
     return pack(state, layout)
 
 
 def _choose_in_order(
-    layout: Layout, grid: Grid, state: State, quant_format: QuantFormat, prepared: Prepared
+    layout: Layout, grid: Grid, state: State, quant_format: QuantFormat, hessian: FactoredHessian
 ) -> F64Array:
-    """Scales and codes, block after block from the left; the rows' losses."""
+    """Chooses scales and codes, block after block from the left; returns the loss of each row, f64[n]."""
     step, loss = layout.block_len, np.zeros(len(state.weights))
     for start in range(0, state.weights.shape[1], step):
         columns = slice(start, start + step)
         wanted = state.weights[:, columns].copy()
-        subtract_product(state.errors[:, :start], prepared.factor[:start, columns], wanted)
-        # the scales that suit the weights as they are asked for now, by what an error still costs here
-        found = quant_format.encode(wanted / state.shrink[:, None], prepared.spread[columns])
+        subtract_matmul(state.errors[:, :start], hessian.factor[:start, columns], wanted)
+        # the scales are chosen for the weights with feedback, each weighted by what its error costs
+        found = quant_format.encode(wanted / state.shrink[:, None], hessian.pivots[columns])
         set_scales(state, layout, start, layout.scales(found))
-        factor = np.ascontiguousarray(prepared.factor[columns, columns])
-        feed_back(grid, state, wanted, factor, prepared.spread[columns], start, loss)
+        factor = np.ascontiguousarray(hessian.factor[columns, columns])
+        feed_back(grid, state, wanted, factor, hessian.pivots[columns], start, loss)
     return loss
 
 
 def decoded_errors(data: U8Array, quant_format: QuantFormat, state: State) -> F32Array:
-    """Errors f32[n, k] of encoded rows, divided as the state's."""
+    """Errors f32[n, k] of encoded rows, on the scale of the state."""
     values = quant_format.decode(data, state.weights.shape[1])
     return values * state.shrink[:, None] - state.weights
 
@@ -95,7 +96,7 @@ def decoded_errors(data: U8Array, quant_format: QuantFormat, state: State) -> F3
 def keep_plain(
     layout: Layout, grid: Grid, state: State, plain: U8Array, rows: np.ndarray[tuple[int], np.dtype[np.intp]]
 ) -> None:
-    """Gives rows the scales of encoded ones, and the codes nearest to the weights."""
+    """Gives rows the scales of the format's own encoder, and the codes nearest to the weights."""
     part = rows_of(state, rows)
     set_scales(part, layout, 0, layout.scales(plain[rows]))
     step = layout.block_len
@@ -107,12 +108,12 @@ def keep_plain(
         getattr(state, name)[rows] = getattr(part, name)
 
 
-def _sweep(grid: Grid, state: State, prepared: Prepared) -> None:
-    """Coordinate descent once over all columns."""
+def _sweep(grid: Grid, state: State, hessian: FactoredHessian) -> None:
+    """One sweep of coordinate descent over all columns."""
     n_rows, n_cols = state.weights.shape
     for start in range(0, n_cols, WINDOW):
         columns = slice(start, min(start + WINDOW, n_cols))
         gradient = np.zeros((n_rows, columns.stop - start), np.float32)
-        subtract_product(state.errors, prepared.hessian[:, columns], gradient)
+        subtract_matmul(state.errors, hessian.matrix[:, columns], gradient)
         np.negative(gradient, out=gradient)
-        descend(grid, state, start, gradient, np.ascontiguousarray(prepared.hessian[columns, columns]))
+        descend(grid, state, start, gradient, np.ascontiguousarray(hessian.matrix[columns, columns]))

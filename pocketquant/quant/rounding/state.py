@@ -1,4 +1,4 @@
-"""Rows while they are being rounded: codes, scales, and the values that they stand for."""
+"""The rows that are being rounded: their codes and scales, and the values that these decode to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _F32 = np.float32
 
 
 class Grid(NamedTuple):
-    """A `Layout` as kernels read it; see there."""
+    """The numbers of a `Layout` that the kernels read; the fields are described there."""
 
     levels: F32Array
     is_even: bool
-    part_len: int
+    sub_block_len: int
     block_len: int
-    has_parts: bool
+    has_sub_blocks: bool
     scale_low: int
     scale_high: int
     offset_high: int
@@ -30,15 +30,15 @@ class Grid(NamedTuple):
 
 
 class State(NamedTuple):
-    """Rows of n x k weights, divided by a power of two each, so that sums of squares stay in range.
+    """Rows of n x k weights; each row is divided by a power of two, so that sums of squares stay in range.
 
     Attributes:
-        weights: f32[n, k], the originals.
-        values: f32[n, k], what the codes stand for.
+        weights: f32[n, k], the original weights.
+        values: f32[n, k], the values that the codes decode to.
         errors: f32[n, k], values - weights.
         codes: u8[n, k].
         scale, offset, d, dmin: as in `Scales`.
-        shrink: f32[n], the factor between a row here and in the file, a power of two.
+        shrink: f32[n], the power of two that turns a row of the file into a row here.
     """
 
     weights: F32Array
@@ -53,13 +53,13 @@ class State(NamedTuple):
 
 
 def grid_of(layout: Layout) -> Grid:
-    """The numbers of a layout that kernels need."""
+    """The numbers of a layout that the kernels read."""
     return Grid(
         layout.levels,
         layout.is_even,
-        layout.part_len,
+        layout.sub_block_len,
         layout.block_len,
-        layout.has_parts,
+        layout.has_sub_blocks,
         layout.scale_low,
         layout.scale_high,
         layout.offset_high,
@@ -68,29 +68,32 @@ def grid_of(layout: Layout) -> Grid:
 
 
 def new_state(weights: F32Array, layout: Layout, together: bool = False) -> State:
-    """Rows f32[n, k] with nothing decided: all codes and scales zero; `together` divides all by the same."""
+    """The state of rows f32[n, k] before any choice: all codes and scales are zero.
+
+    With `together`, all rows are divided by the same power of two.
+    """
     n_rows, n_cols = weights.shape
     peak = np.abs(weights).max(axis=1, initial=0.0)
     if together:
         peak[:] = peak.max(initial=0.0)
     exponent = np.clip(np.frexp(peak)[1], -120, 120)
     shrink = np.where(peak > 0, np.ldexp(np.float32(1), -exponent), np.float32(1)).astype(np.float32)
-    part = np.zeros((2, n_rows, n_cols // layout.part_len), np.int16)
+    sub_block = np.zeros((2, n_rows, n_cols // layout.sub_block_len), np.int16)
     block = np.zeros((2, n_rows, n_cols // layout.block_len), np.uint16)
     scaled = weights * shrink[:, None]
     codes = np.zeros((n_rows, n_cols), np.uint8)
-    return State(scaled, np.zeros_like(scaled), -scaled, codes, part[0], part[1], block[0], block[1], shrink)
+    return State(scaled, np.zeros_like(scaled), -scaled, codes, sub_block[0], sub_block[1], block[0], block[1], shrink)
 
 
 def rows_of(state: State, rows: npt.NDArray[np.intp]) -> State:
-    """A copy of some rows."""
+    """A copy of the state of some rows."""
     return State._make(array[rows] for array in state)
 
 
 def set_scales(state: State, layout: Layout, start: int, scales: Scales, rows: slice = slice(None)) -> None:
-    """Writes the scales of the columns from `start` on."""
-    for name, unit_len in (("scale", "part_len"), ("offset", "part_len"), ("d", "block_len"), ("dmin", "block_len")):
-        given, at = getattr(scales, name), start // getattr(layout, unit_len)
+    """Sets the scales of the columns from `start` on."""
+    for name, given in scales._asdict().items():
+        at = start // (layout.sub_block_len if name in ("scale", "offset") else layout.block_len)
         getattr(state, name)[rows, at : at + given.shape[1]] = given
 
 
@@ -100,11 +103,11 @@ def pack(state: State, layout: Layout) -> U8Array:
 
 
 @jit
-def line_of(g: Grid, s: State, row: int, part: int) -> tuple[np.float32, np.float32]:
-    """(scale, offset) of a part: what turns a level into a value, as the decoder computes it."""
-    block = part * g.part_len // g.block_len
-    scale = _F32(f16_value(s.d[row, block]) * s.shrink[row]) * _F32(s.scale[row, part])
-    offset = _F32(f16_value(s.dmin[row, block]) * s.shrink[row]) * _F32(s.offset[row, part])
+def scale_and_offset(g: Grid, s: State, row: int, sub_block: int) -> tuple[np.float32, np.float32]:
+    """The scale and the offset of a sub-block, which turn a level into a value, as the decoder computes them."""
+    block = sub_block * g.sub_block_len // g.block_len
+    scale = _F32(f16_value(s.d[row, block]) * s.shrink[row]) * _F32(s.scale[row, sub_block])
+    offset = _F32(f16_value(s.dmin[row, block]) * s.shrink[row]) * _F32(s.offset[row, sub_block])
     return scale, offset if g.sign > 0 else -offset
 
 

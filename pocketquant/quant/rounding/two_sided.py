@@ -1,9 +1,10 @@
-"""Rounding by both sides of a layer: the least tr(G D H D^T) of a matrix's error D, G = E[g g^T] over output gradients.
+"""Rounding with the Hessian H of a layer's inputs and the Fisher matrix G = E[g g^T] of its output gradients.
 
-The rows are no longer independent: what one row loses in a direction of the outputs, others can make up for. With
-G = S S^T, S upper triangular like H's R, the objective is the squared length of S^T D R, whose element (a, c) knows
-rows up to a and columns up to c: error feedback runs over rows and columns at once. Coordinate descent then takes row
-after row: row a's share of the objective is G_aa times the one-sided one with (G D H)_a / G_aa for its gradient.
+The loss of a matrix's error D is tr(G D H D^T). The rows are not independent: other rows can make up for what one row
+loses in a direction of the outputs. With G = S S^T and S upper triangular, as R is for H, the loss is the squared
+length of S^T D R, whose element (a, c) depends on the rows up to a and the columns up to c. So error feedback runs over
+rows and columns at once. Coordinate descent takes one row after the other: the share of row a in the loss is G_aa times
+the one-sided loss, with (G D H)_a / G_aa as its gradient.
 """
 
 from __future__ import annotations
@@ -13,87 +14,97 @@ from math import fsum
 import numpy as np
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
-from pocketquant.quant.rounding.descent import descend_row, inverse_diagonal, new_room
+from pocketquant.quant.rounding.descent import descend_row, inverse_diagonal, new_workspace
+from pocketquant.quant.rounding.factored import WINDOW, FactoredHessian
 from pocketquant.quant.rounding.feedback import feed_back_row
 from pocketquant.quant.rounding.kernel import jit
 from pocketquant.quant.rounding.layouts import Layout, layout_of
-from pocketquant.quant.rounding.matmul import add_squares, subtract_product
-from pocketquant.quant.rounding.prepared import WINDOW, Prepared
+from pocketquant.quant.rounding.matmul import add_squares, subtract_matmul
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, decoded_errors, keep_plain
 from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack, set_scales
 
 _ROWS = 32
-"""Rows whose gradients are kept up to date one by one; the others' come from products."""
+"""Number of rows whose gradients are updated after each row; the gradients of later rows come from matrix products."""
 
 
 def round_matrix(
-    weights: F32Array, quant_format: QuantFormat, inputs: Prepared, outputs: Prepared, options: Rounding = DEFAULT
+    weights: F32Array,
+    quant_format: QuantFormat,
+    hessian: FactoredHessian,
+    fisher: FactoredHessian,
+    options: Rounding = DEFAULT,
 ) -> U8Array:
-    """Encodes a matrix f32[m, k] for a small tr(G D H D^T); never worse than the format's own encoder.
+    """Encodes a matrix f32[m, k] for a small loss tr(G D H D^T), never larger than that of the format's own encoder.
 
     Args:
-        weights: finite.
-        quant_format: of blocks; others have nothing to choose.
-        inputs: H, k x k.
-        outputs: G, m x m.
+        weights: finite numbers.
+        quant_format: a format of blocks; any other is left to its own encoder.
+        hessian: H, k x k.
+        fisher: G, m x m.
+        options: which steps are taken.
 
     Returns:
         u8[m, row_bytes].
     """
     weights = np.ascontiguousarray(weights, np.float32)
-    plain = quant_format.encode(weights, np.ascontiguousarray(inputs.hessian.diagonal()))
+    plain = quant_format.encode(weights, np.ascontiguousarray(hessian.matrix.diagonal()))
     layout = layout_of(quant_format)
     if layout is None or not (options.feedback or options.sweeps):
         return plain
-    # one power of two for all rows, because they are weighed against each other
+    # one power of two for all rows, because their errors are compared with each other
     grid, state = grid_of(layout), new_state(weights, layout, together=True)
     everything = np.arange(len(weights))
     if options.feedback:
-        _choose_in_order(layout, grid, state, quant_format, inputs, outputs)
-        bound = two_sided_loss(decoded_errors(plain, quant_format, state), inputs, outputs)
-        if two_sided_loss(state.errors, inputs, outputs) > bound:
+        _choose_in_order(layout, grid, state, quant_format, hessian, fisher)
+        bound = two_sided_loss(decoded_errors(plain, quant_format, state), hessian, fisher)
+        if two_sided_loss(state.errors, hessian, fisher) > bound:
             keep_plain(layout, grid, state, plain, everything)
     else:
         keep_plain(layout, grid, state, plain, everything)
     for _ in range(options.sweeps):
-        _sweep(grid, state, inputs, outputs)
+        _sweep(grid, state, hessian, fisher)
     return pack(state, layout)
 
 
-def two_sided_loss(errors: F32Array, inputs: Prepared, outputs: Prepared) -> float:
-    """tr(G D H D^T) of errors f32[m, k]."""
+def two_sided_loss(errors: F32Array, hessian: FactoredHessian, fisher: FactoredHessian) -> float:
+    """The loss tr(G D H D^T) of errors D f32[m, k]."""
     sums = np.zeros(len(errors))
     for start in range(0, errors.shape[1], WINDOW):
         columns = slice(start, start + WINDOW)
         right = -errors[:, columns]
-        subtract_product(errors[:, : start + WINDOW], inputs.factor[: start + WINDOW, columns], right)
+        subtract_matmul(errors[:, : start + WINDOW], hessian.factor[: start + WINDOW, columns], right)
         both = right.copy()
         np.negative(both, out=both)
-        subtract_product(np.ascontiguousarray(outputs.factor.T), right, both)
-        add_squares(both, inputs.spread[columns], sums)
-    return fsum(sums * outputs.spread)
+        subtract_matmul(np.ascontiguousarray(fisher.factor.T), right, both)
+        add_squares(both, hessian.pivots[columns], sums)
+    return fsum(sums * fisher.pivots)
 
 
 def _choose_in_order(
-    layout: Layout, grid: Grid, state: State, quant_format: QuantFormat, inputs: Prepared, outputs: Prepared
+    layout: Layout,
+    grid: Grid,
+    state: State,
+    quant_format: QuantFormat,
+    hessian: FactoredHessian,
+    fisher: FactoredHessian,
 ) -> None:
-    """Scales and codes, blocks from the left, rows from the top."""
+    """Chooses scales and codes, blocks from the left and rows from the top."""
     n_rows, n_cols = state.weights.shape
-    above = np.ascontiguousarray(outputs.factor.T)
+    above = np.ascontiguousarray(fisher.factor.T)
     for start in range(0, n_cols, layout.block_len):
         columns = slice(start, start + layout.block_len)
         wanted = state.weights[:, columns].copy()
-        subtract_product(state.errors[:, :start], inputs.factor[:start, columns], wanted)
-        right = np.zeros_like(wanted)  # D R of these columns, over R's diagonal
-        factor = np.ascontiguousarray(inputs.factor[columns, columns])
+        subtract_matmul(state.errors[:, :start], hessian.factor[:start, columns], wanted)
+        right = np.zeros_like(wanted)  # D R of these columns, divided by R's diagonal
+        factor = np.ascontiguousarray(hessian.factor[columns, columns])
         for first in range(0, n_rows, _ROWS):
             rows = slice(first, min(first + _ROWS, n_rows))
             feedback = np.zeros_like(wanted[rows])
-            subtract_product(above[rows, :first], right[:first], feedback)
-            found = quant_format.encode((wanted[rows] + feedback) / state.shrink[rows, None], inputs.spread[columns])
+            subtract_matmul(above[rows, :first], right[:first], feedback)
+            found = quant_format.encode((wanted[rows] + feedback) / state.shrink[rows, None], hessian.pivots[columns])
             scales = layout.scales(found)
             set_scales(state, layout, start, scales, rows)
-            _feed_back_rows(grid, state, wanted, feedback, right, factor, outputs.factor, start, first, rows.stop)
+            _feed_back_rows(grid, state, wanted, feedback, right, factor, fisher.factor, start, first, rows.stop)
 
 
 @jit
@@ -123,19 +134,19 @@ def _feed_back_rows(
             right[row, c] = s.values[row, start + c] - (want[c] - shift[c])
 
 
-def _sweep(grid: Grid, state: State, inputs: Prepared, outputs: Prepared) -> None:
-    """Coordinate descent once over all columns and rows."""
+def _sweep(grid: Grid, state: State, hessian: FactoredHessian, fisher: FactoredHessian) -> None:
+    """One sweep of coordinate descent over all columns and rows."""
     n_rows, n_cols = state.weights.shape
     for start in range(0, n_cols, WINDOW):
         columns = slice(start, min(start + WINDOW, n_cols))
         minus_right = np.zeros((n_rows, columns.stop - start), np.float32)  # -D H of these columns
-        subtract_product(state.errors, inputs.hessian[:, columns], minus_right)
-        hessian = np.ascontiguousarray(inputs.hessian[columns, columns])
+        subtract_matmul(state.errors, hessian.matrix[:, columns], minus_right)
+        square = np.ascontiguousarray(hessian.matrix[columns, columns])
         for first in range(0, n_rows, _ROWS):
             rows = slice(first, min(first + _ROWS, n_rows))
             gradient = np.zeros_like(minus_right[rows])
-            subtract_product(outputs.hessian[rows], minus_right, gradient)
-            _descend_rows(grid, state, start, first, gradient, minus_right, hessian, outputs.hessian)
+            subtract_matmul(fisher.matrix[rows], minus_right, gradient)
+            _descend_rows(grid, state, start, first, gradient, minus_right, square, fisher.matrix)
 
 
 @jit
@@ -147,22 +158,22 @@ def _descend_rows(
     gradient: F32Array,
     minus_right: F32Array,
     hessian: F32Array,
-    outer: F32Array,
+    fisher: F32Array,
 ) -> None:
     n_rows, length = gradient.shape
-    room, h, per_h = new_room(), hessian.ravel(), inverse_diagonal(hessian)
+    workspace, h, per_h = new_workspace(), hessian.ravel(), inverse_diagonal(hessian)
     r, moved = np.empty(length, np.float32), np.empty(length, np.float32)
     for i in range(n_rows):
         row = first + i
-        weight = outer[row, row]
+        weight = fisher[row, row]
         for c in range(length):
             r[c] = gradient[i, c] / weight
             moved[c] = r[c]
-        descend_row(g, s, row, start, r, h, per_h, room)
+        descend_row(g, s, row, start, r, h, per_h, workspace)
         for c in range(length):
             moved[c] = r[c] - moved[c]
             minus_right[row, c] -= moved[c]
         for j in range(i + 1, n_rows):
-            share = outer[first + j, row]
+            share = fisher[first + j, row]
             for c in range(length):
                 gradient[j, c] += share * moved[c]

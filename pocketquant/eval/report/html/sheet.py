@@ -16,8 +16,10 @@ from typing import Any
 from pocketquant.errors import EvalError, listing
 from pocketquant.eval.report.html.taking import MAX_ROWS, items, listed, mapping, number, whole, words
 from pocketquant.eval.report.html.task_results import TaskDrift, is_drift, read_drift
+from pocketquant.eval.report.kinds import RELEASE, REPORT, TASKS
 from pocketquant.eval.report.reading import RELEASES
 from pocketquant.eval.report.schema import SCHEMA as EVALUATION
+from pocketquant.files.json_kinds import refuse_other_kinds
 from pocketquant.files.small import read_json
 from pocketquant.formats import FORMATS
 
@@ -180,18 +182,22 @@ def to_sheet(documents: Sequence[tuple[str, Any]]) -> Sheet:
     releases: list[Mapping[str, Any]] = []
     for name, document in documents:
         schema = document.get("schema") if isinstance(document, Mapping) else None
-        if schema in RELEASES:
-            releases.append(document)
-            entries = listed(document.get("variants"), MAX_VARIANTS, name, "variants")
-            variants += [_variant(entry.get("evaluation"), entry, name) for entry in entries]
-        elif schema == EVALUATION:
-            variants.append(_variant(document, {}, name))
-        elif is_drift(document):
-            tasks.append(read_drift(document, name))
-        else:
+        kind = (
+            RELEASE if schema in RELEASES else REPORT if schema == EVALUATION else TASKS if is_drift(document) else None
+        )
+        if kind is None:
             raise EvalError(
                 f"{name}: no report (schema {schema!r:.60}); give what `eval --json`, `make`, `sweep` or `tasks` wrote"
             )
+        refuse_other_kinds(document, kind, name, EvalError)
+        if kind is RELEASE:
+            releases.append(document)
+            entries = listed(document.get("variants"), MAX_VARIANTS, name, "variants")
+            variants += [_variant(entry.get("evaluation"), entry, name) for entry in entries]
+        elif kind is REPORT:
+            variants.append(_variant(document, {}, name))
+        else:
+            tasks.append(read_drift(document, name))
     if not variants:
         raise EvalError("a page needs at least one measured file; give a report of `eval --json`, `make` or `sweep`")
     if len(variants) > MAX_VARIANTS:
