@@ -27,9 +27,9 @@ from pocketquant.cli.options import (
     Stats,
     Threads,
 )
-from pocketquant.cli.planning import encoding_on, open_source
+from pocketquant.cli.planning import open_source, working_with
 from pocketquant.cli.report import command_words
-from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.screen import print_json, say, size, step_progress
 from pocketquant.cli.sizing import Deciding, read_choices
 
 
@@ -79,16 +79,9 @@ def make(
     """Do it all: quantized files, evaluation against full precision, report, checksums."""
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.gguf_file.shards import parse_size
-    from pocketquant.release.make import (
-        DEFAULT_RECIPES,
-        Bars,
-        Settings,
-        calibration_text,
-        list_outputs,
-        make_release,
-        plan_release,
-        to_markdown,
-    )
+    from pocketquant.release.make import list_outputs, make_release
+    from pocketquant.release.measuring import to_markdown
+    from pocketquant.release.planning import CALIBRATION, DEFAULT_RECIPES, ReleaseSettings, plan_release
     from pocketquant.texts.embedded import read_texts
 
     if imatrix is not None and (calibrate is not None or calibrate_chunks is not None):
@@ -97,12 +90,12 @@ def make(
         raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
     matrix = None if imatrix in (None, "none") else Path(imatrix)
     shared = Deciding(imatrix=matrix, stats=stats, rounding=rounding)
-    settings = Settings(
+    settings = ReleaseSettings(
         texts=tuple(read_texts(text)) if text else (),
         context=context,
         chunks=chunks,
         positions=positions,
-        calibrate=(calibrate or calibration_text()) if imatrix is None else None,
+        calibrate=(calibrate or CALIBRATION) if imatrix is None else None,
         calibrate_chunks=calibrate_chunks,
         reference_type=reference_type,
         mmproj=mmproj,
@@ -135,14 +128,8 @@ def make(
                 {"files": files, "disk_bytes": release.disk_bytes, "memory_bytes": release.memory_bytes}, of="plan"
             )
         return
-    bars = Bars(
-        bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
-        steps=lambda label: step_progress(label, quiet=quiet),
-    )
-    with encoding_on(scheduler) as encode:
-        result = make_release(
-            release, out, threads=threads, gpu_layers=gpu_layers, bars=bars, run=encode, command=command_words()
-        )
+    with working_with(threads, gpu_layers, scheduler, quiet=quiet) as means:
+        result = make_release(release, out, **vars(means), command=command_words())
     if json:
         print_json(result)
     else:

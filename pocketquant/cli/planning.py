@@ -16,7 +16,7 @@ from pocketquant.cli.sizing import Deciding, print_explanation, read_choice, say
 
 if TYPE_CHECKING:
     from pocketquant.convert.sources import Parts
-    from pocketquant.gguf_file.writing import Run
+    from pocketquant.release.means import Means
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ def run(request: Request) -> None:
     """Does what was asked for."""
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.gguf_file.shards import parse_size
-    from pocketquant.gguf_file.writing import write_together
     from pocketquant.quant import explain, with_figures
     from pocketquant.quant.planning import importance_gaps
-    from pocketquant.release.outputs import all_files, plan_outputs
+    from pocketquant.release.outputs import all_files, plan_outputs, write_outputs
 
     quiet = request.quiet
     made_from = [request.source, *request.deciding.files, request.chat_template, request.adapter]
@@ -102,12 +101,8 @@ def run(request: Request) -> None:
     if not request.dry_run:
         for part, path in files:
             say(f"will write {path}: {size(part.file_bytes)} from {request.source}", quiet=quiet)
-        total = sum(item.nbytes for part, _ in files for item in part.tensors)
-        with (
-            encoding_on(request.scheduler) as encode,
-            byte_progress(out.name, total, quiet=quiet) as advance,
-        ):
-            write_together(files, threads=request.threads, on_bytes=advance, run=encode)
+        with working_with(request.threads, scheduler=request.scheduler, quiet=quiet) as means:
+            write_outputs(outputs, means)
         for part, path in files:
             say(f"written: {path}: {size(part.file_bytes)}", quiet=quiet)
         summary = {"out": str(request.out), **summary}
@@ -125,15 +120,23 @@ def run(request: Request) -> None:
 
 
 @contextmanager
-def encoding_on(scheduler: str | None) -> Iterator[Run | None]:
-    """Who encodes: the cluster of that address, or None for this machine."""
+def working_with(
+    threads: int | None = None, gpu_layers: int = 0, scheduler: str | None = None, *, quiet: bool = False
+) -> Iterator[Means]:
+    """What the work is done with, connected to the cluster of that address, if one is named."""
+    from pocketquant.release.means import Bars, Means
+
+    bars = Bars(
+        bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
+        steps=lambda label: step_progress(label, quiet=quiet),
+    )
     if scheduler is None:
-        yield None
+        yield Means(threads, gpu_layers, bars)
         return
     from pocketquant.cluster import open_cluster
 
     with open_cluster(scheduler) as encode:
-        yield encode
+        yield Means(threads, gpu_layers, bars, encode)
 
 
 def open_source(
@@ -145,40 +148,22 @@ def open_source(
     mmproj: str | None,
 ) -> Parts:
     """Opens a source as the options say."""
-    from pocketquant.convert.sources import open_parts
+    from pocketquant.release.outputs import Opening
 
     if mtp not in ("sidecar", "embed", "drop"):
         raise typer.BadParameter("sidecar, embed or drop", param_hint="--mtp")
-    return open_parts(
-        source,
-        chat_template=chat_template,
-        keep_source=keep_source,
-        adapter=adapter,
-        mtp=mtp,  # type: ignore[arg-type]
-        with_vision=mmproj != "none",
-    )
+    return Opening(chat_template, keep_source, adapter, mtp, mmproj != "none").open(source)  # type: ignore[arg-type]
 
 
 @contextmanager
 def as_gguf(
     source: str, out: Path, reference_type: str = "f32", *, threads: int | None = None, quiet: bool = False
 ) -> Iterator[Path]:
-    """A source as a GGUF in full precision: itself, or converted, beside `out`, for as long as the block runs."""
-    from pocketquant.convert.sources import names_gguf, open_model
-    from pocketquant.files.leftovers import work_folder
-    from pocketquant.files.replacing import check_target
-    from pocketquant.gguf_file.writing import write
-    from pocketquant.quant import open_recipe, plan
+    """A source as a GGUF in full precision, with a bar: itself, or converted, for as long as the block runs."""
+    from pocketquant.release import outputs
 
-    if names_gguf(source):
-        yield Path(source)
-        return
-    planned = plan(open_model(source), open_recipe(reference_type))
-    with work_folder(check_target(out)) as folder:
-        converted = folder / "source.gguf"
-        with byte_progress("converting", planned.file_bytes, quiet=quiet) as advance:
-            write(planned, converted, threads=threads, on_bytes=advance, is_result=False)
-        yield converted
+    with working_with(threads, quiet=quiet) as means, outputs.as_gguf(source, out, reference_type, means) as gguf:
+        yield gguf
 
 
 def describe_tensor(tensor: Any, type_name: str, nbytes: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from pocketquant.cli.planning import encoding_on, open_source
+from pocketquant.cli.planning import open_source, working_with
 from pocketquant.cli.report import command_words
-from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
+from pocketquant.cli.screen import print_json, say, size, step_progress
 from pocketquant.cli.sizing import Deciding, read_choices
 
 
@@ -85,8 +85,8 @@ def sweep(
 ) -> None:
     """Measure several recipes or sizes against one reference; an interrupted sweep goes on where it was."""
     from pocketquant.files.replacing import refuse_overwriting
-    from pocketquant.release.measuring import REPORTS, Bars, Means, to_markdown
-    from pocketquant.release.planning import Settings, calibration_text, plan_release
+    from pocketquant.release.measuring import REPORTS, to_markdown
+    from pocketquant.release.planning import CALIBRATION, ReleaseSettings, plan_release
     from pocketquant.release.sweep import KEEP, plan_sweep, run_sweep
     from pocketquant.texts.embedded import read_texts
 
@@ -104,12 +104,12 @@ def sweep(
     options += [replace(sized, target_bpw=bits) for bits in target_bpw or []]
     if not options:
         raise typer.BadParameter("name what to compare: --recipe, --target-size or --target-bpw", param_hint="--recipe")
-    settings = Settings(
+    settings = ReleaseSettings(
         texts=tuple(read_texts(text)) if text else (),
         context=context,
         chunks=chunks,
         positions=positions,
-        calibrate=(calibrate or calibration_text()) if imatrix is None else None,
+        calibrate=(calibrate or CALIBRATION) if imatrix is None else None,
         calibrate_chunks=calibrate_chunks,
         reference_type=reference_type,
     )
@@ -140,12 +140,8 @@ def sweep(
                 {"files": files, "disk_bytes": planned.disk_bytes, "memory_bytes": planned.memory_bytes}, of="plan"
             )
         return
-    bars = Bars(
-        bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
-        steps=lambda label: step_progress(label, quiet=quiet),
-    )
-    with encoding_on(scheduler) as encode:
-        result = run_sweep(planned, out, means=Means(threads, gpu_layers, bars, encode), command=command_words())
+    with working_with(threads, gpu_layers, scheduler, quiet=quiet) as means:
+        result = run_sweep(planned, out, means=means, command=command_words())
     if json:
         print_json(result)
     else:

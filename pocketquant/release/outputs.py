@@ -1,17 +1,54 @@
-"""Everything that one source becomes: the model's file, and beside it `mmproj-NAME` and `mtp-NAME`."""
+"""Everything that one source becomes: the model's file, and beside it `mmproj-NAME` and `mtp-NAME`. How a source is
+opened for that, and what it is in full precision.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pocketquant.calibration.importance import importance_of_block
-from pocketquant.convert.mtp import sidecar_path
-from pocketquant.convert.sources import Parts
+from pocketquant.convert.mtp import MtpMode, sidecar_path
+from pocketquant.convert.sources import Parts, names_gguf, open_model, open_parts
+from pocketquant.files.leftovers import work_folder
+from pocketquant.files.replacing import check_target
 from pocketquant.gguf_file.shards import check_whole, split_plan
+from pocketquant.gguf_file.writing import write, write_together
 from pocketquant.model import Plan
 from pocketquant.quant import Choice, open_recipe, plan
+from pocketquant.release.means import Means
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a source is opened.
+
+    Attributes:
+        chat_template: a file to take in place of the source's chat templates.
+        keep_source: a folder to download a hub's repository into; None reads only what is needed.
+        adapter: the folder of a PEFT LoRA adapter to merge into a checkpoint.
+        mtp: a multi-token-prediction block goes beside the model ("sidecar"), inside ("embed"), or away ("drop").
+        with_vision: open the vision tower.
+    """
+
+    chat_template: Path | str | None = None
+    keep_source: Path | str | None = None
+    adapter: Path | str | None = None
+    mtp: MtpMode = "sidecar"
+    with_vision: bool = True
+
+    def open(self, source: Path | str) -> Parts:
+        """Opens everything that a source holds; errors are those of `open_model`."""
+        return open_parts(
+            source,
+            chat_template=self.chat_template,
+            keep_source=self.keep_source,
+            adapter=self.adapter,
+            mtp=self.mtp,
+            with_vision=self.with_vision,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,3 +120,25 @@ def plan_sidecars(
 def all_files(outputs: Sequence[Output]) -> list[tuple[Plan, Path]]:
     """Every plan with its path, the model's first."""
     return [file for output in outputs for file in output.files]
+
+
+def write_outputs(outputs: Sequence[Output], means: Means) -> None:
+    """Writes all files, with a bar; no target is replaced before all of them are finished and checked."""
+    files = all_files(outputs)
+    total = sum(item.nbytes for part, _ in files for item in part.tensors)
+    with means.bars.bytes(outputs[0].path.name, total) as advance:
+        write_together(files, threads=means.threads, on_bytes=advance, run=means.run)
+
+
+@contextmanager
+def as_gguf(source: Path | str, out: Path, reference_type: str, means: Means) -> Iterator[Path]:
+    """A source as a GGUF in full precision: itself, or converted, beside `out`, for as long as the block runs."""
+    if names_gguf(source):
+        yield Path(source)
+        return
+    planned = plan(open_model(source), open_recipe(reference_type))
+    with work_folder(check_target(out)) as folder:
+        converted = folder / "source.gguf"
+        with means.bars.bytes("converting", planned.file_bytes) as advance:
+            write(planned, converted, threads=means.threads, on_bytes=advance, is_result=False)
+        yield converted
