@@ -76,7 +76,7 @@ def make(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Do it all: quantized files, evaluation against full precision, report, checksums."""
+    """Make quantized files, measure them, write a report and checksums."""
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.gguf_file.shards import parse_size
     from pocketquant.release.make import list_outputs, make_release

@@ -1,85 +1,91 @@
-"""`pocketquant reference`: keeps what a full-precision model says about a text."""
+"""`reference`: keeps what a full-precision model says about a text."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pocketquant.cli.screen import print_json, say, size, step_progress
+import typer
+
+from pocketquant.cli.options import Chunks, Compute, Context, CostOnly, Talk, option
+from pocketquant.cli.screen import print_json, size
+
+if TYPE_CHECKING:
+    from pocketquant.eval.packs.pack import Pack
 
 
-def make_pack(
-    model: Path,
-    text: list[str],
-    out: Path,
+@dataclass(frozen=True)
+class PackOptions:
+    """What a pack holds."""
+
+    context: Context = 512
+    chunks: Chunks = None
+    positions: Annotated[
+        bool, option("--positions", "", "Keep windows from their beginning, for eval --positions.")
+    ] = False
+    top_k: Annotated[int, option("--top-k", "N", "Keep the N most likely tokens only: 64 for CI.", min=0)] = 0
+    with_head: Annotated[
+        bool, option("--with-head", "", "Put the output matrix into the pack, so that it needs no other file.")
+    ] = False
+
+
+def reference(
+    model: Annotated[Path, typer.Argument(metavar="GGUF|DIR", help="Full precision: a GGUF or a checkpoint's folder.")],
+    text: Annotated[list[str], option("--text", "FILE|NAME=FILE|domains", "As for eval; once for each text.")],
+    out: Annotated[Path, option("--out -o", "FILE", "The pack to write: NAME.pqref.")],
     *,
-    context: int,
-    chunks: int | None,
-    positions: bool,
-    top_k: int,
-    with_head: bool,
-    threads: int | None,
-    gpu_layers: int,
-    dry_run: bool,
-    json: bool,
-    quiet: bool,
+    options: PackOptions,
+    compute: Compute,
+    dry_run: CostOnly = False,
+    talk: Talk,
 ) -> None:
-    """Says what the pack will take and makes it."""
+    """Keep what full precision says about texts, to compare with later."""
     from pocketquant.eval.reference import make_reference, plan_reference
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.texts.embedded import read_texts
 
+    if options.top_k and options.with_head:
+        raise typer.BadParameter("a pack of top tokens needs no output matrix", param_hint="--with-head")
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
-    plan = plan_reference(
-        model,
-        texts,
-        context=context,
-        chunks=chunks,
-        positions=positions,
-        top=top_k,
-        with_head=with_head,
-        threads=threads,
-    )
+    settings: dict[str, Any] = {
+        "context": options.context,
+        "chunks": options.chunks,
+        "positions": options.positions,
+        "top": options.top_k,
+        "with_head": options.with_head,
+        "threads": compute.threads,
+    }
+    plan = plan_reference(model, texts, **settings)
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
-    say(
+    talk.say(
         f"{out}: {plan.positions} positions in {plan.windows} windows, at most {size(kept)}{matrix}; "
-        f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)})",
-        quiet=quiet,
+        f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)})"
     )
     if dry_run:
-        if json:
+        if talk.json:
             print_json(asdict(plan), of="plan")
         return
-    with step_progress(out.name, quiet=quiet) as advance:
-        pack = make_reference(
-            model,
-            texts,
-            out,
-            context=context,
-            chunks=chunks,
-            positions=positions,
-            top=top_k,
-            with_head=with_head,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            progress=advance,
-        )
-    header, nbytes = pack.header, out.stat().st_size
-    floor = header.floor
+    with talk.steps(out.name, "windows") as advance:
+        pack = make_reference(model, texts, out, **settings, gpu_layers=compute.gpu_layers, progress=advance)
+    _report(out, pack, talk)
+    if talk.json:
+        header = asdict(pack.header)
+        print_json({"out": str(out), "file_bytes": out.stat().st_size, "base_bytes": plan.base_bytes, **header})
+
+
+def _report(out: Path, pack: Pack, talk: Talk) -> None:
+    header, floor = pack.header, pack.header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"
-    say(
-        f"written: {size(nbytes)}, {how}, {floor.kld_mean:.1g} nats from the reference itself (at most "
-        f"{floor.kld_max:.1g} at one of {floor.positions} positions); moves divergences by {floor.shift:.1g}",
-        quiet=quiet,
+    talk.say(
+        f"written: {size(out.stat().st_size)}, {how}, {floor.kld_mean:.1g} nats from the reference itself (at most "
+        f"{floor.kld_max:.1g} at one of {floor.positions} positions); moves divergences by {floor.shift:.1g}"
     )
     if header.top:
-        say(
-            f"note: divergences against it are lower bounds; about {100 * floor.captured:.0f} % of a small one shows",
-            quiet=quiet,
+        talk.say(
+            f"note: divergences against it are lower bounds; about {100 * floor.captured:.0f} % of a small one shows"
         )
     elif "head" not in pack.sections:
-        say(f"note: comparisons need {header.model.name} beside it, for its output matrix", quiet=quiet)
-    if json:
-        print_json({"out": str(out), "file_bytes": nbytes, "base_bytes": plan.base_bytes, **asdict(header)})
+        talk.say(f"note: comparisons need {header.model.name} beside it, for its output matrix")

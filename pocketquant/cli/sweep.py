@@ -83,7 +83,10 @@ def sweep(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
-    """Measure several recipes or sizes against one reference; an interrupted sweep goes on where it was."""
+    """Measure several recipes or sizes against one reference.
+
+    An interrupted sweep goes on where it was.
+    """
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.release.measuring import REPORTS, to_markdown
     from pocketquant.release.planning import CALIBRATION, ReleaseSettings, plan_release
