@@ -10,7 +10,7 @@ import typer
 
 from pocketquant.cli.choice import Sensitivity
 from pocketquant.cli.make import Measured, Recipes, describe_file, plan_files, print_cost, show_result
-from pocketquant.cli.options import AdapterDir, KeepSource, OutFolder, Source, Talk, option
+from pocketquant.cli.options import ADVANCED, AdapterDir, KeepSource, OutFolder, Source, Talk, option
 from pocketquant.cli.planning import Opened, working_with
 from pocketquant.cli.report import command_words
 from pocketquant.cli.screen import size
