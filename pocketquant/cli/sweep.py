@@ -37,7 +37,10 @@ def sweep(
     keep_source: KeepSource = None,
     talk: Talk,
 ) -> None:
-    """Measure several recipes or sizes against one reference; an interrupted sweep goes on where it was."""
+    """Measure several recipes or sizes against one reference.
+
+    An interrupted sweep goes on where it was.
+    """
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.release.measuring import REPORTS
     from pocketquant.release.sweep import KEEP, plan_sweep, run_sweep
