@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketquant.calibration.collecting import Collection, CollectSettings
 from pocketquant.errors import RecipeError
 from pocketquant.release.means import Bars, Means
 from pocketquant.release.outputs import Opening, Output
@@ -105,27 +106,6 @@ class EvalSettings:
     like: str | None = None
     seed: int = 0
     head: Path | None = None
-
-
-@dataclass(frozen=True)
-class CollectSettings:
-    """How `imatrix` and `calibrate` run a model over texts.
-
-    Attributes:
-        context: tokens in a window.
-        chunks: the most windows of each text; None for all, or for 16 that the model writes.
-        seed: of a text that the model writes.
-        resume: go on where an interrupted run was saved beside the output.
-        reference_type: the type that a checkpoint is run in: f32 or bf16.
-        memory_bytes: for statistics, the bound of the sums in memory; less means more passes.
-    """
-
-    context: int = 512
-    chunks: int | None = None
-    seed: int = 0
-    resume: bool = False
-    reference_type: str = "f32"
-    memory_bytes: int = 2 << 30
 
 
 def make(
@@ -329,7 +309,7 @@ def calibrate(
     *,
     means: Means | None = None,
 ) -> Statistics:
-    """Collects the statistics of a model's inputs on texts, and opens them: for a `Choice`.
+    """Collects the statistics of a model on texts, and opens them: for a `Choice`.
 
     Args:
         source: the model in full precision: a GGUF, or a checkpoint, which is converted for the run.
@@ -339,31 +319,21 @@ def calibrate(
         means: threads, progress bars.
 
     Raises:
-        SourceError, EvalError: see `statistics_run`.
+        SourceError, EvalError: see `Collection.write`.
     """
-    from pocketquant.calibration import statistics_run
     from pocketquant.calibration.statistics import open_statistics
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import check_target, refuse_overwriting
     from pocketquant.release.outputs import as_gguf
 
     how, means, out = settings or CollectSettings(), means or Means(), Path(out)
+    if how.curvature:
+        from pocketquant.calibration.torch_layers import require_torch
+
+        require_torch()  # before hours of work
     refuse_overwriting([out], [source, *texts])
     with holding(check_target(out)), as_gguf(source, out, how.reference_type, means) as gguf:
-        with means.bars.steps("inputs") as advance:
-            statistics_run.calibrate(
-                gguf,
-                texts,
-                out,
-                context=how.context,
-                chunks=how.chunks,
-                memory_bytes=how.memory_bytes,
-                threads=means.threads,
-                gpu_layers=means.gpu_layers,
-                seed=how.seed,
-                resume=how.resume,
-                progress=advance,
-            )
+        Collection(gguf, texts, how, means.bars.steps, means.threads, means.gpu_layers).write(out)
     return open_statistics(out)
 
 
