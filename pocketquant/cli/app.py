@@ -11,8 +11,8 @@ from pocketquant.cli.adapter import adapter
 from pocketquant.cli.calibrate import calibrate
 from pocketquant.cli.check import check
 from pocketquant.cli.compare import compare
+from pocketquant.cli.convert import convert
 from pocketquant.cli.doctor import doctor
-from pocketquant.cli.encoding import convert, quantize
 from pocketquant.cli.eval import eval
 from pocketquant.cli.eval_vision import eval_vision
 from pocketquant.cli.gate import gate
@@ -20,12 +20,13 @@ from pocketquant.cli.group import OTHER, Command, Commands
 from pocketquant.cli.help import print_version, show_help, version
 from pocketquant.cli.imatrix import imatrix
 from pocketquant.cli.inspect import inspect
-from pocketquant.cli.making import demo, make
+from pocketquant.cli.make import demo, make
 from pocketquant.cli.options import spread
+from pocketquant.cli.quantize import quantize
+from pocketquant.cli.recipe import recipe_app
 from pocketquant.cli.reference import reference
 from pocketquant.cli.report import report
 from pocketquant.cli.sensitivity import sensitivity
-from pocketquant.cli.sizing import recipe_app
 from pocketquant.cli.smoke import smoke
 from pocketquant.cli.split import join, split
 from pocketquant.cli.sweep import sweep

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,6 +117,7 @@ class _Task:
 
 
 def _collect(source: str, task: _Task) -> None:
+    from pocketquant.calibration.collecting import Collection, CollectSettings
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import check_target
 
@@ -130,69 +133,23 @@ def _collect(source: str, task: _Task) -> None:
         holding(check_target(task.out)),
         as_gguf(source, task.out, options.reference_type, threads=threads, quiet=task.talk.quiet) as gguf,
     ):
-        if options.curvature:
-            _collect_both(gguf, task)
-        else:
-            _collect_inputs(gguf, task, task.out)
+        how = CollectSettings(
+            options.context,
+            options.chunks,
+            options.seed,
+            options.resume,
+            options.reference_type,
+            task.memory_bytes,
+            options.curvature,
+            options.torch_device,
+        )
+        numbers = {"inputs": (1, 2), "gradients": (2, 2)} if options.curvature else {}
+
+        def steps(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+            return task.talk.steps(label, "windows", numbers.get(label))
+
+        Collection(gguf, task.texts, how, steps, threads, task.compute.gpu_layers).write(task.out)
     _report(task.out, task.talk)
-
-
-def _collect_inputs(gguf: Path, task: _Task, out: Path, step: tuple[int, int] | None = None) -> None:
-    from pocketquant.calibration import statistics_run as calibrating
-
-    options = task.options
-    with task.talk.steps("inputs", "windows", step) as advance:
-        calibrating.calibrate(
-            gguf,
-            task.texts,
-            out,
-            context=options.context,
-            chunks=options.chunks,
-            memory_bytes=task.memory_bytes,
-            threads=task.compute.threads,
-            gpu_layers=task.compute.gpu_layers,
-            seed=options.seed,
-            resume=options.resume,
-            progress=advance,
-        )
-
-
-def _collect_both(gguf: Path, task: _Task) -> None:
-    """Inputs and gradients into files of their own, which are then joined."""
-    from pocketquant.calibration.fisher import collect_curvature
-    from pocketquant.calibration.statistics import fingerprint, open_statistics
-    from pocketquant.calibration.statistics_run import cut_texts
-    from pocketquant.calibration.statistics_writing import merge_statistics
-    from pocketquant.files.replacing import hidden_beside
-    from pocketquant.gguf_file.opening import open_gguf
-
-    options, compute = task.options, task.compute
-    inputs, gradients = hidden_beside(task.out, "inputs"), hidden_beside(task.out, "gradients")
-    windows, texts = cut_texts(
-        gguf, task.texts, options.context, options.chunks, compute.threads, compute.gpu_layers, options.seed
-    )
-    model = open_gguf(gguf)
-    is_done = False
-    if options.resume and inputs.exists():
-        made = open_statistics(inputs)
-        is_done = (made.texts, made.model_sha256) == (texts, fingerprint(model))
-    if not is_done:
-        _collect_inputs(gguf, task, inputs, (1, 2))
-    with task.talk.steps("gradients", "windows", (2, 2)) as advance:
-        collect_curvature(
-            model,
-            windows,
-            texts,
-            gradients,
-            device=options.torch_device,
-            threads=compute.threads,
-            seed=options.seed,
-            resume=options.resume,
-            progress=advance,
-        )
-    merge_statistics([inputs, gradients], task.out)
-    inputs.unlink()
-    gradients.unlink()
 
 
 def _say_cost(source: str, task: _Task) -> None:

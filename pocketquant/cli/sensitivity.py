@@ -182,7 +182,7 @@ def _predict(task: _Task, stats: Path) -> None:
     from pocketquant.convert.sources import open_model
     from pocketquant.quant.loss_table import write_losses
     from pocketquant.quant.measuring import PROBE, recalibrate
-    from pocketquant.quant.prediction import predict_losses
+    from pocketquant.quant.prediction import PredictSettings, predict_losses
     from pocketquant.quant.rounding.encoding import STEPS
 
     rounding = task.options.rounding
@@ -191,12 +191,11 @@ def _predict(task: _Task, stats: Path) -> None:
     model, statistics = open_model(task.source), open_statistics(stats)
     steps = None if rounding == "none" else STEPS[rounding or "two-sided"]
     with task.talk.steps("predicting", "tensors") as advance:
-        table = predict_losses(
-            model, statistics, rounding=steps, thorough=task.options.thorough, activations=True, progress=advance
-        )
+        settings = PredictSettings(steps, thorough=task.options.thorough, activations=True)
+        table = predict_losses(model, statistics, settings, advance)
     found: dict[Role, tuple[float, float]] = {}
     if task.options.recalibrate:
-        plain = predict_losses(model, statistics, rounding=None, formats=(PROBE, "Q8_0"))
+        plain = predict_losses(model, statistics, PredictSettings(rounding=None, formats=(PROBE, "Q8_0")))
         with _running(task) as runs, task.talk.steps("runs", "runs") as advance:
             table, found = recalibrate(runs, table, plain, advance)
     write_losses(table, task.out)

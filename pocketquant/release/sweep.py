@@ -28,11 +28,11 @@ from pocketquant.files.small import read_json
 from pocketquant.gguf_file.identity import identify
 from pocketquant.quant import read_importance
 from pocketquant.release.keys import keys_of
+from pocketquant.release.means import Means
 from pocketquant.release.measuring import (
-    Means,
-    calibrate,
     describe_importance,
     describe_source,
+    make_importance,
     measure_variant,
     write_reports,
     write_variant,
@@ -191,7 +191,7 @@ def _make_reference(sweep: Sweep, folder: Path, pack: Path, matrix: Path, means:
     write_variant(release.reference, reference, means, "reference")
     try:
         if sweep.importance_key and not matrix.exists() and release.calibrating:
-            calibrate(release, reference, folder, means)
+            make_importance(release, reference, folder, means)
             os.replace(folder / release.calibrating.name, matrix)
         if not pack.exists():
             with means.bars.steps("reference") as advance:

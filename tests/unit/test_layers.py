@@ -24,6 +24,7 @@ LAYERS = [
     {"quant"},
     {"tuning"},
     {"release", "doctor"},
+    {"api"},
     {"cli"},
 ]
 """From the lowest: a part imports from those below it, never from one beside it."""
