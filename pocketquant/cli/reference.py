@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pocketquant.cli.cost import say_pace
 from pocketquant.cli.options import Chunks, Compute, Context, CostOnly, Talk, option
 from pocketquant.cli.screen import print_json, size
 
 if TYPE_CHECKING:
     from pocketquant.eval.packs.pack import Pack
+    from pocketquant.pace import Progress
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def reference(
 ) -> None:
     """Keep what full precision says about texts, to compare with later."""
     from pocketquant.eval.reference import make_reference, plan_reference
-    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.files.leftovers import work_folder
+    from pocketquant.files.replacing import check_target, refuse_overwriting
+    from pocketquant.pace import try_out
     from pocketquant.texts.embedded import read_texts
 
     if options.top_k and options.with_head:
@@ -64,12 +68,17 @@ def reference(
         f"{out}: {plan.positions} positions in {plan.windows} windows, at most {size(kept)}{matrix}; "
         f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)})"
     )
+
+    def make(path: Path, progress: Progress) -> Pack:
+        return make_reference(model, texts, path, **settings, gpu_layers=compute.gpu_layers, progress=progress)
+
     if dry_run:
-        if talk.json:
-            print_json(asdict(plan), of="plan")
+        with work_folder(check_target(out)) as folder:
+            pace = try_out(lambda progress: make(folder / "trial.pqref", progress))
+        say_pace(pace, "windows", plan.pack_bytes, talk, asdict(plan))
         return
     with talk.steps(out.name, "windows") as advance:
-        pack = make_reference(model, texts, out, **settings, gpu_layers=compute.gpu_layers, progress=advance)
+        pack = make(out, advance)
     _report(out, pack, talk)
     if talk.json:
         header = asdict(pack.header)
