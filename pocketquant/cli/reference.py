@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,7 +43,7 @@ def reference(
     talk: Talk,
 ) -> None:
     """Keep what full precision says about texts, to compare with later."""
-    from pocketquant.eval.reference import make_reference, plan_reference
+    from pocketquant.eval.reference import PackSettings, make_reference, plan_reference
     from pocketquant.files.leftovers import work_folder
     from pocketquant.files.replacing import check_target, refuse_overwriting
     from pocketquant.pace import try_out
@@ -53,15 +53,16 @@ def reference(
         raise typer.BadParameter("a pack of top tokens needs no output matrix", param_hint="--with-head")
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
-    settings: dict[str, Any] = {
-        "context": options.context,
-        "chunks": options.chunks,
-        "positions": options.positions,
-        "top": options.top_k,
-        "with_head": options.with_head,
-        "threads": compute.threads,
-    }
-    plan = plan_reference(model, texts, **settings)
+    settings = PackSettings(
+        options.context,
+        options.chunks,
+        options.positions,
+        options.top_k,
+        options.with_head,
+        compute.threads,
+        compute.gpu_layers,
+    )
+    plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
     talk.say(
@@ -70,7 +71,7 @@ def reference(
     )
 
     def make(path: Path, progress: Progress) -> Pack:
-        return make_reference(model, texts, path, **settings, gpu_layers=compute.gpu_layers, progress=progress)
+        return make_reference(model, texts, path, settings, progress=progress)
 
     if dry_run:
         with work_folder(check_target(out)) as folder:
@@ -86,6 +87,8 @@ def reference(
 
 
 def _report(out: Path, pack: Pack, talk: Talk) -> None:
+    from pocketquant.eval.kinship import quantized_reference
+
     header, floor = pack.header, pack.header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"
     talk.say(
@@ -98,3 +101,5 @@ def _report(out: Path, pack: Pack, talk: Talk) -> None:
         )
     elif "head" not in pack.sections:
         talk.say(f"note: comparisons need {header.model.name} beside it, for its output matrix")
+    if header.quantized:
+        talk.say(f"note: {quantized_reference(header.model.name, header.quantized)}")
