@@ -21,7 +21,7 @@ from pocketquant.release.planning import DEFAULT_RECIPES, ReleaseSettings
 if TYPE_CHECKING:
     from pocketquant.calibration.statistics import Statistics
     from pocketquant.check import CheckReport
-    from pocketquant.eval.gate.decide import Verdict
+    from pocketquant.eval.gate.verdict import Verdict
     from pocketquant.eval.report.html.sheet import Sheet
     from pocketquant.eval.report.schema import Report
     from pocketquant.quant import Choice, Importance, Recipe

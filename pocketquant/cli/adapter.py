@@ -14,7 +14,7 @@ _TYPES = ("f32", "f16", "bf16")
 
 
 def adapter(
-    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")],
+    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, PEFT's or mlx-lm's.")],
     base: Annotated[str, option("--base", "SRC", "The model it belongs to: checkpoint or GGUF.")],
     *,
     out: Out = None,

@@ -10,6 +10,7 @@ import typer
 from pocketquant.cli.adapter import adapter
 from pocketquant.cli.calibrate import calibrate
 from pocketquant.cli.check import check
+from pocketquant.cli.compare import compare
 from pocketquant.cli.convert import convert
 from pocketquant.cli.doctor import doctor
 from pocketquant.cli.eval import eval
@@ -36,7 +37,7 @@ from pocketquant.cli.weights import weights
 PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Make a file": {"make": make, "quantize": quantize, "convert": convert, "demo": demo},
     "Prepare": {"imatrix": imatrix, "calibrate": calibrate, "reference": reference, "recipe": recipe_app},
-    "Measure": {"eval": eval, "gate": gate, "check": check},
+    "Measure": {"eval": eval, "compare": compare, "gate": gate, "check": check},
     "Ship": {"report": report, "inspect": inspect, "split": split, "doctor": doctor},
     OTHER: {
         "tune": tune,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pocketquant.cli.cost import can_try, say_pace
 from pocketquant.cli.group import refuse_given
 from pocketquant.cli.options import (
     ADVANCED,
@@ -27,6 +28,11 @@ from pocketquant.cli.options import (
 from pocketquant.cli.planning import as_gguf
 from pocketquant.cli.screen import print_json, set_document, size
 from pocketquant.cli.sensitivity import Runs, SensitivityOptions, TrainingContext, sensitivity
+
+if TYPE_CHECKING:
+    from pocketquant.calibration.collecting import Collection, Steps
+    from pocketquant.model import Model
+    from pocketquant.pace import Pace
 
 _SETTINGS = {"memory", "reference_type", "seed", "torch_device"}
 
@@ -115,9 +121,25 @@ class _Task:
     compute: Compute
     talk: Talk
 
+    def collection(self, gguf: Path, steps: Steps) -> Collection:
+        """The run over a GGUF in full precision."""
+        from pocketquant.calibration.collecting import Collection, CollectSettings
+
+        options = self.options
+        how = CollectSettings(
+            options.context,
+            options.chunks,
+            options.seed,
+            options.resume,
+            options.reference_type,
+            self.memory_bytes,
+            options.curvature,
+            options.torch_device,
+        )
+        return Collection(gguf, self.texts, how, steps, self.compute.threads, self.compute.gpu_layers)
+
 
 def _collect(source: str, task: _Task) -> None:
-    from pocketquant.calibration.collecting import Collection, CollectSettings
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import check_target
 
@@ -129,27 +151,35 @@ def _collect(source: str, task: _Task) -> None:
     if options.dry_run:
         _say_cost(source, task)
         return
+    numbers = {"inputs": (1, 2), "gradients": (2, 2)} if options.curvature else {}
+
+    def steps(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return task.talk.steps(label, "windows", numbers.get(label))
+
     with (
         holding(check_target(task.out)),
         as_gguf(source, task.out, options.reference_type, threads=threads, quiet=task.talk.quiet) as gguf,
     ):
-        how = CollectSettings(
-            options.context,
-            options.chunks,
-            options.seed,
-            options.resume,
-            options.reference_type,
-            task.memory_bytes,
-            options.curvature,
-            options.torch_device,
-        )
-        numbers = {"inputs": (1, 2), "gradients": (2, 2)} if options.curvature else {}
-
-        def steps(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-            return task.talk.steps(label, "windows", numbers.get(label))
-
-        Collection(gguf, task.texts, how, steps, threads, task.compute.gpu_layers).write(task.out)
+        task.collection(gguf, steps).write(task.out)
     _report(task.out, task.talk)
+
+
+def _try_out(source: str, task: _Task, model: Model) -> Pace | None:
+    """The pace of the runs that collect inputs; None for a checkpoint that is too large to be converted for a trial."""
+    from pocketquant.convert.sources import names_gguf
+    from pocketquant.files.leftovers import work_folder
+    from pocketquant.files.replacing import check_target
+    from pocketquant.pace import try_out
+    from pocketquant.quant import open_recipe, plan
+
+    nbytes = 0 if names_gguf(source) else plan(model, open_recipe(task.options.reference_type)).file_bytes
+    if not can_try(nbytes, task.texts, task.talk):
+        return None
+    plain = replace(task, options=replace(task.options, curvature=False, resume=False))
+    with work_folder(check_target(task.out)) as folder, as_gguf(source, folder / "trial", quiet=True) as gguf:
+        return try_out(
+            lambda progress: plain.collection(gguf, lambda _: nullcontext(progress)).write(folder / "trial.stats")
+        )
 
 
 def _say_cost(source: str, task: _Task) -> None:
@@ -182,7 +212,10 @@ def _say_cost(source: str, task: _Task) -> None:
             f"{size(cost['disk_bytes'])} of disk and {size(cost['disk_bytes_per_1000_tokens'])} for every 1000 tokens"
         )
     task.talk.say(line)
-    if task.talk.json:
+    pace = _try_out(source, task, model)
+    if pace is not None:
+        say_pace(pace, "windows", cost["file_bytes"], task.talk, cost)
+    elif task.talk.json:
         print_json(cost, of="plan")
 
 

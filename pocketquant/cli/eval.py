@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pocketquant.cli.cost import say_pace
 from pocketquant.cli.eval_vision import ImageOptions, eval_vision
 from pocketquant.cli.group import refuse_given
 from pocketquant.cli.options import Chunks, Compute, EvalTexts, Gguf, Talk, mode_panel, option
@@ -19,6 +20,8 @@ from pocketquant.cli.weights import weights
 
 if TYPE_CHECKING:
     from pocketquant.eval.report.evidence import TensorState
+    from pocketquant.eval.report.schema import Report
+    from pocketquant.pace import Progress
 
 _PANEL = mode_panel("--text")
 
@@ -154,7 +157,7 @@ def eval(
 
 
 _REFUSED = {
-    "--text": {"dry_run"},
+    "--text": set(),
     "--weights": {"context", "chunks", "threads", "gpu_layers", "out", "dry_run"},
     "--tasks": {"chunks"},
     "--chats": {"context", "chunks"},
@@ -173,6 +176,7 @@ def _on_texts(gguf: Path, reference: Path, modes: Modes, context: int, options: 
     from pocketquant.eval.report.markdown import to_markdown
     from pocketquant.eval.tasks.compare import write_report
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.pace import try_out
     from pocketquant.texts.embedded import read_texts
 
     if options.like not in SCORERS:
@@ -180,8 +184,9 @@ def _on_texts(gguf: Path, reference: Path, modes: Modes, context: int, options: 
     texts = read_texts(modes.text or [])
     if run.report.out is not None:
         refuse_overwriting([run.report.out], [gguf, reference, *(each.path for each in texts)])
-    with run.talk.steps(gguf.name, "windows", (1, 2) if modes.weights else None) as advance:
-        report = compare(
+
+    def measure(progress: Progress) -> Report:
+        return compare(
             gguf,
             reference,
             texts,
@@ -193,9 +198,15 @@ def _on_texts(gguf: Path, reference: Path, modes: Modes, context: int, options: 
             positions=options.positions,
             noise_floor=options.noise_floor,
             like=options.like,
-            progress=advance,
+            progress=progress,
             reference_opener=partial(open_reference, head=options.head),
         )
+
+    if run.report.dry_run:
+        say_pace(try_out(measure), "windows", 0, run.talk)
+        return
+    with run.talk.steps(gguf.name, "windows", (1, 2) if modes.weights else None) as advance:
+        report = measure(advance)
     if modes.weights:
         report = replace(report, tensors=_tensors(gguf, reference, run.talk))
     if run.report.out is not None:

@@ -42,7 +42,7 @@ def eval_vision(
 ) -> None:
     """Compare vision towers on images, as `eval --image`."""
     from pocketquant.eval.tasks.compare import write_report
-    from pocketquant.eval.vision import compare_towers
+    from pocketquant.eval.vision import VisionSettings, compare_towers
     from pocketquant.files.replacing import refuse_overwriting
 
     mmproj, reference = options.mmproj, options.reference_mmproj
@@ -56,11 +56,7 @@ def eval_vision(
             mmproj,
             reference,
             image,
-            question=options.question,
-            answer_tokens=options.answer_tokens,
-            context=context,
-            threads=compute.threads,
-            gpu_layers=compute.gpu_layers,
+            VisionSettings(options.question, options.answer_tokens, context, compute.threads, compute.gpu_layers),
             progress=advance,
         )
     if out is not None:

@@ -59,7 +59,7 @@ def gate(
     """
     from pocketquant.eval.gate.decide import decide, read_report
     from pocketquant.eval.gate.limits import read_limits
-    from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, to_markdown
+    from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, verdict_to_markdown
     from pocketquant.eval.gate.report_diff import find_moved
     from pocketquant.files.replacing import refuse_overwriting, replacing
 
@@ -75,7 +75,10 @@ def gate(
     accepted = None if options.baseline is None else _read_baseline(options.baseline, options.file)
     verdict = decide(candidate, read_limits(options.limits), accepted, strict=options.strict, first=options.first)
     moved = find_moved(candidate, accepted) if options.explain and accepted is not None else None
-    for path, text in ((options.junit, to_junit(verdict, moved)), (options.markdown, to_markdown(verdict, moved))):
+    for path, text in (
+        (options.junit, to_junit(verdict, moved)),
+        (options.markdown, verdict_to_markdown(verdict, moved)),
+    ):
         if path is not None:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketquant.cli.options import ADVANCED, Chunks, Compute, Context, OutFile, Resume, Seed, Talk, option
+from pocketquant.cli.cost import can_try, say_pace
+from pocketquant.cli.options import ADVANCED, Chunks, Compute, Context, CostOnly, OutFile, Resume, Seed, Talk, option
 from pocketquant.cli.screen import print_json
+
+if TYPE_CHECKING:
+    from pocketquant.model import Model
+    from pocketquant.pace import Progress
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class TextOptions:
     context: Context = 512
     chunks: Chunks = None
     resume: Resume = False
+    dry_run: CostOnly = False
     mtp_file: Annotated[
         Path | None,
         option("--mtp-file --mtp", "FILE", "The mtp- file beside the model; one inside is found.", ADVANCED),
@@ -41,9 +47,9 @@ def imatrix(
     The model is run over a text; `quantize --imatrix` rounds by it.
     """
     if merge:
-        if options.text is not None or options.resume or options.mtp_file is not None:
+        if options.text is not None or options.resume or options.mtp_file is not None or options.dry_run:
             raise typer.BadParameter(
-                "runs no model, so it takes no --text, --mtp-file or --resume", param_hint="--merge"
+                "runs no model, so it takes no --text, --mtp-file, --resume or --dry-run", param_hint="--merge"
             )
         _merge(files, out, talk)
         return
@@ -58,13 +64,15 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.calibration.imatrix import collect_importance
     from pocketquant.calibration.importance import write_sums
-    from pocketquant.files.leftovers import holding
-    from pocketquant.files.replacing import hidden_beside, refuse_overwriting
+    from pocketquant.files.leftovers import holding, work_folder
+    from pocketquant.files.replacing import check_target, hidden_beside, refuse_overwriting
+    from pocketquant.gguf_file.opening import open_gguf
+    from pocketquant.pace import try_out
 
     refuse_overwriting([out], [gguf, text, options.mtp_file])
-    state = hidden_beside(out, "unfinished")
-    with holding(state), talk.steps(out.name, "windows") as advance:
-        sums, calibration = collect_importance(
+
+    def collect(state: Path, progress: Progress, *, resume: bool) -> Any:
+        return collect_importance(
             gguf,
             text,
             mtp=options.mtp_file,
@@ -74,9 +82,20 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
             gpu_layers=compute.gpu_layers,
             seed=options.seed,
             state=state,
-            resume=options.resume,
-            progress=advance,
+            resume=resume,
+            progress=progress,
         )
+
+    if options.dry_run:
+        if not can_try(0, [text], talk):
+            return
+        with work_folder(check_target(out)) as folder:
+            pace = try_out(lambda progress: collect(folder / "state", progress, resume=False))
+        say_pace(pace, "windows", _matrix_bytes(open_gguf(gguf)), talk)
+        return
+    state = hidden_beside(out, "unfinished")
+    with holding(state), talk.steps(out.name, "windows") as advance:
+        sums, calibration = collect(state, advance, resume=options.resume)
     write_sums(sums, out)
     summary = {
         "out": str(out),
@@ -89,6 +108,12 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
         "experts_without_input": sum(int((counts == 0).sum()) for counts in sums.counts.values()),
     }
     _report(summary, talk)
+
+
+def _matrix_bytes(model: Model) -> int:
+    """A square's sum in f32 for each column of each matrix, of every expert; the header is small beside it."""
+    matrices = [each for each in model.tensors if each.layer is not None and len(each.shape) > 1 and not each.keep_f32]
+    return sum(4 * (each.n_cols + 1) * (each.shape[0] if len(each.shape) > 2 else 1) for each in matrices)
 
 
 def _merge(files: list[Path], out: Path, talk: Talk) -> None:

@@ -81,14 +81,14 @@ def _show(
                 "architecture": architecture,
                 "file_bytes": sum(sizes),
                 "notes": list(notes),
-                "metadata": {key: _short(value.value) for key, value in metadata.items()},
+                "metadata": {key: shortened(value.value) for key, value in metadata.items()},
                 "tensors": entries,
             }
         )
         return
     print_table(
         ["key", "type", "value"],
-        [[key, value.kind, str(_short(value.value))[:100]] for key, value in metadata.items()],
+        [[key, value.kind, str(shortened(value.value))[:100]] for key, value in metadata.items()],
     )
     print()
     print_table(["tensor", "role", "shape", "type", "bytes"], [tensor_cells(entry) for entry in entries])
@@ -108,7 +108,7 @@ def _file_sizes(source: str) -> list[int]:
         return [file.size for file in snapshot.weights.values()]
 
 
-def _short(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """A metadata value with long lists cut: nobody reads 248,320 tokens."""
     if isinstance(value, list) and len(value) > 16:
         return {"count": len(value), "first": value[:4]}

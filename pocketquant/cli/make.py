@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketquant.cli.choice import Deciding, read_choices
+from pocketquant.cli.cost import can_try, duration
 from pocketquant.cli.options import (
     ADVANCED,
     Chunks,
@@ -114,6 +115,7 @@ def make(
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.gguf_file.shards import parse_size
     from pocketquant.release.make import list_outputs, make_release
+    from pocketquant.release.measuring import step_labels
     from pocketquant.release.planning import DEFAULT_RECIPES
 
     split_bytes = parse_size(split_max_size) if split_max_size else None
@@ -133,11 +135,30 @@ def make(
         f"{size(release.memory_bytes)} of memory for the evaluation"
     )
     if measured.dry_run:
-        print_cost(map(describe_file, files), release, talk)
+        seconds = _try_out(release, out, measured, talk)
+        print_cost(map(describe_file, files), release, talk, seconds)
         return
-    with working_with(measured.threads, measured.gpu_layers, measured.scheduler, quiet=talk.quiet) as means:
+    labels = step_labels(release)
+    with working_with(
+        measured.threads, measured.gpu_layers, measured.scheduler, quiet=talk.quiet, labels=labels
+    ) as means:
         result = make_release(release, out, **vars(means), command=command_words())
     show_result(result, out, talk)
+
+
+def _try_out(release: Release, out: Path, measured: Measured, talk: Talk) -> dict[str, float] | None:
+    """Seconds of each step, tried; None, with a note, where a trial would take too much."""
+    from pocketquant.release.means import Means
+    from pocketquant.release.timing import try_release
+
+    if not can_try(release.reference.plan.file_bytes, [measured.calibrate], talk):
+        return None
+    seconds = try_release(release, out, Means(measured.threads, measured.gpu_layers))
+    longest = ", ".join(
+        f"{label} {duration(seconds[label])}" for label in sorted(seconds, key=seconds.__getitem__)[:-4:-1]
+    )
+    talk.say(f"about {duration(sum(seconds.values()))} on this machine; the longest steps: {longest}")
+    return seconds
 
 
 def plan_files(source: str, wanted: Sequence[Deciding], settings: ReleaseSettings, parts: Parts, talk: Talk) -> Release:
@@ -154,10 +175,14 @@ def describe_file(file: Variant) -> dict[str, Any]:
     return {"file": file.name, "file_bytes": file.plan.file_bytes}
 
 
-def print_cost(files: Iterable[dict[str, Any]], needs: Any, talk: Talk) -> None:
-    """What a dry run says as JSON; `needs` has `disk_bytes` and `memory_bytes`."""
+def print_cost(
+    files: Iterable[dict[str, Any]], needs: Any, talk: Talk, seconds: dict[str, float] | None = None
+) -> None:
+    """What a dry run says as JSON; `needs` has `disk_bytes` and `memory_bytes`, `seconds` are those of each step."""
     if talk.json:
         cost = {"files": list(files), "disk_bytes": needs.disk_bytes, "memory_bytes": needs.memory_bytes}
+        if seconds is not None:
+            cost |= {"seconds": round(sum(seconds.values()), 3), "seconds_by_step": seconds}
         print_json(cost, of="plan")
 
 

@@ -64,7 +64,7 @@ ChatTemplate = Annotated[
     Path | None, option("--chat-template", "FILE", "A jinja2 template in place of the source's own.", ADVANCED)
 ]
 AdapterDir = Annotated[
-    Path | None, option("--adapter", "DIR", "PEFT LoRA adapter to merge into the checkpoint.", ADVANCED)
+    Path | None, option("--adapter", "DIR", "LoRA adapter (PEFT's, mlx-lm's) to merge into the checkpoint.", ADVANCED)
 ]
 Mtp = Annotated[
     str,

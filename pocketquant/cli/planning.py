@@ -178,14 +178,23 @@ def _print_plan(outputs: Sequence[Output]) -> None:
 
 @contextmanager
 def working_with(
-    threads: int | None = None, gpu_layers: int = 0, scheduler: str | None = None, *, quiet: bool = False
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    scheduler: str | None = None,
+    *,
+    quiet: bool = False,
+    labels: Sequence[str] = (),
 ) -> Iterator[Means]:
-    """What the work is done with, connected to the cluster of that address, if one is named."""
+    """What the work is done with, connected to the cluster of that address, if one is named.
+
+    `labels` are those of all bars in the order of the work, where each is to say which of how many it is.
+    """
     from pocketquant.release.means import Bars, Means
 
+    steps = {label: (number, len(labels)) for number, label in enumerate(labels, 1)}
     bars = Bars(
-        bytes=lambda label, total: byte_progress(label, total, quiet=quiet),
-        steps=lambda label: step_progress(label, quiet=quiet),
+        bytes=lambda label, total: byte_progress(label, total, quiet=quiet, step=steps.get(label)),
+        steps=lambda label: step_progress(label, quiet=quiet, unit="windows", step=steps.get(label)),
     )
     if scheduler is None:
         yield Means(threads, gpu_layers, bars)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pocketquant.cli.cost import say_pace
 from pocketquant.cli.options import Chunks, Compute, Context, CostOnly, Talk, option
 from pocketquant.cli.screen import print_json, size
 
 if TYPE_CHECKING:
     from pocketquant.eval.packs.pack import Pack
+    from pocketquant.pace import Progress
 
 
 @dataclass(frozen=True)
@@ -41,35 +43,43 @@ def reference(
     talk: Talk,
 ) -> None:
     """Keep what full precision says about texts, to compare with later."""
-    from pocketquant.eval.reference import make_reference, plan_reference
-    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.eval.reference import PackSettings, make_reference, plan_reference
+    from pocketquant.files.leftovers import work_folder
+    from pocketquant.files.replacing import check_target, refuse_overwriting
+    from pocketquant.pace import try_out
     from pocketquant.texts.embedded import read_texts
 
     if options.top_k and options.with_head:
         raise typer.BadParameter("a pack of top tokens needs no output matrix", param_hint="--with-head")
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
-    settings: dict[str, Any] = {
-        "context": options.context,
-        "chunks": options.chunks,
-        "positions": options.positions,
-        "top": options.top_k,
-        "with_head": options.with_head,
-        "threads": compute.threads,
-    }
-    plan = plan_reference(model, texts, **settings)
+    settings = PackSettings(
+        options.context,
+        options.chunks,
+        options.positions,
+        options.top_k,
+        options.with_head,
+        compute.threads,
+        compute.gpu_layers,
+    )
+    plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
     talk.say(
         f"{out}: {plan.positions} positions in {plan.windows} windows, at most {size(kept)}{matrix}; "
         f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)})"
     )
+
+    def make(path: Path, progress: Progress) -> Pack:
+        return make_reference(model, texts, path, settings, progress=progress)
+
     if dry_run:
-        if talk.json:
-            print_json(asdict(plan), of="plan")
+        with work_folder(check_target(out)) as folder:
+            pace = try_out(lambda progress: make(folder / "trial.pqref", progress))
+        say_pace(pace, "windows", plan.pack_bytes, talk, asdict(plan))
         return
     with talk.steps(out.name, "windows") as advance:
-        pack = make_reference(model, texts, out, **settings, gpu_layers=compute.gpu_layers, progress=advance)
+        pack = make(out, advance)
     _report(out, pack, talk)
     if talk.json:
         header = asdict(pack.header)
@@ -77,6 +87,8 @@ def reference(
 
 
 def _report(out: Path, pack: Pack, talk: Talk) -> None:
+    from pocketquant.eval.kinship import quantized_reference
+
     header, floor = pack.header, pack.header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"
     talk.say(
@@ -89,3 +101,5 @@ def _report(out: Path, pack: Pack, talk: Talk) -> None:
         )
     elif "head" not in pack.sections:
         talk.say(f"note: comparisons need {header.model.name} beside it, for its output matrix")
+    if header.quantized:
+        talk.say(f"note: {quantized_reference(header.model.name, header.quantized)}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pocketquant.cli.options import Compute, Gguf, ReferenceGguf, Talk, mode_panel, option
 from pocketquant.cli.screen import headed, print_json, print_table
-from pocketquant.cli.tasks import ReportOptions
+from pocketquant.cli.tasks import ReportOptions, note_quantized
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def smoke(
         )
     if report.out is not None:
         write_report(headed(found.to_json()), report.out)
+    note_quantized(found, talk)
     if talk.json:
         print_json(found.to_json())
         return

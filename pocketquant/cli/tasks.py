@@ -11,7 +11,9 @@ from pocketquant.cli.options import Compute, CostOnly, Gguf, ReferenceGguf, Repo
 from pocketquant.cli.screen import headed, print_json, print_table
 
 if TYPE_CHECKING:
+    from pocketquant.eval.tasks.compare import TasksReport
     from pocketquant.eval.tasks.paired import Paired
+    from pocketquant.eval.tasks.smoke import SmokeReport
 
 TaskNames = Annotated[str, option("--tasks", "NAME,…", "Tasks of lm-evaluation-harness or of --include-path.")]
 TaskContext = Annotated[
@@ -55,11 +57,11 @@ def tasks(
 ) -> None:
     """Compare answers to benchmarks, as `eval --tasks`."""
     from pocketquant.eval.tasks.compare import compare_on_tasks, count_cost, write_report
-    from pocketquant.eval.tasks.loading import Settings
+    from pocketquant.eval.tasks.loading import TaskSettings
     from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([report.out] if report.out else [], [gguf, reference])
-    settings = Settings(
+    settings = TaskSettings(
         names=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         include_path=options.include_path,
         limit=options.limit,
@@ -103,8 +105,17 @@ def _say_notes(report: Any, talk: Talk) -> None:
         ):
             if count:
                 talk.say(f"note: {name}: {count} {what}")
+    note_quantized(report, talk)
     for task, metrics in report.left_out.items():
         talk.say(f"note: {task}: not item by item, left out: {', '.join(metrics)}")
+
+
+def note_quantized(report: TasksReport | SmokeReport, talk: Talk) -> None:
+    """Says that a reference is itself quantized."""
+    from pocketquant.eval.kinship import quantized_reference
+
+    if report.reference_quantized is not None:
+        talk.say(f"note: {quantized_reference(report.reference.name, report.reference_quantized)}")
 
 
 def _print_results(report: Any) -> None:

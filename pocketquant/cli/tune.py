@@ -103,14 +103,14 @@ class _Task:
 def _sample(task: _Task, windows: Any) -> Any:
     """Windows that the reference goes on with."""
     from pocketquant.cli.planning import as_gguf
-    from pocketquant.tuning.tune import go_on
+    from pocketquant.tuning.tune import sample_continuations
 
     training, compute = task.training, task.compute
     with (
         as_gguf(task.reference, task.out, threads=compute.threads, quiet=task.talk.quiet) as gguf,
         task.talk.steps("sampling", "windows", task.step(1)) as advance,
     ):
-        return go_on(
+        return sample_continuations(
             gguf,
             windows,
             training.sampled,
@@ -122,9 +122,17 @@ def _sample(task: _Task, windows: Any) -> Any:
 
 
 def _train(task: _Task, model: Model, windows: Any, about: Any, more: Any) -> Tuned:
-    from pocketquant.tuning.tune import DoesNotPay, sampled_text, tune_file
+    from pocketquant.tuning.tune import DoesNotPay, TuneSettings, TuningWindows, sampled_text, tune_file
 
     training = task.training
+    settings = TuneSettings(
+        training.epochs,
+        training.rate,
+        training.code_rate,
+        device=training.torch_device,
+        threads=task.compute.threads,
+        seed=training.seed,
+    )
     if more is not None:
         about = (*about, sampled_text(more))
     try:
@@ -132,16 +140,9 @@ def _train(task: _Task, model: Model, windows: Any, about: Any, more: Any) -> Tu
             return tune_file(
                 task.file,
                 model,
-                windows,
-                about,
+                TuningWindows(windows, about, more),
                 task.out,
-                more=more,
-                epochs=training.epochs,
-                rate=training.rate,
-                code_rate=training.code_rate,
-                device=training.torch_device,
-                threads=task.compute.threads,
-                seed=training.seed,
+                settings,
                 progress=advance,
             )
     except DoesNotPay as error:

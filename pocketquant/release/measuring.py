@@ -32,6 +32,16 @@ def write_variant(variant: Variant, path: Path, means: Means, label: str | None 
         write(variant.plan, path, threads=means.threads, on_bytes=advance, run=means.run, is_result=False)
 
 
+def step_labels(release: Release) -> list[str]:
+    """What the bars of making a release are called, in the order of the work."""
+    labels = ["reference"]
+    if release.calibrating is not None:
+        labels += [*(["reference block"] if release.reference_block else []), "calibrate"]
+    for variant in release.variants:
+        labels += [variant.name, f"evaluate {variant.recipe}"]
+    return [*labels, *(sidecar.name for sidecar in release.sidecars)]
+
+
 def make_importance(
     release: Release, reference: Path, folder: Path, means: Means, state: Path | None = None
 ) -> tuple[Release, Calibration]:

@@ -15,14 +15,13 @@ from moe_checkpoint import golden_checkpoint
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import text_path
 from pocketquant.gguf_file.reading import GgufTensor, read_header
-from pocketquant.quant.rounding.layouts import layout_of
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
 from pocketquant.calibration.statistics_run import cut_texts
 from pocketquant.eval import compare
 from pocketquant.texts.corpus import Text
-from pocketquant.tuning.tune import KEY, go_on
+from pocketquant.tuning.tune import KEY, sample_continuations
 
 WATCHED = {
     "dense": ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta"),
@@ -48,7 +47,7 @@ def made(
         write(plan(model, open_recipe("q4_k_s")), file)
         write(plan(model, open_recipe("f32")), reference)
     windows, _ = cut_texts(reference, [text_path("calibration")], 128, 96, 1, 0, 0)
-    more = go_on(reference, windows, 64, threads=2)
+    more = sample_continuations(reference, windows, 64, threads=2)
     np.save(folder / "windows.npy", windows)
     np.save(folder / "more.npy", more)
     script, root = Path(__file__).with_name("tuning_run.py"), Path(__file__).parents[2]
@@ -94,7 +93,7 @@ def test_only_scales_codes_and_the_metadata_change(made: tuple[Path, Path, Path]
     for old, new in zip(before.tensors, after.tensors, strict=True):
         assert (old.name, old.shape, old.format) == (new.name, new.shape, new.format)
         blocks = [stored(path, tensor) for path, tensor in ((file, old), (other, new))]
-        layout = layout_of(old.format)
+        layout = old.format.layout
         if layout is None:
             np.testing.assert_array_equal(*blocks)
             continue
@@ -120,7 +119,7 @@ def test_the_same_twice(made: tuple[Path, Path, Path]) -> None:
 
 def test_what_cannot_be_tuned_is_refused(made: tuple[Path, Path, Path]) -> None:
     refused = read(made[2], "refused.json")
-    assert "tuned already" in refused["tuned"]
+    assert "is tuned already" in refused["tuned"]
     assert "nothing to tune" in refused["plain"]
     assert "does not pay" in refused["worse"]
     assert refused["worse"].endswith("False")  # nothing was written
