@@ -10,6 +10,7 @@ from pathlib import Path
 from pocketquant.calibration import statistics_run
 from pocketquant.calibration.statistics import fingerprint, open_statistics
 from pocketquant.calibration.statistics_writing import merge_statistics
+from pocketquant.files.interrupts import resumable
 from pocketquant.files.replacing import hidden_beside
 from pocketquant.gguf_file.opening import open_gguf
 
@@ -93,7 +94,10 @@ class Collection:
         made = open_statistics(inputs) if how.resume and inputs.exists() else None
         if made is None or (made.texts, made.model_sha256) != (texts, fingerprint(model)):
             self._write_inputs(inputs)
-        with self.steps("gradients") as advance:
+        way = (
+            f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
+        )
+        with resumable(inputs, way), self.steps("gradients") as advance:
             collect_curvature(
                 model,
                 windows,

@@ -95,6 +95,7 @@ def calibrate(
         refuse_given(command_line, others, "says nothing with --merge, which runs no model")
         refuse_overwriting([out], sources)
         merge_statistics(sources, out)
+        _say_kernels(sources, talk)
         _report(out, talk)
         return
     if len(sources) != 1:
@@ -219,6 +220,16 @@ def _say_cost(source: str, task: _Task) -> None:
         print_json(cost, of="plan")
 
 
+def _say_kernels(merged: list[str], talk: Talk) -> None:
+    from pocketquant.calibration.statistics import open_statistics
+    from pocketquant.llama.kernels import note_on_sum
+
+    opened = {name: open_statistics(name) for name in merged}
+    of_inputs = {name: statistics.kernels for name, statistics in opened.items() if statistics.tokens}
+    if of_inputs and (note := note_on_sum(of_inputs)):
+        talk.say(f"note: {note}")
+
+
 def _report(out: Path, talk: Talk) -> None:
     from pocketquant.calibration.statistics import open_statistics
 
@@ -230,6 +241,7 @@ def _report(out: Path, talk: Talk) -> None:
         "tokens": statistics.tokens,
         "texts": [{"name": t.name, "tokens": t.tokens, "tokens_sha256": t.sha256} for t in statistics.texts],
         "model_sha256": statistics.model_sha256,
+        "kernels": dict(statistics.kernels),
         "curvature": statistics.has_outputs,
         "experts_without_input": statistics.n_unseen_experts,
     }

@@ -64,6 +64,7 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.calibration.imatrix import collect_importance
     from pocketquant.calibration.importance import write_sums
+    from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding, work_folder
     from pocketquant.files.replacing import check_target, hidden_beside, refuse_overwriting
     from pocketquant.gguf_file.opening import open_gguf
@@ -94,9 +95,12 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
         say_pace(pace, "windows", _matrix_bytes(open_gguf(gguf)), talk)
         return
     state = hidden_beside(out, "unfinished")
-    with holding(state), talk.steps(out.name, "windows") as advance:
-        sums, calibration = collect(state, advance, resume=options.resume)
-    write_sums(sums, out)
+    how = f"finished windows are kept in {state}; the same command with --resume goes on from there"
+    with holding(state), resumable(state, how):
+        with talk.steps(out.name, "windows") as advance:
+            sums, calibration = collect(state, advance, resume=options.resume)
+        write_sums(sums, out)
+        state.unlink(missing_ok=True)
     summary = {
         "out": str(out),
         "entries": len(sums.sums),
@@ -105,6 +109,7 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
         "context": options.context,
         "tokens": calibration.windows.size,
         "tokens_sha256": calibration.sha256,
+        "kernels": dict(sums.kernels),
         "experts_without_input": sum(int((counts == 0).sum()) for counts in sums.counts.values()),
     }
     _report(summary, talk)
@@ -119,15 +124,20 @@ def _matrix_bytes(model: Model) -> int:
 def _merge(files: list[Path], out: Path, talk: Talk) -> None:
     from pocketquant.calibration.importance import merge_sums, read_sums, write_sums
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.llama.kernels import note_on_sum
 
     refuse_overwriting([out], files)
-    sums = merge_sums([read_sums(path) for path in files], [str(path) for path in files])
+    parts = [read_sums(path) for path in files]
+    sums = merge_sums(parts, [str(path) for path in files])
+    if note := note_on_sum({str(path): part.kernels for path, part in zip(files, parts, strict=True)}):
+        talk.say(f"note: {note}")
     write_sums(sums, out)
     summary = {
         "out": str(out),
         "entries": len(sums.sums),
         "datasets": list(sums.datasets),
         "windows": sums.n_chunks,
+        "kernels": dict(sums.kernels),
         "context": sums.context,
     }
     _report(summary, talk)

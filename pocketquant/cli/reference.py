@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketquant.cli.cost import say_pace
-from pocketquant.cli.options import Chunks, Compute, Context, CostOnly, Talk, option
+from pocketquant.cli.options import Chunks, Compute, Context, CostOnly, Resume, Talk, option
 from pocketquant.cli.screen import print_json, size
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def reference(
     *,
     options: PackOptions,
     compute: Compute,
+    resume: Resume = False,
     dry_run: CostOnly = False,
     talk: Talk,
 ) -> None:
@@ -61,6 +62,7 @@ def reference(
         options.with_head,
         compute.threads,
         compute.gpu_layers,
+        resume and not dry_run,
     )
     plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes

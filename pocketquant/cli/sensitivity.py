@@ -116,7 +116,7 @@ def _running(task: _Task) -> Iterator[ModelRuns]:
     """Runs of the source; what they need on disk is deleted at the end, the results only where all went well."""
     from pocketquant.convert.sources import open_model
     from pocketquant.eval.compare import compare
-    from pocketquant.files.interrupts import offer_resume
+    from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding, work_folder
     from pocketquant.files.reading import sha256_of
     from pocketquant.files.replacing import check_target, hidden_beside
@@ -145,18 +145,15 @@ def _running(task: _Task) -> Iterator[ModelRuns]:
         "context": task.runs.context,
         "chunks": task.runs.chunks,
     }
+    how = f"finished runs are kept in {state}; the same command with --resume goes on from there"
     with holding(check_target(task.out)), work_folder(check_target(task.out)) as folder:
         if not task.runs.resume:
             state.unlink(missing_ok=True)
-        try:
+        with resumable(state, how):
             planned, reference = plan(open_model(task.source), open_recipe("f32")), folder / "reference.gguf"
             with task.talk.bytes("converting", planned.file_bytes) as advance:
                 write(planned, reference, threads=task.compute.threads, on_bytes=advance)
             yield ModelRuns(reference, folder / "work.gguf", judge, state, conditions)
-        except BaseException:
-            if state.exists():
-                offer_resume(f"finished runs are kept in {state}; the same command with --resume goes on from there")
-            raise
         state.unlink(missing_ok=True)
 
 

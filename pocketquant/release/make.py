@@ -3,7 +3,8 @@
 Everything is made in a hidden folder inside the target and moved into place at the end. An interrupt before that
 changes nothing that was there, and one meanwhile waits until all files are in place. What an interrupted or killed run
 had finished, the next one takes up if it is asked for the same, and the files are the same to the last byte; all else
-that was left behind it removes. The full-precision reference lives only as long as the evaluation needs it.
+that was left behind it removes. The full-precision reference lives only as long as the evaluation needs it, in a folder
+of its own that goes when the run ends, however it ends.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from typing import Any
 
 from pocketquant import __version__
 from pocketquant.errors import OutputError, listing
-from pocketquant.files.finished import Finished
-from pocketquant.files.interrupts import offer_resume, put_in_place
-from pocketquant.files.leftovers import holding
+from pocketquant.files.finished import Finished, unfinished_work
+from pocketquant.files.interrupts import put_in_place
 from pocketquant.files.replacing import check_target
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import identify
@@ -76,10 +76,10 @@ def make_release(
     out, means = Path(out), Means(threads, gpu_layers, bars or Bars(), run)
     list_outputs(release, out)
     keys = keys_of(release)
-    with _making(out) as folder:
+    with _making(out) as (folder, passing):
         done = Finished(folder)
         _take_up(release, keys, done)
-        release, importance = _make_files(release, keys, done, means)
+        release, importance = _make_files(release, keys, done, passing, means)
         result = {
             "schema": SCHEMA,
             "version": __version__,
@@ -111,17 +111,19 @@ def _state(keys: Keys, done: Finished) -> Path:
     return done.folder / f"{keys.importance}.unfinished"
 
 
-def _make_files(release: Release, keys: Keys, done: Finished, means: Means) -> tuple[Release, dict[str, Any] | None]:
+def _make_files(
+    release: Release, keys: Keys, done: Finished, passing: Path, means: Means
+) -> tuple[Release, dict[str, Any] | None]:
     """Makes and measures all that is not finished; gives the release as it was planned last, and what the report says
-    of its importance matrix.
+    of its importance matrix. The reference lies in the folder `passing`, which goes when the run ends.
     """
-    folder, reference = done.folder, done.folder / release.reference.name
+    folder, reference = done.folder, passing / release.reference.name
     needed = [*keys.variants, *([keys.importance] if release.calibrating else [])]
     if not all(done.has(key) for key in needed):
         write_variant(release.reference, reference, means, "reference")
     importance = describe_importance(release, None)
     if release.calibrating:
-        release, importance = _with_importance(release, release.calibrating, keys, done, means)
+        release, importance = _with_importance(release, release.calibrating, keys, done, reference, means)
     for key, variant in zip(keys.variants, release.variants, strict=True):
         if not done.has(key):
             write_variant(variant, folder / variant.name, means)
@@ -135,14 +137,13 @@ def _make_files(release: Release, keys: Keys, done: Finished, means: Means) -> t
 
 
 def _with_importance(
-    release: Release, made: Calibrating, keys: Keys, done: Finished, means: Means
+    release: Release, made: Calibrating, keys: Keys, done: Finished, reference: Path, means: Means
 ) -> tuple[Release, dict[str, Any] | None]:
     """The release planned with its importance matrix, and what the report says of that; made unless it is there."""
     key = keys.importance
     if done.has(key):
         importance = replace(read_importance(done.folder / made.name), file=made.name)
         return plan_again(release, importance), done.entry(key)
-    reference = done.folder / release.reference.name
     release, calibration = make_importance(release, reference, done.folder, means, _state(keys, done))
     described = describe_importance(release, calibration)
     done.keep(key, made.name, described)
@@ -192,32 +193,19 @@ def list_outputs(release: Release, out: Path) -> list[Path]:
 
 
 @contextmanager
-def _making(out: Path) -> Iterator[Path]:
-    """The hidden folder inside `out` that everything is made in; afterwards what is finished stays there, if anything.
-
-    What runs that were killed left goes, but for what they had finished.
-    """
-    made_out, folder = not out.exists(), out / FOLDER
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with holding(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            try:
-                yield folder
-            except BaseException as error:
-                # an interrupt, or a disk that is full: the same command can end well; else it fails again
-                is_passing = not isinstance(error, Exception) or isinstance(error, OutputError | OSError)
-                if is_passing and Finished(folder).tidy():
-                    offer_resume(f"what is finished is kept in {folder}; the same command goes on from there")
-                elif not is_passing:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        if made_out and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+def _making(out: Path) -> Iterator[tuple[Path, Path]]:
+    """The folders of `unfinished_work`; after an interrupt what is finished stays in the first one, if anything."""
+    with unfinished_work(out, FOLDER) as (folder, passing):
+        try:
+            yield folder, passing
+        except BaseException as error:
+            # an interrupt, or a disk that is full: the same command can end well; else it fails again
+            if not isinstance(error, Exception) or isinstance(error, OutputError | OSError):
+                Finished(folder).tidy()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

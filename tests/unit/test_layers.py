@@ -12,7 +12,7 @@ import pocketquant
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"escaping"},
-    {"errors", "activity", "extras", "machine", "pace"},
+    {"errors", "activity", "extras", "failures", "machine", "pace"},
     {"formats"},
     {"files"},
     {"model"},
