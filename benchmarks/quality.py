@@ -207,17 +207,17 @@ def write_rows(bench: Bench, rows: Sequence[Row], out: Path) -> None:
 
 def sample_more(bench: Bench, windows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
     """The model's own windows for tuning, made once; None for none."""
-    from pocketquant.tuning.tune import go_on
+    from pocketquant.tuning.tune import sample_continuations
 
     path = bench.folder / f"sampled {bench.sampled}.npy"
     if bench.sampled and not path.exists():
-        np.save(path, go_on(bench.reference, windows, bench.sampled, threads=bench.threads))
+        np.save(path, sample_continuations(bench.reference, windows, bench.sampled, threads=bench.threads))
     return np.load(path) if bench.sampled else None
 
 
 def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
     """The file with curvature on both sides, tuned on the calibration texts and the model's own; made once."""
-    from pocketquant.tuning.tune import sampled_text, tune_file, tuning_bytes
+    from pocketquant.tuning.tune import TuneSettings, TuningWindows, sampled_text, tune_file, tuning_bytes
 
     path = bench.folder / f"{name.replace(' ', '_').replace(',', '')}.gguf"
     if not path.exists():
@@ -232,12 +232,9 @@ def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
         tuned = tune_file(
             rounded,
             bench.model,
-            windows,
-            read,
+            TuningWindows(windows, read, more),
             path,
-            more=more,
-            epochs=bench.epochs,
-            threads=bench.threads,
+            TuneSettings(bench.epochs, threads=bench.threads),
         )
         seconds = time.process_time() - started
         print(f"{path.name}: {seconds:.0f} CPU s, held back {tuned.before:.6f} to {tuned.after:.6f}", file=sys.stderr)

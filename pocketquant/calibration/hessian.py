@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pocketquant.errors import EvalError, listing
 from pocketquant.formats import F32Array
 from pocketquant.formats.activations import add_rounding_errors
-from pocketquant.llama.observing import Product, not_finite
+from pocketquant.llama.observing import Matmul, not_finite
 
 MAX_GROUPS = 32
 _UNSEEN_GROUPS = 4
@@ -97,7 +97,7 @@ class MomentSums:
         assert self.head is not None
         self.head.hidden = hidden.copy()
 
-    def add(self, product: Product) -> None:
+    def add(self, product: Matmul) -> None:
         share, inputs = self.shares[product.weight], product.inputs
         if inputs.shape[3] != share.k:
             raise EvalError(f"{product.weight}: {inputs.shape[3]} inputs, expected {share.k}")

@@ -50,7 +50,7 @@ def gate(
     """Hold a report against limits: exit 0 if none is broken for certain, 1 if one is, 2 for bad input."""
     from pocketquant.eval.gate.decide import decide, read_report
     from pocketquant.eval.gate.limits import read_limits
-    from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, to_markdown
+    from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, verdict_to_markdown
     from pocketquant.eval.gate.report_diff import find_moved
     from pocketquant.files.replacing import refuse_overwriting, replacing
 
@@ -69,7 +69,7 @@ def gate(
     accepted = None if baseline is None else _read_baseline(baseline, file)
     verdict = decide(candidate, read_limits(limits), accepted, strict=strict, first=first)
     moved = find_moved(candidate, accepted) if explain and accepted is not None else None
-    for path, text in ((junit, to_junit(verdict, moved)), (markdown, to_markdown(verdict, moved))):
+    for path, text in ((junit, to_junit(verdict, moved)), (markdown, verdict_to_markdown(verdict, moved))):
         if path is not None:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")

@@ -25,22 +25,15 @@ def make_pack(
     quiet: bool,
 ) -> None:
     """Says what the pack will take and makes it."""
-    from pocketquant.eval.reference import make_reference, plan_reference
+    from pocketquant.eval.kinship import quantized_reference
+    from pocketquant.eval.reference import PackSettings, make_reference, plan_reference
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.texts.embedded import read_texts
 
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
-    plan = plan_reference(
-        model,
-        texts,
-        context=context,
-        chunks=chunks,
-        positions=positions,
-        top=top_k,
-        with_head=with_head,
-        threads=threads,
-    )
+    settings = PackSettings(context, chunks, positions, top_k, with_head, threads, gpu_layers)
+    plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
     say(
@@ -53,19 +46,7 @@ def make_pack(
             print_json(asdict(plan), of="plan")
         return
     with step_progress(out.name, quiet=quiet) as advance:
-        pack = make_reference(
-            model,
-            texts,
-            out,
-            context=context,
-            chunks=chunks,
-            positions=positions,
-            top=top_k,
-            with_head=with_head,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            progress=advance,
-        )
+        pack = make_reference(model, texts, out, settings, progress=advance)
     header, nbytes = pack.header, out.stat().st_size
     floor = header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"
@@ -74,6 +55,8 @@ def make_pack(
         f"{floor.kld_max:.1g} at one of {floor.positions} positions); moves divergences by {floor.shift:.1g}",
         quiet=quiet,
     )
+    if header.quantized:
+        say(f"note: {quantized_reference(header.model.name, header.quantized)}", quiet=quiet)
     if header.top:
         say(
             f"note: divergences against it are lower bounds; about {100 * floor.captured:.0f} % of a small one shows",

@@ -11,7 +11,9 @@ import typer
 from pocketquant.cli.screen import headed, print_json, print_table, say, step_progress
 
 if TYPE_CHECKING:
+    from pocketquant.eval.tasks.compare import TasksReport
     from pocketquant.eval.tasks.paired import Paired
+    from pocketquant.eval.tasks.smoke import SmokeReport
 
 Gguf = Annotated[Path, typer.Argument(metavar="GGUF", help="The file to judge.")]
 Reference = Annotated[Path, typer.Option("--reference", metavar="GGUF", help="Full precision of the same checkpoint.")]
@@ -52,11 +54,11 @@ def tasks(
 ) -> None:
     """Run benchmarks on a file and on full precision, and compare item by item."""
     from pocketquant.eval.tasks.compare import compare_on_tasks, count_cost, write_report
-    from pocketquant.eval.tasks.loading import Settings
+    from pocketquant.eval.tasks.loading import TaskSettings
     from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, reference])
-    settings = Settings(
+    settings = TaskSettings(
         names=tuple(name.strip() for name in names.split(",") if name.strip()),
         include_path=include_path,
         limit=limit,
@@ -85,6 +87,7 @@ def tasks(
         print_json(report.to_json())
     else:
         _print_results(report)
+    _note_quantized(report, quiet=quiet)
     for name, cost in report.cost.items():
         for count, what in (
             (cost.cut_prompts, "prompts lost their beginning; use a larger --context"),
@@ -96,6 +99,13 @@ def tasks(
                 say(f"note: {name}: {count} {what}", quiet=quiet)
     for task, metrics in report.left_out.items():
         say(f"note: {task}: not item by item, left out: {', '.join(metrics)}", quiet=quiet)
+
+
+def _note_quantized(report: TasksReport | SmokeReport, *, quiet: bool) -> None:
+    from pocketquant.eval.kinship import quantized_reference
+
+    if report.reference_quantized is not None:
+        say(f"note: {quantized_reference(report.reference.name, report.reference_quantized)}", quiet=quiet)
 
 
 def smoke(
@@ -129,6 +139,7 @@ def smoke(
         )
     if out is not None:
         write_report(headed(report.to_json()), out)
+    _note_quantized(report, quiet=quiet)
     if json:
         print_json(report.to_json())
         return
@@ -167,7 +178,7 @@ def eval_vision(
 ) -> None:
     """Show images to a vision tower and to its full precision, and compare embeddings and answers."""
     from pocketquant.eval.tasks.compare import write_report
-    from pocketquant.eval.vision import compare_towers
+    from pocketquant.eval.vision import VisionSettings, compare_towers
     from pocketquant.files.replacing import refuse_overwriting
 
     refuse_overwriting([out] if out else [], [gguf, mmproj, reference_mmproj, *images])
@@ -177,11 +188,7 @@ def eval_vision(
             mmproj,
             reference_mmproj,
             images,
-            question=question,
-            answer_tokens=answer_tokens,
-            context=context,
-            threads=threads,
-            gpu_layers=gpu_layers,
+            VisionSettings(question, answer_tokens, context, threads, gpu_layers),
             progress=advance,
         )
     if out is not None:

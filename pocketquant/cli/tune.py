@@ -50,7 +50,15 @@ def tune(
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
-    from pocketquant.tuning.tune import DoesNotPay, check_file, go_on, sampled_text, tune_file
+    from pocketquant.tuning.tune import (
+        DoesNotPay,
+        TuneSettings,
+        TuningWindows,
+        check_file,
+        sample_continuations,
+        sampled_text,
+        tune_file,
+    )
 
     texts = text or [str(text_path("calibration"))]
     if SELF in texts:
@@ -80,23 +88,18 @@ def tune(
             as_gguf(reference, out, threads=threads, quiet=quiet) as gguf,
             step_progress("sampling", quiet=quiet) as advance,
         ):
-            more = go_on(gguf, windows, sampled, threads=threads, gpu_layers=gpu_layers, seed=seed, progress=advance)
+            more = sample_continuations(
+                gguf, windows, sampled, threads=threads, gpu_layers=gpu_layers, seed=seed, progress=advance
+            )
         about = (*about, sampled_text(more))
     try:
         with step_progress("tuning", quiet=quiet) as advance:
             tuned = tune_file(
                 file,
                 model,
-                windows,
-                about,
+                TuningWindows(windows, about, more),
                 out,
-                more=more,
-                epochs=epochs,
-                rate=rate,
-                code_rate=code_rate,
-                device=device,
-                threads=threads,
-                seed=seed,
+                TuneSettings(epochs, rate, code_rate, device=device, threads=threads, seed=seed),
                 progress=advance,
             )
     except DoesNotPay as error:

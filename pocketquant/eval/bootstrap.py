@@ -1,7 +1,7 @@
 """Standard errors of means and quantiles of scored positions, by resampling whole clusters.
 
-Neighbouring tokens of a text are alike, so positions are no independent draws and the usual s / sqrt(n) is too small.
-Whole windows are drawn instead, with replacement; where there are few, each is cut into equal blocks first.
+Neighbouring tokens of a text are alike, so positions are not independent and the usual s / sqrt(n) is too small. Whole
+windows are drawn instead, with replacement. Where there are few windows, each is first cut into equal blocks.
 
 Source: A. C. Davison and D. V. Hinkley, Bootstrap Methods and their Application (1997), chapters 2 and 3.8.
 """
@@ -21,7 +21,7 @@ MIN_CLUSTERS = 20
 
 @dataclass(frozen=True)
 class Resampling:
-    """How often each cluster is drawn in each resample.
+    """The number of times that each cluster is drawn in each resample.
 
     Attributes:
         cluster: i64[n], the cluster of each position.

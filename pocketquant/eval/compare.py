@@ -1,17 +1,17 @@
 """Runs a model and its reference over texts; no logits are kept.
 
-Both score the same window, a group of rows after the other, and each pair of rows is folded into one record
-(`metrics.POSITION`). The numbers are those of `llama-perplexity --kl-divergence`, but for what its file of
-logits loses: 16 bits per log-probability, and nothing below exp(-16). `like="llama-perplexity"` loses the same.
+Both run the same window, one group of rows after the other, and each pair of rows becomes one record
+(`metrics.POSITION`). The numbers are those of `llama-perplexity --kl-divergence` without what its file of logits loses:
+it keeps 16 bits of each log-probability, and nothing below exp(-16). `like="llama-perplexity"` loses the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from unicodedata import is_normalized
 
 import numpy as np
@@ -19,27 +19,27 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.eval.kinship import check_architecture, describe_quantized
 from pocketquant.eval.like_llama import score_rows_like_llama
-from pocketquant.eval.metrics import Scorer, score_rows
+from pocketquant.eval.metrics import Positions
 from pocketquant.eval.packs.pack import is_pack
 from pocketquant.eval.packs.replay import PackRuntime
 from pocketquant.eval.reference import describe_reference, identify_reference, open_reference
 from pocketquant.eval.report.evidence import digest_metadata, digest_stream
 from pocketquant.eval.report.schema import NoiseFloor, Provenance, Report, ScoredText, measure_noise, summarize
-from pocketquant.eval.windows import MIN_LANE_WINDOWS, Progress, score_windows
+from pocketquant.eval.windows import EXACT, MIN_LANE_WINDOWS, Progress, Scoring, score_windows
 from pocketquant.extras import list_versions
 from pocketquant.files.reading import states_of
 from pocketquant.files.unchanged import check_unchanged
-from pocketquant.gguf_file.identity import identify, identify_all, identify_model
+from pocketquant.gguf_file.identity import FileIdentity, identify, identify_all, identify_model
 from pocketquant.llama.runtime import Runtime, TextRuntime, open_runtime
 from pocketquant.machine import usable_threads
 from pocketquant.texts.conversations import render_chat, template_digest
 from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
 
 NOISE_WINDOWS = 32
-"""Windows that the noise floor is measured on, at most: more change its first digits no more."""
+"""The most windows that the noise floor is measured on: more of them do not change its first digits."""
 
-SCORERS: dict[str | None, Scorer] = {None: score_rows, "llama-perplexity": score_rows_like_llama}
-"""What `like` may be."""
+SCORERS: dict[str | None, Scoring] = {None: EXACT, "llama-perplexity": Scoring(score_rows_like_llama, whole=True)}
+"""The values that `like` may have."""
 
 
 class Opener(Protocol):
@@ -58,7 +58,7 @@ class Opener(Protocol):
 
 
 class ReferenceOpener(Protocol):
-    """Opens what it is judged by; `open_runtime` is one."""
+    """Opens the reference; `open_runtime` is one."""
 
     def __call__(
         self, path: str | Path, *, context: int, threads: int | None, gpu_layers: int, flash_attention: bool = False
@@ -66,11 +66,48 @@ class ReferenceOpener(Protocol):
 
 
 @dataclass(frozen=True)
+class _Settings:
+    """The arguments of `compare` that are numbers and switches; see there."""
+
+    context: int
+    chunks: int | None
+    threads: int
+    gpu_layers: int
+    seed: int
+    positions: bool
+    noise_floor: bool
+    like: str | None
+
+    @property
+    def flash_attention(self) -> bool:
+        return self.like is not None
+
+
+@dataclass(frozen=True)
+class _Openers:
+    """What opens the model and the reference."""
+
+    model: Opener
+    reference: ReferenceOpener
+
+
+@dataclass(frozen=True)
 class _Cut:
-    """A text, cut."""
+    """A text and its windows."""
 
     text: Text
     corpus: Corpus
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The scored positions of each text, and what they were scored with."""
+
+    cuts: Sequence[_Cut]
+    positions: Sequence[Positions]
+    noise: NoiseFloor | None
+    versions: Mapping[str, str]
+    vocabulary: str
 
 
 def compare(
@@ -96,50 +133,74 @@ def compare(
         model: the GGUF to judge.
         reference: what to judge it by: the same checkpoint as a GGUF in f32, BF16 or Q8_0, as its own folder, or a
             pack that `make_reference` made of one.
-        text: UTF-8, best none that served as calibration text; or several, with the domain of each.
+        text: UTF-8, best one that was not used for calibration; or several, with the domain of each.
         context: tokens in a window; the second half of each is scored.
-        chunks: most windows to score of each text; None for all.
+        chunks: the most windows of each text to score; None for all.
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         seed: of the bootstrap behind the standard errors.
-        positions: score the first half of each window, too, for the numbers by position; no other number contains it.
+        positions: score the first half of each window too, for the numbers by position; no other number contains it.
         noise_floor: run the model against itself at another batch size, on `NOISE_WINDOWS` windows at most.
-        like: "llama-perplexity" to round what that program rounds, and to compute attention as it does; else without
-            llama.cpp's flash attention, which makes logits depend on how a window is cut into batches.
+        like: "llama-perplexity" to round as that program does, and to use llama.cpp's flash attention as it does.
+            Flash attention makes logits depend on how a window is cut into batches, so it is off otherwise.
         progress: told after each window.
-        opener: what opens the model.
-        reference_opener: what opens the reference; None for `open_reference` where `opener` is the usual one, too.
+        opener: opens the model.
+        reference_opener: opens the reference; None for `open_reference` if `opener` is the usual one too.
 
     Raises:
-        SourceError: a file or a text was changed meanwhile.
+        SourceError: a file or a text was changed during the run.
         EvalError: a file or a text cannot be read, the vocabularies differ, a text is too short, or no logits are
             finite.
     """
-    check_size(context, chunks)
+    texts = [Text(Path(text).stem, Path(text))] if isinstance(text, str | Path) else list(text)
+    settings = _Settings(context, chunks, threads or usable_threads(), gpu_layers, seed, positions, noise_floor, like)
+    model, reference = Path(model), Path(reference)
+    _check(model, reference, texts, settings)
+    files = states_of(model, reference, *(each.path for each in texts))
+    openers = _Openers(opener, reference_opener or (open_reference if opener is open_runtime else opener))
+    scored = _score(model, reference, texts, settings, openers, progress)
+    identities = [identify(each.path) for each in texts]
+    provenance = _describe(model, reference, settings, scored, identities)
+    check_unchanged(files)
+    return _report(scored, settings, provenance, identities)
+
+
+def _check(model: Path, reference: Path, texts: Sequence[Text], settings: _Settings) -> None:
+    """Refuses what cannot be compared, before two models are loaded."""
+    check_size(settings.context, settings.chunks)
+    like = settings.like
     if like not in SCORERS:
         raise EvalError(f"numbers like those of {like!r} are not known; there is: {_names(SCORERS)}")
-    if like is not None and (Path(reference).is_dir() or is_pack(reference)):
+    if like is not None and (reference.is_dir() or is_pack(reference)):
         raise EvalError(f"numbers like those of {like} need a GGUF as the reference, which {reference} is not")
-    texts = [Text(Path(text).stem, Path(text))] if isinstance(text, str | Path) else list(text)
-    _check_texts(texts, like)  # before two models are loaded
-    check_architecture(Path(model), Path(reference))
-    files = states_of(model, reference, *(each.path for each in texts))
-    n_threads = threads or usable_threads()
+    _check_texts(texts, like)
+    check_architecture(model, reference)
+
+
+def _score(
+    model: Path,
+    reference: Path,
+    texts: Sequence[Text],
+    settings: _Settings,
+    openers: _Openers,
+    progress: Progress | None,
+) -> _Scored:
+    """Runs both over all texts, and the model against itself where the noise floor is wanted."""
+    n_threads = settings.threads
     # two of them run at the same time on half the threads each: fewer threads wait for one another
     half, other_half = max(n_threads // 2, 1), max(n_threads - n_threads // 2, 1)
     if is_pack(reference):  # replaying one is little work beside the model's
         half = n_threads
-    flash = like is not None
-    with opener(model, context=context, threads=half, gpu_layers=gpu_layers, flash_attention=flash) as model_run:
-        reference_opener = reference_opener or (open_reference if opener is open_runtime else opener)
+    open_with: Any = {
+        "context": settings.context,
+        "gpu_layers": settings.gpu_layers,
+        "flash_attention": settings.flash_attention,
+    }
+    with openers.model(model, threads=half, **open_with) as model_run:
         with ExitStack() as stack:
-            reference_run = stack.enter_context(
-                reference_opener(
-                    reference, context=context, threads=other_half, gpu_layers=gpu_layers, flash_attention=flash
-                )
-            )
-            cuts = _cut_for_both(model, model_run, reference, reference_run, texts, context, chunks, positions)
-            count = _Count(progress, sum(len(cut.corpus.windows) for cut in cuts), noise_floor)
+            reference_run = stack.enter_context(openers.reference(reference, threads=other_half, **open_with))
+            cuts = _cut_for_both((model, model_run), (reference, reference_run), texts, settings)
+            count = _Count(progress, sum(len(cut.corpus.windows) for cut in cuts), settings.noise_floor)
             twins = None
             is_long = max(len(cut.corpus.windows) for cut in cuts) >= MIN_LANE_WINDOWS
             if n_threads > 1 and is_long and isinstance(reference_run, TextRuntime):
@@ -154,8 +215,7 @@ def compare(
                     cut.corpus,
                     n_threads=n_threads,
                     progress=count.step,
-                    score=SCORERS[like],
-                    whole=like is not None,
+                    scoring=SCORERS[settings.like],
                     twins=twins,
                 )
                 for cut in cuts
@@ -163,57 +223,64 @@ def compare(
         for cut, found in zip(cuts, scored, strict=True):
             found["n_bytes"] = _count_bytes(cut.corpus, model_run)
         noise = None
-        if noise_floor:
-            rows = _other_rows(context)
-            with opener(
-                model, context=context, threads=other_half, gpu_layers=gpu_layers, rows=rows, flash_attention=flash
-            ) as other_run:
-                noise = _measure_noise(model_run, other_run, cuts, rows, n_threads, seed, count.step)
-        versions = list_versions() | dict(model_run.versions)
-        vocabulary = model_run.vocabulary
-    identities = [identify(each.path) for each in texts]
-    has_chat = any(each.is_chat for each in texts)
-    provenance = Provenance(
+        if settings.noise_floor:
+            rows = _other_rows(settings.context)
+            with openers.model(model, threads=other_half, rows=rows, **open_with) as other_run:
+                noise = _measure_noise(model_run, other_run, cuts, rows, settings, count.step)
+        return _Scored(cuts, scored, noise, list_versions() | dict(model_run.versions), model_run.vocabulary)
+
+
+def _describe(
+    model: Path, reference: Path, settings: _Settings, scored: _Scored, identities: Sequence[FileIdentity]
+) -> Provenance:
+    """What the numbers were measured on, and with."""
+    has_chat = any(cut.text.is_chat for cut in scored.cuts)
+    pack = describe_reference(reference)
+    templates = {"model": template_digest(model), "reference": template_digest(reference)} if has_chat else None
+    return Provenance(
         model=identify_model(model),
         reference=identify_reference(reference),
         corpus=identify_all(identities),
-        vocabulary=vocabulary,
-        text_tokens=sum(cut.corpus.text_tokens for cut in cuts),
-        context=context,
-        chunks=chunks,
-        seed=seed,
-        threads=n_threads,
-        gpu_layers=gpu_layers,
-        versions=versions,
-        like=like,
-        chat_templates=_describe_templates(model, reference) if has_chat else None,
-        reference_pack=describe_reference(reference),
-        model_metadata=digest_metadata(Path(model)),
-        reference_quantized=describe_quantized(Path(reference)) or None,
+        vocabulary=scored.vocabulary,
+        text_tokens=sum(cut.corpus.text_tokens for cut in scored.cuts),
+        context=settings.context,
+        chunks=settings.chunks,
+        seed=settings.seed,
+        threads=settings.threads,
+        gpu_layers=settings.gpu_layers,
+        versions=scored.versions,
+        like=settings.like,
+        chat_templates=templates,
+        reference_pack=pack,
+        model_metadata=digest_metadata(model),
+        reference_quantized=(pack or {}).get("quantized") or describe_quantized(reference) or None,
     )
-    check_unchanged(files)
-    every = np.concatenate(scored)
+
+
+def _report(scored: _Scored, settings: _Settings, provenance: Provenance, identities: Sequence[FileIdentity]) -> Report:
+    every = np.concatenate(scored.positions)
+    texts = [
+        ScoredText(
+            cut.text.domain,
+            identity,
+            cut.corpus.text_tokens,
+            len(cut.corpus.windows),
+            digest_stream(cut.corpus.windows),
+        )
+        for cut, identity in zip(scored.cuts, identities, strict=True)
+    ]
     return summarize(
-        every[:, context // 2 :] if positions else every,
+        every[:, settings.context // 2 :] if settings.positions else every,
         provenance,
-        texts=[
-            ScoredText(
-                cut.text.domain,
-                identity,
-                cut.corpus.text_tokens,
-                len(cut.corpus.windows),
-                digest_stream(cut.corpus.windows),
-            )
-            for cut, identity in zip(cuts, identities, strict=True)
-        ],
-        curve=every if positions else None,
-        noise_floor=noise,
+        texts=texts,
+        curve=every if settings.positions else None,
+        noise_floor=scored.noise,
     )
 
 
 @dataclass
 class _Count:
-    """Windows done, over all texts and the noise floor."""
+    """The windows done, over all texts and the noise floor."""
 
     progress: Progress | None
     windows: int
@@ -237,22 +304,16 @@ def _check_texts(texts: Sequence[Text], like: str | None) -> None:
         text = read_text(each.path)
         if like is not None and not is_normalized("NFC", text):
             raise EvalError(
-                f"{each.path}: not in Unicode's NFC, which the model's tokenizer brings a text into and {like} does "
-                "not, so the two would count other tokens; give the text in NFC"
+                f"{each.path}: is not in Unicode's NFC; the model's tokenizer brings a text into NFC and {like} "
+                "does not, so the two would count other tokens; give the text in NFC"
             )
 
 
 def _cut_for_both(
-    model: str | Path,
-    model_run: Runtime,
-    reference: str | Path,
-    reference_run: Runtime,
-    texts: Sequence[Text],
-    context: int,
-    chunks: int | None,
-    positions: bool,
+    ours: tuple[Path, Runtime], theirs: tuple[Path, Runtime], texts: Sequence[Text], settings: _Settings
 ) -> list[_Cut]:
-    """The windows of the texts, once both files are known to read them alike."""
+    """The windows of the texts, after checking that both files tokenize them alike."""
+    (model, model_run), (reference, reference_run) = ours, theirs
     advice = "compare only files made from the same checkpoint"
     if model_run.n_vocab != reference_run.n_vocab:
         raise EvalError(
@@ -262,15 +323,15 @@ def _cut_for_both(
     if reference_run.vocabulary and model_run.vocabulary != reference_run.vocabulary:
         raise EvalError(f"{model} and {reference} give different meanings to the same token numbers; {advice}")
     cuts = []
+    how: Any = {"context": settings.context, "chunks": settings.chunks, "first": 0 if settings.positions else None}
     for text in texts:
-        chat = render_chat(text.path, Path(model)) if text.is_chat else None
-        first = 0 if positions else None
-        corpus = cut_corpus(text.path, model_run, context=context, chunks=chunks, first=first, chat=chat)
+        chat = render_chat(text.path, model) if text.is_chat else None
+        corpus = cut_corpus(text.path, model_run, chat=chat, **how)
         if isinstance(reference_run, PackRuntime):
-            reference_run.check(Path(model), text.path, corpus)
+            reference_run.check(model, text.path, corpus)
             cuts.append(_Cut(text, corpus))
             continue
-        other = cut_corpus(text.path, reference_run, context=context, chunks=chunks, first=first, chat=chat)
+        other = cut_corpus(text.path, reference_run, chat=chat, **how)
         if corpus.text_tokens != other.text_tokens or not np.array_equal(corpus.windows, other.windows):
             raise EvalError(
                 f"{model} and {reference} have the same tokens and cut {text.path} differently: their merges, "
@@ -288,7 +349,7 @@ def _count_bytes(corpus: Corpus, runtime: TextRuntime) -> np.ndarray:
 
 
 def _other_rows(context: int) -> int:
-    """Rows at a time that cut a window elsewhere than the default does: neither in one piece nor in multiples of 64."""
+    """A number of rows at a time that cuts a window elsewhere than the default: not in one piece or multiples of 64."""
     return max(min(48, (context - 1 - context // 2) // 3), 1)
 
 
@@ -297,11 +358,10 @@ def _measure_noise(
     other: Runtime,
     cuts: Sequence[_Cut],
     rows: int,
-    n_threads: int,
-    seed: int,
+    settings: _Settings,
     progress: Progress,
 ) -> NoiseFloor | None:
-    """The model against itself, on as many windows of each text as are its share."""
+    """The model against itself; each text gives its share of the windows."""
     total = sum(len(cut.corpus.windows) for cut in cuts)
     found = []
     left = NOISE_WINDOWS
@@ -311,15 +371,11 @@ def _measure_noise(
         left -= share
         if share:
             corpus = replace(cut.corpus, windows=windows[:share], first=None)
-            scored = score_windows(model, other, corpus, n_threads=n_threads, progress=progress)
+            scored = score_windows(model, other, corpus, n_threads=settings.threads, progress=progress)
             scored["n_bytes"] = _count_bytes(corpus, model)
             found.append(scored)
-    return measure_noise(np.concatenate(found), rows, seed)
+    return measure_noise(np.concatenate(found), rows, settings.seed)
 
 
-def _describe_templates(model: str | Path, reference: str | Path) -> dict[str, str | None]:
-    return {"model": template_digest(Path(model)), "reference": template_digest(Path(reference))}
-
-
-def _names(choices: dict[str | None, Scorer]) -> str:
+def _names(choices: dict[str | None, Scoring]) -> str:
     return ", ".join(name for name in choices if name is not None)

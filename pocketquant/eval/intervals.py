@@ -1,12 +1,12 @@
-"""Confidence intervals of shares, and of the ratio and difference of two of them, from sums over clusters.
+"""Confidence intervals of shares, and of the ratio and the difference of two shares, from sums over clusters.
 
-A share is sum(numerator) / sum(denominator): divergence per token, agreement per token, bits per byte. Its variance is
-that of the clusters' deviations from it. Where two shares were taken over the same clusters, their deviations go
-together, and the covariance, subtracted, makes their comparison far sharper than either share is known.
+A share is sum(numerator) / sum(denominator): divergence per token, agreement per token, bits per byte. Its variance
+comes from the deviations of the clusters. Two shares over the same clusters have correlated deviations, and subtracting
+their covariance makes the comparison of the two far more precise than either share is.
 
-The ratio's interval is Fieller's: a bound L lies outside it exactly where a - L b is significantly different from zero,
-so no variance of a quotient has to be guessed. Quantiles are Student's t at the number of clusters - 1, because the
-tails that a gate looks at are where the normal distribution is too thin.
+The interval of a ratio is Fieller's: a bound L lies outside it exactly if a - L b differs significantly from zero, so
+no variance of a quotient has to be approximated. Quantiles are those of Student's t with the number of clusters - 1
+degrees of freedom, because the normal distribution is too thin in the tails that a gate looks at.
 
 Source: E. C. Fieller, Some Problems in Interval Estimation (1954); W. G. Cochran, Sampling Techniques (1977), ch. 6.
 """
@@ -55,14 +55,14 @@ class Share:
 
 
 def share(numerators: F64Array, denominators: F64Array) -> Share:
-    """Sums over clusters, f64[n_cluster] each -> their share; the denominators' sum must be positive."""
+    """The share of sums over clusters, f64[n_cluster] each; the sum of the denominators must be positive."""
     total = float(denominators.sum())
     value = float(numerators.sum()) / total
     return Share(value, (numerators - value * denominators) / total)
 
 
 def covariance(a: Share, b: Share, in_a: npt.NDArray[np.int64], in_b: npt.NDArray[np.int64]) -> float:
-    """Of two shares whose clusters `in_a[i]` and `in_b[i]` are the same windows; others are independent."""
+    """The covariance of two shares; their clusters `in_a[i]` and `in_b[i]` are the same windows, others independent."""
     if not len(in_a):
         return 0.0
     product = float(a.deviations[in_a] @ b.deviations[in_b])
@@ -82,13 +82,13 @@ def ratio_interval(a: Share, b: Share, cov: float, t: float) -> tuple[float, flo
 
 
 def ratio_factor(a: Share, b: Share, cov: float, t: float, bound: float) -> float:
-    """How many times as much text would tell a / b from `bound`, were the estimates right; inf if none would."""
+    """How many times as much text would tell a / b from `bound` if the estimates were right; inf if no text would."""
     variance = a.variance + bound * bound * b.variance - 2 * bound * cov
     return _factor(a.value - bound * b.value, variance, t)
 
 
 def difference_variance(a: Share, b: Share, cov: float) -> float:
-    """Of a - b; rounding may not push it below zero."""
+    """The variance of a - b, at least zero."""
     return max(a.variance + b.variance - 2 * cov, 0.0)
 
 

@@ -1,8 +1,9 @@
-"""Whether two figures come from the same kernels of llama.cpp, and how far apart they may be if not.
+"""Whether two figures come from the same kernels of llama.cpp, and how far apart they may be if they do not.
 
-Kernels differ in how they round a product's inputs and in which order they add up: AMX, weights packed anew, AVX-512 or
-not, a batch's size, flash attention. Of one file they give figures a little apart, and no text is long enough to tell
-that from a better or worse file. So the distance was measured (`benchmarks/kernels_floor.py`, `docs/experiments.md`).
+Kernels differ in how they round the inputs of a matrix product and in the order of their sums. It depends on AMX, on
+repacked weights, on AVX-512, on the batch size and on flash attention. So one file has slightly different figures on
+different kernels, and no text is long enough to tell that from a better or worse file. The difference was measured
+(`benchmarks/kernels_floor.py`, `docs/experiments.md`).
 """
 
 from __future__ import annotations

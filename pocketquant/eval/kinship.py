@@ -1,7 +1,4 @@
-"""Whether two files can be the same model, and whether the one that stands for full precision is that.
-
-Told by headers, before anything is run.
-"""
+"""Checks by headers, before anything runs, whether two files can be one model and the reference is unquantized."""
 
 from __future__ import annotations
 
@@ -19,18 +16,18 @@ def check_architecture(model: Path, reference: Path) -> None:
     """Refuses two files of different architectures.
 
     Raises:
-        EvalError: both say what they are, and it is not the same.
+        EvalError: both name their architecture, and the names differ.
     """
     ours, theirs = _architecture(model), _architecture(reference)
     if ours and theirs and ours != theirs:
         raise EvalError(
-            f"{model} is a {ours}, {reference} a {theirs}: another model, whose predictions say nothing about it; "
+            f"{model} is a {ours}, {reference} a {theirs}, so they are different models and cannot be compared; "
             "give full precision of the same checkpoint"
         )
 
 
 def describe_quantized(reference: Path) -> str:
-    """In which types a reference's matrices are where they are quantized; "" for full precision or what is no GGUF."""
+    """The types of a reference's quantized matrices; "" for full precision, or for a file that is not a GGUF."""
     if not reference.is_file() or not is_gguf(reference):
         return ""
     weights: Counter[str] = Counter()
@@ -45,6 +42,11 @@ def describe_quantized(reference: Path) -> str:
     return ", ".join(shares)
 
 
+def quantized_reference(name: str, types: str) -> str:
+    """What a reader has to know where the reference is no full precision; `types` from `describe_quantized`."""
+    return f"{name} is itself quantized ({types}): what it lost is missing from these numbers, or counted twice."
+
+
 def _architecture(path: Path) -> str:
     """GGUF's name for what a file or a checkpoint's folder holds; "" where it does not say."""
     if path.is_dir():
@@ -52,7 +54,7 @@ def _architecture(path: Path) -> str:
         classes = config.get("architectures") if isinstance(config, dict) else None
         try:
             return architecture_of_class(str(classes[0])).name if isinstance(classes, list) and classes else ""
-        except PocketquantError:  # whoever opens it says what is wrong with it
+        except PocketquantError:  # opening it will say what is wrong with it
             return ""
     if not path.is_file() or not is_gguf(path):
         return ""

@@ -1,4 +1,4 @@
-"""The numbers that llama-perplexity gets from its file of logits: what it rounds is rounded here, too.
+"""The numbers that llama-perplexity computes from its file of logits, with the same rounding.
 
 Its base pass stores each row of log-probabilities as 16-bit steps between the largest one and the smallest one, or 16
 below the largest; its compare pass reads the reference's losses, its most likely token and the divergence off those,

@@ -1,9 +1,9 @@
-"""What a report says of scored positions: every statistic, with its standard error.
+"""The statistics of scored positions, each with its standard error.
 
-A mean over all positions hides where a model fails, so the same numbers are also taken by position in the window (a
-recurrent state can drift where a cache of keys and values does not) and by how sure the reference is.
+A mean over all positions hides where a model fails. So the same numbers are also taken by position in the window (a
+recurrent state can drift where a cache of keys and values does not) and by the confidence of the reference.
 
-Standard errors are None where there is too little text for one.
+A standard error is None where the text is too short for one.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Share of positions where the model agrees with the reference's most likely token.
+    """The share of positions where the model agrees with the reference's most likely token.
 
-    `top1`: it is the model's most likely one, too. `top5`: it is among the model's five most likely ones.
+    `top1`: it is the model's most likely token too. `top5`: it is among the model's five most likely tokens.
     """
 
     mean: float

@@ -1,13 +1,13 @@
-"""From logits to one record per scored position, with its KL divergence: the only pass over tokens x vocabulary.
+"""Turns logits into a record for each scored position, with its KL divergence; the only pass over all the logits.
 
-Two rows of logits and the token that really came next become a `POSITION`: divergence, both losses, whether the most
-likely token is the same. Everything in a report is a statistic of these records, so a new statistic of known numbers
-needs no change here; a new number per position is one more field and a few lines in `_score_row`.
+Two rows of logits and the token that came next become a `POSITION`: the divergence, both losses, and whether the most
+likely token is the same. Every number of a report is a statistic of these records. A new statistic of them needs no
+change here; a new number per position is one more field and a few lines in `_score_row`.
 
 With r and m the log-probabilities of reference and model, KL(reference || model) = sum exp(r) (r - m), and the total
 variation is half the sum of |exp(r) - exp(m)|. All sums and exponentials are f64: with f32 the two normalizers alone
-leave noise of 1e-7, and near-identical rows go negative. Only the shares that the total variation is summed from are
-kept as f32 between two loops, which leaves it a noise of 3e-8.
+leave a noise of 1e-7, and the divergence of nearly equal rows becomes negative. Only the probabilities that the total
+variation is summed from are kept as f32 between two loops, which leaves a noise of 3e-8 in it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ POSITION = np.dtype(
 """One scored position. Where one of the two rows is not finite, the other fields are zero and mean nothing.
 
 `variation` is the total variation, `top_reference` the probability of the reference's most likely token, `n_above_top`
-how many tokens the model holds more likely than that one. `n_bytes`, the length of the text that the right token stands
-for, is not known here: whoever knows the vocabulary fills it in.
+the number of tokens that the model holds more likely than that one. `n_bytes`, the length of the right token's text, is
+not known here; the caller, who knows the vocabulary, fills it in.
 """
 
 Positions = npt.NDArray[np.void]
 
 
 class Scorer(Protocol):
-    """Folds pairs of rows into records; `score_rows` is one."""
+    """Turns pairs of rows into records; `score_rows` is one."""
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ _LOG2_E = 1.4426950408889634
 _LN2 = 0.6931471805599453
 _SHIFT = 2.0**52 + 1023.0
 _LOWEST = -708.0
-"""exp(-708) is the last before subnormal numbers; a share of 1e-308 adds nothing."""
+"""exp(-708) is the smallest before subnormal numbers; a probability of 1e-308 adds nothing."""
 
 
 @intrinsic
@@ -138,7 +138,7 @@ def _largest(row: F32Array) -> tuple[np.float32, int]:
 def _sum_row(
     model: F32Array, reference: F32Array, model_max: float, reference_max: float, shares: F32Array
 ) -> tuple[float, float, float]:
-    """Both normalizers and the sum of share x difference; leaves the shares in `shares` f32[2, n_vocab]."""
+    """Both normalizers and the sum of probability x difference; `shares` f32[2, n_vocab] gets exp of both rows."""
     model_sum = 0.0
     reference_sum = 0.0
     difference = 0.0

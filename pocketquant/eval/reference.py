@@ -1,22 +1,23 @@
 """References: full precision to judge by, live or kept in a pack.
 
-What stands behind `--reference` is a GGUF, which runs beside the model; a checkpoint folder, which torch runs
-(`torch_reference`); or a pack, made once by `make_reference`. A pack holds the reference's final hidden states, from
-which its output matrix makes the logits again, or only its most likely tokens. It says how far it is from the live
-reference (`Floor`), and answers only for the tokens that it was made from.
+A reference is a GGUF, which runs beside the model; the folder of a checkpoint, which torch runs (`torch_reference`); or
+a pack, which `make_reference` makes once. A pack holds the final hidden states of the reference, from which the output
+matrix computes the logits again, or only the most likely tokens. It says how far it is from the live reference
+(`Floor`), and it answers only for the tokens that it was made from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.packs.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.packs.pack_error import FloorMeter
 from pocketquant.eval.packs.replay import open_pack
@@ -43,13 +44,13 @@ from pocketquant.texts.conversations import render_chat
 from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
 
 MAX_FLOOR = 1e-6
-"""Mean divergence, in nats, from which on a pack is no stand-in for its reference and is refused."""
+"""A pack whose mean divergence from its reference is this many nats or more is refused."""
 
 MAX_SHARE = 0.02
-"""Size of a stored state over that of the logits in llama-perplexity's base file that the coding is chosen for."""
+"""The coding of a stored state takes at most this share of the logits in llama-perplexity's base file."""
 
 _MEASURED = 1024
-"""Positions that the floor is measured at, about, spread over all windows."""
+"""About the number of positions that the floor is measured at; they are spread over all windows."""
 
 Progress = Callable[[int, int], None]
 Groups = Iterator[tuple[int, F32Array | None, F32Array]]
@@ -63,7 +64,7 @@ class ReferenceRun(Protocol):
         head: its output matrix.
         identity: the reference, by content.
         sizes: dimension words -> numbers that the judged model must share.
-        tells_head: whether the matrix can be found again without a copy in the pack.
+        tells_head: whether the matrix can be found again if the pack has no copy of it.
     """
 
     @property
@@ -84,7 +85,7 @@ class ReferenceRun(Protocol):
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """What a pack will cost.
+    """The size of a pack before it is made.
 
     Attributes:
         positions: scored positions.
@@ -100,35 +101,41 @@ class ReferencePlan:
     base_bytes: int
 
 
-def plan_reference(
-    model: str | Path,
-    texts: Sequence[Text],
-    *,
-    context: int = 512,
-    chunks: int | None = None,
-    positions: bool = False,
-    top: int = 0,
-    with_head: bool = False,
-    threads: int | None = None,
-) -> ReferencePlan:
-    """Tokenizes the texts and says what a pack would take; arguments and errors are those of `make_reference`."""
-    with _open_run(model, context, threads, 0, top, texts, chunks) as run:
-        cuts = _cut(run.runtime, texts, model, context, chunks, positions)
-        return _plan(run, cuts, top, with_head)
+@dataclass(frozen=True)
+class PackSettings:
+    """How a pack is made.
+
+    Attributes:
+        context: tokens in a window.
+        chunks: the most windows of each text; None for all.
+        positions: whether the first half of each window is kept too.
+        top: how many of the most likely tokens are kept per position; 0 to keep hidden states.
+        with_head: whether the pack gets a copy of the output matrix. One made from a checkpoint always has it.
+        threads: threads that compute; None for all that this process may use.
+        gpu_layers: layers computed on a GPU, -1 for all.
+    """
+
+    context: int = 512
+    chunks: int | None = None
+    positions: bool = False
+    top: int = 0
+    with_head: bool = False
+    threads: int | None = None
+    gpu_layers: int = 0
+
+
+def plan_reference(model: str | Path, texts: Sequence[Text], settings: PackSettings) -> ReferencePlan:
+    """Tokenizes the texts and says what a pack would take; errors are those of `make_reference`."""
+    with _open_run(model, texts, replace(settings, gpu_layers=0)) as run:
+        return _plan(run, _cut(run.runtime, texts, model, settings), settings)
 
 
 def make_reference(
     model: str | Path,
     texts: Sequence[Text],
     out: str | Path,
+    settings: PackSettings,
     *,
-    context: int = 512,
-    chunks: int | None = None,
-    positions: bool = False,
-    top: int = 0,
-    with_head: bool = False,
-    threads: int | None = None,
-    gpu_layers: int = 0,
     progress: Progress | None = None,
 ) -> Pack:
     """Runs a reference over texts and keeps what later comparisons need.
@@ -137,39 +144,22 @@ def make_reference(
         model: a GGUF in full precision, or the folder of a checkpoint.
         texts: the texts, as for `compare`.
         out: the pack to write.
-        context: tokens in a window.
-        chunks: most windows of each text; None for all.
-        positions: keep the first half of each window, too.
-        top: keep only so many of the most likely tokens per position; 0 for hidden states.
-        with_head: put a copy of the output matrix into the pack. One made from a checkpoint always has it.
-        threads: threads that compute; None for all that this process may use.
-        gpu_layers: layers computed on a GPU, -1 for all.
+        settings: how the pack is made.
         progress: told after each window.
 
     Raises:
         EvalError: something cannot be read or run, or what the pack gives back is further from the reference than
             `MAX_FLOOR`.
-        OutputError: the pack cannot be written; what stood there before stays.
-        SourceError: model or text was changed meanwhile.
+        OutputError: the pack cannot be written; an earlier one stays.
+        SourceError: model or text was changed during the run.
     """
     files = states_of(model, *(text.path for text in texts))
-    with _open_run(model, context, threads, gpu_layers, top, texts, chunks) as run:
-        cuts = _cut(run.runtime, texts, model, context, chunks, positions)
-        with_head = not top and (with_head or not run.tells_head)
-        keeper = _TopKeeper(run.runtime.n_vocab, top) if top else _StateKeeper(run.head)
-        windows = np.concatenate([corpus.windows for corpus in cuts])
-        first = cuts[0].first_scored
-        stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
+    with _open_run(model, texts, settings) as run:
+        cuts = _cut(run.runtime, texts, model, settings)
+        keeper = _TopKeeper(run.runtime.n_vocab, settings.top) if settings.top else _StateKeeper(run.head)
         with replacing(Path(out)) as temporary, PackWriter(temporary) as writer:
-            writer.add("tokens", windows.astype("<i4").view(np.uint8))
-            for done, window in enumerate(windows, start=1):
-                groups = run.groups(window[:-1].tolist(), first, states=not top)
-                for start, states, logits in groups:
-                    after = window[start + 1 : start + 1 + len(logits)]
-                    writer.add("rows", keeper.keep(states, logits, after, is_measured=(done - 1) % stride == 0))
-                if progress is not None:
-                    progress(done, len(windows))
-            if with_head:
+            _write_rows(writer, run, keeper, cuts, settings, progress)
+            if not settings.top and (settings.with_head or not run.tells_head):
                 for piece in run.head.stored_bytes():
                     writer.add("head", piece)
             floor = keeper.floor()
@@ -178,29 +168,61 @@ def make_reference(
                     f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
                     f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
                 )
-            header = PackHeader(
-                kind="top" if top else "states",
-                model=run.identity,
-                sizes=dict(run.sizes),
-                vocabulary=run.runtime.vocabulary,
-                n_vocab=run.runtime.n_vocab,
-                bos=run.runtime.bos,
-                context=context,
-                first_scored=first,
-                texts=tuple(
-                    TextIdentity(**asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens)
-                    for text, cut in zip(texts, cuts, strict=True)
-                ),
-                row_bytes=keeper.row_bytes,
-                coding=keeper.coding,
-                head=None if top else run.head.identify(),
-                top=top,
-                floor=floor,
-                versions=list_versions() | dict(run.runtime.versions),
-            )
-            writer.finish(header)
+            writer.finish(_header(run, keeper, texts, cuts, settings, floor, describe_quantized(Path(model))))
             check_unchanged(files)
     return read_pack(out)
+
+
+def _write_rows(
+    writer: PackWriter,
+    run: ReferenceRun,
+    keeper: _TopKeeper | _StateKeeper,
+    cuts: Sequence[Corpus],
+    settings: PackSettings,
+    progress: Progress | None,
+) -> None:
+    """Writes the tokens of all windows, and a row for each scored position."""
+    windows, first = np.concatenate([corpus.windows for corpus in cuts]), cuts[0].first_scored
+    stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
+    writer.add("tokens", windows.astype("<i4").view(np.uint8))
+    for done, window in enumerate(windows, start=1):
+        for start, states, logits in run.groups(window[:-1].tolist(), first, states=not settings.top):
+            after = window[start + 1 : start + 1 + len(logits)]
+            writer.add("rows", keeper.keep(states, logits, after, is_measured=(done - 1) % stride == 0))
+        if progress is not None:
+            progress(done, len(windows))
+
+
+def _header(
+    run: ReferenceRun,
+    keeper: _TopKeeper | _StateKeeper,
+    texts: Sequence[Text],
+    cuts: Sequence[Corpus],
+    settings: PackSettings,
+    floor: Floor,
+    quantized: str,
+) -> PackHeader:
+    return PackHeader(
+        kind="top" if settings.top else "states",
+        model=run.identity,
+        sizes=dict(run.sizes),
+        vocabulary=run.runtime.vocabulary,
+        n_vocab=run.runtime.n_vocab,
+        bos=run.runtime.bos,
+        context=settings.context,
+        first_scored=cuts[0].first_scored,
+        texts=tuple(
+            TextIdentity(**asdict(identify(text.path)), windows=len(cut.windows), text_tokens=cut.text_tokens)
+            for text, cut in zip(texts, cuts, strict=True)
+        ),
+        row_bytes=keeper.row_bytes,
+        coding=keeper.coding,
+        head=None if settings.top else run.head.identify(),
+        top=settings.top,
+        floor=floor,
+        versions=list_versions() | dict(run.runtime.versions),
+        quantized=quantized,
+    )
 
 
 def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window: int) -> int:
@@ -213,7 +235,7 @@ def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window
 
 
 def fitting_codings(n_embd: int, n_vocab: int) -> tuple[str, ...]:
-    """The codings of a state that keep within `MAX_SHARE`; all where none does, as with small vocabularies."""
+    """The codings of a state within `MAX_SHARE`; all codings if none is, as with small vocabularies."""
     every = codings_for(n_embd)
     limit = MAX_SHARE * 2 * n_vocab
     return tuple(coding for coding in every if row_bytes(coding, n_embd) <= limit) or every
@@ -232,6 +254,7 @@ def describe_reference(path: str | Path) -> dict[str, Any] | None:
         "is_lower_bound": header.kind == "top",
         "model": asdict(header.model),
         "versions": dict(header.versions),
+        **({"quantized": header.quantized} if header.quantized else {}),
     }
 
 
@@ -276,7 +299,7 @@ def open_reference(
 
 @dataclass(frozen=True)
 class _GgufRun:
-    """A GGUF in llama.cpp, its final hidden states caught while it computes."""
+    """A GGUF that llama.cpp runs, and what catches its final hidden states."""
 
     runtime: Runtime
     head: Head
@@ -292,7 +315,7 @@ class _GgufRun:
 
 
 class _StateKeeper:
-    """Stores hidden states, in the coding that gives the first group's logits back best."""
+    """Stores hidden states, in the coding that reproduces the logits of the first group best."""
 
     def __init__(self, head: Head) -> None:
         self._head = head
@@ -319,7 +342,7 @@ class _StateKeeper:
 
 
 class _TopKeeper:
-    """Stores the most likely tokens, and finds out what share of a divergence they show."""
+    """Stores the most likely tokens, and measures the share of a divergence that they show."""
 
     def __init__(self, n_vocab: int, top: int) -> None:
         check_top(top, n_vocab)
@@ -338,16 +361,8 @@ class _TopKeeper:
 
 
 @contextmanager
-def _open_run(
-    model: str | Path,
-    context: int,
-    threads: int | None,
-    gpu_layers: int,
-    top: int,
-    texts: Sequence[Text],
-    chunks: int | None,
-) -> Iterator[ReferenceRun]:
-    check_size(context, chunks)
+def _open_run(model: str | Path, texts: Sequence[Text], settings: PackSettings) -> Iterator[ReferenceRun]:
+    check_size(settings.context, settings.chunks)
     if not texts:
         raise EvalError("no text to run; give at least one")
     for text in texts:  # before a model is loaded
@@ -355,14 +370,19 @@ def _open_run(
     if Path(model).is_dir():
         from pocketquant.eval.torch_reference import open_torch_run
 
-        with open_torch_run(Path(model), context=context, threads=threads) as run:
+        with open_torch_run(Path(model), context=settings.context, threads=settings.threads) as run:
             yield run
         return
     if is_pack(model):
         raise EvalError(f"{model}: is a reference pack already; give the GGUF or the checkpoint")
-    catcher = None if top else StateCatcher()
-    observe = catcher.see if catcher is not None else None
-    with open_runtime(model, context=context, threads=threads, gpu_layers=gpu_layers, observe=observe) as runtime:
+    catcher = None if settings.top else StateCatcher()
+    with open_runtime(
+        model,
+        context=settings.context,
+        threads=settings.threads,
+        gpu_layers=settings.gpu_layers,
+        observe=catcher.see if catcher is not None else None,
+    ) as runtime:
         opened = open_gguf(model)
         sizes = {name: opened.sizes[name] for name in ("n_layer", "n_embd", "n_expert") if name in opened.sizes}
         yield _GgufRun(runtime, Head(head_tensor(opened)), identify_model(model), sizes, catcher)
@@ -374,21 +394,19 @@ def head_tensor(model: Model) -> Tensor:
     return next(tensor for tensor in model.tensors if tensor.role is wanted)
 
 
-def _cut(
-    runtime: Runtime, texts: Sequence[Text], model: str | Path, context: int, chunks: int | None, positions: bool
-) -> list[Corpus]:
-    cuts = []
+def _cut(runtime: Runtime, texts: Sequence[Text], model: str | Path, settings: PackSettings) -> list[Corpus]:
+    cuts, context, chunks = [], settings.context, settings.chunks
     for text in texts:
         if text.is_chat and Path(model).is_dir():
             raise EvalError(f"{text.path}: conversations need the chat template of a GGUF; convert {model} first")
         chat = render_chat(text.path, Path(model)) if text.is_chat else None
-        first = 0 if positions else None
+        first = 0 if settings.positions else None
         cuts.append(cut_corpus(text.path, runtime, context=context, chunks=chunks, first=first, chat=chat))
     return cuts
 
 
-def _plan(run: ReferenceRun, cuts: Sequence[Corpus], top: int, with_head: bool) -> ReferencePlan:
-    n_vocab = run.runtime.n_vocab
+def _plan(run: ReferenceRun, cuts: Sequence[Corpus], settings: PackSettings) -> ReferencePlan:
+    n_vocab, top = run.runtime.n_vocab, settings.top
     windows = sum(len(corpus.windows) for corpus in cuts)
     per_window, context = cuts[0].scored_per_window, cuts[0].context
     head_bytes = 0
@@ -398,7 +416,7 @@ def _plan(run: ReferenceRun, cuts: Sequence[Corpus], top: int, with_head: bool) 
     else:
         n_embd = run.head.n_embd
         per_row = max(row_bytes(coding, n_embd) for coding in fitting_codings(n_embd, n_vocab))
-        if with_head or not run.tells_head:
+        if settings.with_head or not run.tells_head:
             head_bytes = run.head.stored_size
     positions = windows * per_window
     return ReferencePlan(

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as the reference, run by transformers on torch in f32. The only importer of both.
 
-It judges the conversion itself: the checkpoint is read, tokenized and computed by code that shares nothing with ours or
-with llama.cpp. The extra `reference` installs what it needs; both are imported when first used.
+It can judge the conversion itself, because the checkpoint is read, tokenized and computed by code that has nothing in
+common with pocketquant or llama.cpp. The extra `reference` installs what it needs; both are imported when first used.
 
 Source: transformers 5, `AutoModelForCausalLM`; the decoder's last hidden state is the one after the final norm.
 """
@@ -38,7 +38,7 @@ class TorchRuntime:
     vocabulary = ""
 
     def __init__(self, folder: Path, context: int, threads: int | None) -> None:
-        torch, transformers = require_torch()
+        torch, transformers = require_transformers()
         self._torch, self._folder = torch, folder
         torch.set_num_threads(threads or usable_threads())
         transformers.utils.logging.disable_progress_bar()
@@ -142,7 +142,7 @@ def identify_checkpoint(folder: Path) -> FileIdentity:
     return FileIdentity(folder.resolve().name, size, hashlib.sha256("".join(lines).encode()).hexdigest())
 
 
-def require_torch() -> tuple[Any, Any]:
+def require_transformers() -> tuple[Any, Any]:
     """torch and transformers.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How far each tensor of a model is from the reference's, without running either.
+"""The difference of each tensor of a model from the reference's, without running either.
 
-Both are read in row chunks at the same rows, so memory does not depend on the size of a tensor. These numbers find a
-broken tensor; they do not rank recipes: an equal error costs far more in one tensor than in another.
+Both are read in chunks of the same rows, so memory does not depend on the size of a tensor. These numbers find a broken
+tensor. They do not rank recipes, because an equal error costs far more in one tensor than in another.
 """
 
 from __future__ import annotations

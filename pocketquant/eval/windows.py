@@ -1,8 +1,9 @@
 """Scores the windows of a corpus with a model and its reference.
 
-Two ways to keep all threads busy, and the same numbers from both. Side by side: the two run on the same window at the
-same time, on half the threads each; the faster one waits. In lanes: twins of both take every other window, and in a
-lane the two run one after the other on half the threads; nobody waits, but twins must be there.
+There are two ways to keep all threads busy, and both give the same numbers. Side by side, the two run the same window
+at the same time, each on half the threads, and the faster one waits for the other. In lanes, twins of both take every
+other window, and within a lane model and reference run one after the other on half the threads; nothing waits, but both
+must be loaded twice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,13 +22,30 @@ from pocketquant.llama.runtime import Runtime
 from pocketquant.texts.corpus import Corpus
 
 MIN_LANE_WINDOWS = 4
-"""With fewer windows one lane would often have nothing to do."""
+"""With fewer windows than these, one lane would often have nothing to do."""
 
 Progress = Callable[[int, int], None]
-"""Called with windows done and windows in all."""
+"""Called with the windows done and the windows in all."""
 
 Groups = Iterator[tuple[int, F32Array]]
 Pair = tuple[Runtime, Runtime]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How windows are scored.
+
+    Attributes:
+        score: what turns rows of logits into records.
+        whole: whether a window's last token is run too. Nothing needs its prediction, but running it changes the last
+            digits of the others, and llama-perplexity runs it.
+    """
+
+    score: Scorer = score_rows
+    whole: bool = False
+
+
+EXACT = Scoring()
 
 
 def score_windows(
@@ -36,21 +55,18 @@ def score_windows(
     *,
     n_threads: int = 1,
     progress: Progress | None = None,
-    score: Scorer = score_rows,
-    whole: bool = False,
+    scoring: Scoring = EXACT,
     twins: Pair | None = None,
 ) -> Positions:
     """Scores every window of a corpus with both runtimes.
 
     Args:
-        model: judged.
-        reference: judged by.
+        model: the model to judge.
+        reference: what it is judged by.
         corpus: the windows.
-        n_threads: threads that fold logits; the numbers do not depend on it.
+        n_threads: threads that score logits; the numbers do not depend on it.
         progress: told after each window.
-        score: what folds them.
-        whole: run a window's last token, too, whose prediction nobody needs: it moves the others' last digits, and
-            llama-perplexity runs it.
+        scoring: how the windows are scored.
         twins: a second model and reference, for a second lane.
 
     Returns:
@@ -64,7 +80,7 @@ def score_windows(
         for window, out in zip(corpus.windows[lane], scored[lane], strict=True):
             if is_stopped.is_set():
                 return
-            _score_window(pair, window, corpus.first_scored, out, score, whole, workers, n_workers)
+            _score_window(pair, window, corpus.first_scored, out, scoring, workers, n_workers)
             with lock:
                 done += 1
                 if progress is not None:
@@ -88,20 +104,19 @@ def _score_window(
     window: np.ndarray,
     first: int,
     out: Positions,
-    score: Scorer,
-    whole: bool,
+    scoring: Scoring,
     workers: Executor | None,
     n_workers: int,
 ) -> None:
-    # the last token only is predicted; its own prediction would be of text outside the window
+    # the last token is only predicted; its own prediction would be of text outside the window
     last = len(window) - 1
-    tokens: Sequence[int] = window.tolist() if whole else window[:last].tolist()
+    tokens: Sequence[int] = window.tolist() if scoring.whole else window[:last].tolist()
     model_groups, reference_groups = (run.logits(tokens, first=first) for run in pair)
     for start, rows, reference_rows in _side_by_side(model_groups, reference_groups, workers, n_workers):
         stop = min(start + len(rows), last)
         if isinstance(reference_rows, TopRows):
             reference_rows = reference_rows.completed(rows)
-        out[start - first : stop - first] = score(
+        out[start - first : stop - first] = scoring.score(
             rows[: stop - start],
             reference_rows[: stop - start],
             window[start + 1 : stop + 1],
@@ -115,7 +130,7 @@ def _side_by_side(
 ) -> Iterator[tuple[int, F32Array, F32Array]]:
     """Rows of both, computed at the same time: (position of the first, model's rows, reference's rows).
 
-    Where the two come in groups of unlike sizes, what is left of the longer one waits for the other.
+    Where the two come in groups of different sizes, the rest of the longer one waits for the other.
     """
     ours, theirs = None, None
     while True:

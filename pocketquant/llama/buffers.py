@@ -1,4 +1,4 @@
-"""In which of llama.cpp's buffers weights lie, read from its log: that decides which kernels multiply them.
+"""The buffers of llama.cpp that weights lie in, read from its log; they decide which kernels multiply the weights.
 
 Source: `llama_model_base::load_tensors` in src/llama-model.cpp of llama.cpp (b10359) for the line; ggml/src/ggml-cpu
 for what keeps weights in a layout of its own (`AMX`, `CPU_REPACK`).

@@ -1,10 +1,10 @@
-"""Between Python and llama.cpp: nothing that a callback raises is lost, and an interrupt ends a computation at once.
+"""Calls from llama.cpp into Python: no exception of a callback is lost, and an interrupt ends a computation at once.
 
-Two things go wrong by themselves. ctypes prints an exception of a callback and goes on, and Python runs signal handlers
-between bytecodes of the main thread, which while llama.cpp computes are those of callbacks alone: an interrupt is lost
-in one, or waits for the end of a batch where there is none. So signals are held back while C computes (`calling`), what
-callbacks raise is kept (`Callback`), and both are raised once C has returned. That it returns soon is the work of
-llama.cpp's abort callback: it looks at a flag before each node of the graph, and a thread sets the flag as soon as
+Without help, two things would go wrong. ctypes prints an exception of a callback and goes on. And Python runs signal
+handlers between bytecodes of the main thread; while llama.cpp computes, only callbacks have bytecodes, so an interrupt
+is lost in one of them, or waits for the end of the batch if there is none. So signals are held back while C computes
+(`calling`), the exceptions of callbacks are kept (`Callback`), and both are raised when C has returned. llama.cpp's
+abort callback makes it return soon: it reads a flag before each node of the graph. A thread sets the flag as soon as
 Python's C code has written the number of a signal to its wakeup descriptor.
 
 Source: `signal.set_wakeup_fd`; ggml/src/ggml-cpu/ggml-cpu.c of llama.cpp (b10359), `ggml_graph_compute_thread`, which
@@ -25,7 +25,7 @@ from typing import Any
 from pocketquant.files.interrupts import ENDING, signals_held
 
 _flag = ctypes.create_string_buffer(b"0")
-"""What the abort callback reads: "0" to go on, "1" to stop."""
+"""The flag of the abort callback: "0" to go on, "1" to stop."""
 
 _watcher: int | None = None  # the descriptor that numbers of signals are written to
 
@@ -34,7 +34,7 @@ class Callback:
     """A Python function for C to call.
 
     Attributes:
-        pointer: what C gets. It must live as long as C may call it.
+        pointer: the C function. It must live as long as C may call it.
     """
 
     def __init__(self, kind: Callable[..., Any], function: Callable[..., Any], otherwise: Any) -> None:
@@ -53,17 +53,17 @@ class Callback:
         self.pointer: Any = kind(call)
 
     def take_failure(self) -> BaseException | None:
-        """What the function raised since the last call of this."""
+        """The exception that the function raised since the last call of this."""
         failure, self._failure = self._failure, None
         return failure
 
 
 @contextmanager
 def calling(*callbacks: Callback) -> Iterator[None]:
-    """Around a call of C that computes for long or calls back: raises afterwards what came meanwhile.
+    """Wraps a call of C that takes long or calls back, and raises afterwards what happened during it.
 
-    First an interrupt, then what a callback raised. Where another thread's interrupt ended the computation, nothing is
-    raised here; C says that it was aborted.
+    An interrupt comes first, then the exception of a callback. If another thread's interrupt ended the computation,
+    nothing is raised here; C reports that it was aborted.
     """
     for callback in callbacks:
         callback.take_failure()
@@ -77,14 +77,14 @@ def calling(*callbacks: Callback) -> Iterator[None]:
 
 
 def is_stopping() -> bool:
-    """Whether a signal has come that ends computations."""
+    """Whether a signal that ends computations has come."""
     return bool(_flag[0] == b"1")
 
 
 def abort_function(library: Any) -> tuple[Any, Any]:
     """llama.cpp's abort callback and its data.
 
-    It is asked thousands of times a batch and may not wait for Python's lock, so it is a function of C: `atoi` reads
+    It is called thousands of times a batch and must not wait for Python's lock, so it is a function of C: `atoi` reads
     the flag as a number.
     """
     libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
@@ -93,15 +93,15 @@ def abort_function(library: Any) -> tuple[Any, Any]:
 
 
 def load_progress(library: Any) -> Callback:
-    """llama.cpp's callback while it loads a model, which ends the loading."""
+    """llama.cpp's callback while it loads a model; it ends the loading after an interrupt."""
     watch_signals()
     return Callback(library.llama_progress_callback, lambda done, data: not is_stopping(), False)
 
 
 def watch_signals() -> None:
-    """Has the signals of `ENDING` set the flag from now on, unless the program watches signals in this way itself.
+    """From now on the signals of `ENDING` set the flag, unless the program watches signals in this way itself.
 
-    Only the main thread can begin it; called from another one, it changes nothing.
+    Only the main thread can start this; a call from another thread changes nothing.
     """
     global _watcher
     if threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
 """Runs a multi-token-prediction block over a text, so that the inputs of its weights can be summed.
 
-The block predicts the token after next: its input at a position is that token's embedding, joined with the trunk's
-hidden state, after the last norm, of the position before. llama.cpp runs it in a context of its own kind, for a file
-that holds the whole model as for one that holds the block alone; it runs on the CPU, being one block of many.
+The block predicts the token after next. Its input at a position is the token's embedding, joined with the trunk's
+hidden state (after the last norm) at the position before. llama.cpp runs it in a special kind of context, whether the
+file holds the whole model or the block alone. It runs on the CPU, because it is one block of many.
 
 Source: include/llama.h (LLAMA_CONTEXT_TYPE_MTP, load_mtp), common/speculative.cpp (`draft_mtp::process`: which hidden
 state goes with which token) and src/models/qwen35.cpp (`graph_mtp`) of llama.cpp b10359.
@@ -29,7 +29,7 @@ from pocketquant.llama.runtime import Observe, describe_status, observing
 from pocketquant.machine import usable_threads
 
 RunBlock = Callable[[npt.NDArray[np.int32], F32Array], None]
-"""Runs the block, memory empty at the start: i32[n] tokens and f32[n, n_embd], the hidden state before each."""
+"""Runs the block from empty memory: i32[n] tokens, and f32[n, n_embd] with the hidden state before each."""
 
 _CONTEXT_TYPE_MTP = 1
 _MAX_BATCH = 512
@@ -42,7 +42,7 @@ class Block:
 
     Attributes:
         path: the file, or its first shard.
-        layer: its number, which is how many blocks the trunk has.
+        layer: its number, which is the number of blocks of the trunk.
         n_embd: width of a hidden state.
     """
 
@@ -75,13 +75,13 @@ def block_beside(model: Path, sidecar: Path) -> Block:
     if block is None:
         raise EvalError(f"{sidecar}: holds no multi-token-prediction block; give the model's mtp- file")
     if find_block(model) is not None:
-        raise EvalError(f"{model}: holds a multi-token-prediction block itself; leave {sidecar.name} away")
+        raise EvalError(f"{model}: holds a multi-token-prediction block itself; leave out {sidecar.name}")
     tensors = {tensor.name: tensor.shape for _, header in read_shards(model) for tensor in header.tensors}
     n_layer = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"blk\.(\d{1,5})\.", name))), default=-1)
     n_embd = tensors.get("token_embd.weight", (0, 0))[-1]
     if (n_layer, n_embd) != (block.layer, block.n_embd):
         raise EvalError(
-            f"{sidecar}: its block stands behind {block.layer} blocks of width {block.n_embd}, {model.name} has "
+            f"{sidecar}: its block follows {block.layer} blocks of width {block.n_embd}, but {model.name} has "
             f"{n_layer} of width {n_embd}; give the mtp- file of this model"
         )
     return block
@@ -113,7 +113,7 @@ def open_block(block: Block, *, context: int, threads: int | None, observe: Obse
         with calling():
             opened = library.llama_init_from_model(model, params)
         if not opened:
-            raise EvalError(f"{block.path}: llama.cpp sets up no context of {context} tokens for its block")
+            raise EvalError(f"{block.path}: llama.cpp cannot set up a context of {context} tokens for its block")
         batch = library.llama_batch_init(n_batch, 0, 1)
         for i in range(n_batch):  # one sequence, always the same
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0

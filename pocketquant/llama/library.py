@@ -1,8 +1,8 @@
-"""Opens llama.cpp's library and loads models with it: the kernels tried, the file looked at, crashes explained.
+"""Opens llama.cpp's library and loads models with it: kernels are tried first, files checked, crashes explained.
 
-llama.cpp ends the process where it meets what it did not expect. So a file is refused by name before it is loaded where
-that is known to end so, what is being done is said to whoever watches the process (`pocketquant.activity`), and the
-last words of a failed assertion are kept.
+llama.cpp ends the process when it meets something unexpected. So a file that is known to end it is refused before it is
+loaded, the current activity is told to whoever watches the process (`pocketquant.activity`), and the message of a
+failed assertion is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _callbacks: list[Callback] = []  # ctypes does not keep them alive
 
 
 def require_runtime() -> Any:
-    """The binding, its kernels tried on this machine, llama.cpp's log turned into a short memory of its errors.
+    """The binding, after its kernels were tried on this machine; llama.cpp's log is kept as its last few errors.
 
     Raises:
         EvalError: it is not installed, cannot be loaded, or dies on this machine.
@@ -59,7 +59,7 @@ def require_runtime() -> Any:
 
 
 def log_callback() -> Any:
-    """What takes llama.cpp's log, for parts of it that have a log of their own; after `require_runtime`."""
+    """The callback for llama.cpp's log, for parts of it with a log of their own; call `require_runtime` first."""
     return _callbacks[0].pointer
 
 
@@ -106,12 +106,11 @@ def with_log(message: str) -> str:
 
 
 def check_loadable(path: Path, *, has_mtp: bool = False) -> None:
-    """Refuses what would end llama.cpp and this process with it.
+    """Refuses files that would end llama.cpp, and this process with it.
 
     Raises:
-        EvalError: no such file, another kind of file than a text model, a block without its trunk, tokens that stand
-            twice in the vocabulary.
-        SourceError: a broken file.
+        EvalError: there is no such file, it is not a text model, or it is a multi-token-prediction block alone.
+        SourceError: the file is broken, or its vocabulary has a token twice.
     """
     refuse_other(path, EvalError)
     if not path.is_file():
@@ -154,7 +153,7 @@ def _listen(library: Any) -> None:
 
 
 def _keep_last_words(library: Any) -> None:
-    """Has ggml hand over what it says before it ends the process; older versions print it themselves.
+    """Registers a callback for ggml's message before it ends the process; older versions print it themselves.
 
     Source: `ggml_set_abort_callback` of ggml/include/ggml.h, llama.cpp (b10359).
     """

@@ -1,4 +1,4 @@
-"""Texts in the form that a model was trained on, which llama.cpp's tokenizer leaves to its caller.
+"""Brings texts into the form that a model was trained on; llama.cpp's tokenizer leaves that to its caller.
 
 The tokenizers of this family bring a text into Unicode's NFC before they cut it, special tokens apart. A GGUF does not
 say so; its pre-tokenizer's name does.

@@ -1,4 +1,4 @@
-"""What llama.cpp multiplies its weights by, read from its memory while it computes a graph.
+"""Reads the inputs of weights from llama.cpp's memory while it computes a graph.
 
 llama.cpp calls back before and after each node of its graph; a node is a `ggml_tensor`, a C structure that the binding
 has no definition of. `_Node` is its layout, and `_check_layout` builds known tensors with the loaded library and
@@ -58,15 +58,15 @@ class _InitParams(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Product:
-    """A multiplication by a weight, as llama.cpp is about to forget it.
+class Matmul:
+    """A matrix product with a weight that llama.cpp has just computed.
 
     Attributes:
         weight: name of the tensor.
         inner: matrices of the weight, inner and outer dimension; [n_expert, 1] where rows are routed.
         inputs: f32[a, b, n_token, n_cols], or f32[1, n_token, n_used or 1, n_cols] where rows are routed; a view into
-            a buffer that the next product overwrites.
-        chosen: i32[n_token, n_used], the experts that each row is sent to; None for a plain product.
+            a buffer that the next matrix product overwrites.
+        chosen: i32[n_token, n_used], the experts that each row is sent to; None for a plain matrix product.
     """
 
     weight: str
@@ -75,23 +75,23 @@ class Product:
     chosen: I32Array | None
 
 
-class Fold(Protocol):
-    """What wants to see inputs."""
+class Accumulator(Protocol):
+    """Takes the inputs of weights and sums them up."""
 
     def wants(self, weight: str) -> bool:
-        """Whether the products of this weight are of interest."""
+        """Whether the inputs of this weight are wanted."""
         ...
 
     def is_past(self, weight: str) -> bool:
-        """Whether nothing from this weight on is of interest: the graph ends there."""
+        """Whether nothing from this weight on is wanted; the graph ends there."""
         ...
 
     def wants_hidden(self) -> bool:
-        """Whether the inputs of the output matrix are of interest; the graph ends before it otherwise."""
+        """Whether the inputs of the output matrix are wanted; otherwise the graph ends before it."""
         ...
 
-    def add(self, product: Product) -> None:
-        """Takes the product's inputs; raises EvalError where they are not finite or make no sense."""
+    def add(self, matmul: Matmul) -> None:
+        """Takes the inputs of a matrix product; raises EvalError where they are not finite or make no sense."""
         ...
 
     def add_hidden(self, hidden: F32Array) -> None:
@@ -130,18 +130,18 @@ class InputSums:
     def add_hidden(self, hidden: F32Array) -> None:
         raise NotImplementedError("is not asked for")
 
-    def add(self, product: Product) -> None:
-        name, inputs, (n_inner, n_outer) = product.weight, product.inputs, product.inner
+    def add(self, matmul: Matmul) -> None:
+        name, inputs, (n_inner, n_outer) = matmul.weight, matmul.inputs, matmul.inner
         n_matrix, n_cols = n_inner * n_outer, inputs.shape[3]
-        is_routed = product.chosen is not None
-        if product.chosen is not None:
-            self.n_used[name] = product.chosen.shape[1]
+        is_routed = matmul.chosen is not None
+        if matmul.chosen is not None:
+            self.n_used[name] = matmul.chosen.shape[1]
         sums = self.sums.setdefault(name, np.zeros((n_matrix, n_cols)))
         counts = self.counts.setdefault(name, np.zeros(n_matrix if is_routed else 1, np.int64))
         if sums.shape != (n_matrix, n_cols):
             raise EvalError(f"{name}: {n_cols} inputs at one place of the graph, {sums.shape[1]} at another")
         if is_routed:
-            _add_routed(inputs[0], product.chosen, sums, counts)
+            _add_routed(inputs[0], matmul.chosen, sums, counts)
         else:
             _add_squares(inputs, n_inner, n_outer, sums)
             counts += inputs.shape[0] * inputs.shape[1] * inputs.shape[2] // n_matrix
@@ -155,15 +155,15 @@ def not_finite(name: str) -> EvalError:
 
 
 class Observer:
-    """Hands the inputs of weights to a fold; give `see` to `open_runtime` as `observe`.
+    """Passes the inputs of weights to an accumulator; give `see` to `open_runtime` as `observe`.
 
     Attributes:
         hidden: the trunk's hidden states after the last norm, f32[n_token, n_embd] of each batch; None to keep none.
     """
 
-    def __init__(self, fold: Fold) -> None:
+    def __init__(self, accumulator: Accumulator) -> None:
         library = require_runtime()
-        self._fold = fold
+        self._accumulator = accumulator
         self.hidden: list[F32Array] | None = None
         self._ggml = _bind(library)
         self._multiply, self._multiply_experts = _check_layout(self._ggml)
@@ -174,9 +174,9 @@ class Observer:
         node = _Node.from_address(address)
         if node.op == self._multiply or node.op == self._multiply_experts:
             name = weight_name(self._name(node.src[0]))
-            if self._fold.is_past(name):
+            if self._accumulator.is_past(name):
                 return ask  # asked: yes, to be called again; then: no, to end the graph
-            if not self._fold.wants(name):
+            if not self._accumulator.wants(name):
                 return False
             if not ask:
                 self._add(name, node)
@@ -188,9 +188,9 @@ class Observer:
             return True
         if label not in (_BEFORE_HEAD, _BEFORE_DRAFT_HEAD):
             return False
-        # the product with the output matrix is the dearest of all: stop before it unless it is wanted
-        if not ask and self._fold.wants_hidden():
-            self._fold.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
+        # the product with the output matrix costs more than any other: stop before it unless it is wanted
+        if not ask and self._accumulator.wants_hidden():
+            self._accumulator.add_hidden(self._read(address, node, np.dtype("<f4"))[0, 0])
             return True
         return ask
 
@@ -207,7 +207,7 @@ class Observer:
             chosen = self._read(node.src[2], _Node.from_address(node.src[2]), np.dtype("<i4"))[0, 0]
             if chosen.shape[0] != inputs.shape[1] or chosen.min() < 0 or chosen.max() >= n_matrix:
                 raise EvalError(f"{name}: llama.cpp routes to experts that it does not have")
-        self._fold.add(Product(name, (weight.ne[2], weight.ne[3]), inputs, chosen))
+        self._accumulator.add(Matmul(name, (weight.ne[2], weight.ne[3]), inputs, chosen))
 
     def _read(self, address: int, node: _Node, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A tensor's numbers, wherever its buffer is, with its strides; a view until the next call of its size."""

@@ -2,7 +2,7 @@
 
 A `Runtime` is anything that tokenizes and gives logits; `open_runtime` opens the real one. With a vocabulary of 248,320
 one row of logits is 1 MB, so rows are computed and handed out in groups of at most `rows` and are gone at the next
-step: fold them, do not keep them.
+step: sum them up, do not keep them.
 
 Source: include/llama.h and `llama_context::decode` of llama.cpp (b10359 and after) for what a batch without outputs
 costs and how large the buffer of outputs becomes; llama-cpp-python 0.3.36 for the binding.
@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -34,25 +35,25 @@ from pocketquant.machine import usable_threads
 _LOGIT_BYTES = 64 << 20
 _MAX_BATCH = 512
 _ROW_GROUP = 64
-"""DeltaNet is computed in chunks of 64 tokens; cutting elsewhere would change the order of its sums."""
+"""DeltaNet is computed in chunks of 64 tokens; a cut elsewhere would change the order of its sums."""
 
 _ABORTED = 2
-"""What `llama_decode` answers where the abort callback ended it."""
+"""What `llama_decode` returns if the abort callback ended it."""
 
 Observe = Callable[[int, bool], bool]
 """llama.cpp's callback for a node of its graph: (address of the ggml_tensor, True for "is it wanted?")."""
 
 Item = tuple[int, int, int, bool]
-"""Of a batch: token, position, sequence, are its logits wanted."""
+"""An entry of a batch: token, position, sequence, and whether its logits are wanted."""
 
 
 class Runtime(Protocol):
-    """What evaluation needs of whatever runs a model.
+    """A model that evaluation can run, whatever runs it.
 
     Attributes:
         n_vocab: columns of the logits.
-        n_ctx: most tokens a window may have.
-        bos: the token that stands first in every window, None if the file asks for none.
+        n_ctx: the most tokens of a window.
+        bos: the token that every window begins with; None if the file asks for none.
         vocabulary: digest of all tokens and their kinds; equal digests mean comparable logits.
         versions: names and versions of the software that computes the logits.
     """
@@ -86,14 +87,14 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class TextRuntime(Runtime, Protocol):
-    """A runtime that also knows how long its tokens are as text, and that can be had twice."""
+    """A runtime that also knows how long its tokens are as text, and that can be opened twice."""
 
     def token_bytes(self, tokens: Sequence[int]) -> list[int]:
         """Bytes of the text that each token stands for; a special token's are those of its name."""
         ...
 
     def twin(self, *, threads: int) -> AbstractContextManager[TextRuntime]:
-        """A second one over the same weights, for use at the same time; it must be closed before the first."""
+        """A second runtime over the same weights, for use at the same time; it must be closed before the first."""
         ...
 
 
@@ -130,10 +131,10 @@ def open_runtime(
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         rows: most rows of logits at a time; None for about 64 MB of them, in multiples of 64.
-        observe: sees each node of the graph before and after it is computed; what it raises ends the computation and
-            is raised by it.
-        flash_attention: leave it to llama.cpp whether attention is computed in one fused step, as its own tools do.
-            Logits then depend on how a window is cut into batches, by up to 0.003 nats in F32 and 0.1 in Q4_0.
+        observe: is called before and after each node of the graph is computed. An exception in it ends the computation
+            and is raised again.
+        flash_attention: whether llama.cpp may use flash attention, as its own tools do. Logits then depend on how a
+            window is cut into batches, by up to 0.003 nats in F32 and 0.1 in Q4_0.
 
     Returns:
         A context manager that gives a `TextRuntime` and frees the model at its end.
@@ -142,16 +143,8 @@ def open_runtime(
         EvalError: llama-cpp-python is absent, or llama.cpp cannot load the file.
     """
     library = require_runtime()
-    return _LlamaRuntime(
-        library,
-        Path(path),
-        context,
-        threads or usable_threads(),
-        gpu_layers,
-        rows,
-        observe,
-        flash_attention=flash_attention,
-    )
+    settings = LlamaSettings(context, threads or usable_threads(), gpu_layers, rows, flash_attention)
+    return LlamaRuntime(library, Path(path), settings, observe=observe)
 
 
 def open_sampler(
@@ -159,38 +152,47 @@ def open_sampler(
 ) -> AbstractContextManager[Sampler]:
     """Loads a GGUF to sample from; arguments and errors are those of `open_runtime`."""
     library = require_runtime()
-    return _LlamaRuntime(library, Path(path), context, threads or usable_threads(), gpu_layers, None)
+    return LlamaRuntime(library, Path(path), LlamaSettings(context, threads or usable_threads(), gpu_layers))
 
 
-class _LlamaRuntime:
-    """A model and one context of llama.cpp with memory for one sequence, or for several.
+@dataclass(frozen=True)
+class LlamaSettings:
+    """How llama.cpp runs a model; the fields are the arguments of `open_runtime`."""
 
-    Several share `context` tokens; `apart`, each has as many of its own.
+    context: int
+    threads: int
+    gpu_layers: int = 0
+    rows: int | None = None
+    flash_attention: bool = False
+
+
+class LlamaRuntime:
+    """A model and one context of llama.cpp, with memory for one sequence or for several.
+
+    Several sequences share `context` tokens, or have `context` tokens each where they are `apart`.
     """
 
     def __init__(
         self,
         library: Any,
         path: Path,
-        context: int,
-        threads: int,
-        gpu_layers: int,
-        rows: int | None,
+        settings: LlamaSettings,
+        *,
         observe: Observe | None = None,
         sequences: int = 1,
         apart: bool = False,
-        flash_attention: bool = False,
     ) -> None:
+        context = settings.context
         self._library = library
         self._path = path
         self._model: Any = None
         self._context: Any = None
         self._owns_model = True
         self._sequences, self._apart = sequences, apart
-        self._gpu_layers, self._flash_attention = gpu_layers, flash_attention
+        self._gpu_layers, self._flash_attention = settings.gpu_layers, settings.flash_attention
         self._callbacks = [observing(library, observe)] if observe is not None else []
         self.n_ctx = context
-        self._model, self._buffers = load_model(library, path, gpu_layers=gpu_layers)
+        self._model, self._buffers = load_model(library, path, gpu_layers=settings.gpu_layers)
         self._activity = f"llama.cpp was running {path}"
         trained = library.llama_model_n_ctx_train(self._model)
         if context > trained:
@@ -205,9 +207,9 @@ class _LlamaRuntime:
             library.llama_vocab_bos(self._vocab) if library.llama_vocab_get_add_bos(self._vocab) else None
         )
         self.vocabulary = _digest_vocabulary(library, self._vocab, self.n_vocab)
-        self.rows = min(rows or default_rows(self.n_vocab), context)
+        self.rows = min(settings.rows or default_rows(self.n_vocab), context)
         self._batch_tokens = min(max(_MAX_BATCH, self.rows), context * sequences if apart else context)
-        self._open_context(threads)
+        self._open_context(settings.threads)
 
     def _open_context(self, threads: int) -> None:
         library = self._library
@@ -215,14 +217,14 @@ class _LlamaRuntime:
         if self._apart:
             params.n_ctx = self.n_ctx * self._sequences
         else:
-            # sequences share their common beginning; what they do not share must fit beside it
+            # sequences share their prefix; what they do not share must fit beside it
             params.n_ctx = self.n_ctx + (self._batch_tokens if self._sequences > 1 else 0)
         params.n_batch = params.n_ubatch = self._batch_tokens
         params.n_seq_max = self._sequences
         if not self._flash_attention:
             params.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if self._sequences > 1:
-            params.kv_unified = not self._apart  # a copied beginning is then kept once
+            params.kv_unified = not self._apart  # a copied prefix is then kept once
             params.type_k = params.type_v = library.GGML_TYPE_F32
         # bounds the graph's own copy of the logits too; without it room for a whole batch of rows is set aside
         params.n_outputs_max = self.rows
@@ -255,7 +257,7 @@ class _LlamaRuntime:
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         data = as_trained(self._library, self._model, self._vocab, text, special=special).encode()
-        # no vocabulary has more tokens than bytes, but for a prefix space
+        # a text has no more tokens than bytes, except for a prefix space
         buffer = (self._library.llama_token * (len(data) + 8))()
         count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), False, special)
         if count < 0:
@@ -267,7 +269,7 @@ class _LlamaRuntime:
         return [-self._library.llama_token_to_piece(self._vocab, token, None, 0, 0, True) for token in tokens]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What tokens stand for, names of special tokens included; bytes that are no UTF-8 as U+FFFD."""
+        """The text of tokens, names of special tokens included; bytes that are not UTF-8 become U+FFFD."""
         pieces = []
         for token, nbytes in zip(tokens, self.token_bytes(tokens), strict=True):
             buffer = (ctypes.c_char * max(nbytes, 1))()
@@ -275,7 +277,7 @@ class _LlamaRuntime:
             pieces.append(bytes(buffer)[:nbytes])
         return b"".join(pieces).decode(errors="replace")
 
-    def twin(self, *, threads: int) -> _LlamaRuntime:
+    def twin(self, *, threads: int) -> LlamaRuntime:
         other = copy.copy(self)
         other._context, other._owns_model = None, False
         other._open_context(threads)
@@ -313,7 +315,7 @@ class _LlamaRuntime:
         return int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))
 
     def decode_items(self, items: Sequence[Item]) -> F32Array:
-        """One batch over several sequences; the rows of logits that it asks for, as a view."""
+        """Decodes one batch over several sequences; returns the rows of logits that it asks for, as a view."""
         batch, count = self._batch, len(items)
         batch.n_tokens = count
         tokens, positions, sequences, wanted = zip(*items, strict=True)
@@ -339,7 +341,7 @@ class _LlamaRuntime:
         self._compute(f"tokens {start} to {stop - 1}", "use a smaller context or fewer GPU layers")
 
     def _compute(self, what: str, advice: str) -> None:
-        """Decodes the batch; raises what came meanwhile, and EvalError where llama.cpp says that it failed."""
+        """Decodes the batch; raises what a callback raised, and EvalError if llama.cpp says that it failed."""
         with calling(*self._callbacks):
             status = self._library.llama_decode(self._context, self._batch)
         if status:
@@ -359,7 +361,7 @@ class _LlamaRuntime:
             self._library.llama_model_free(self._model)
         self._model = None
 
-    def __enter__(self) -> _LlamaRuntime:
+    def __enter__(self) -> LlamaRuntime:
         return self
 
     def __exit__(
@@ -374,7 +376,7 @@ def observing(library: Any, observe: Observe) -> Callback:
 
 
 def describe_status(status: int) -> str:
-    """What `llama_decode` answered, in words."""
+    """The result of `llama_decode` in words."""
     return "a signal stopped it" if status == _ABORTED else f"status {status}"
 
 

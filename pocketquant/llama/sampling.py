@@ -1,6 +1,6 @@
-"""Lets a model go on from the beginnings of many texts, several at a time.
+"""Samples the continuations of many texts, several at a time.
 
-A step of one sequence reads all weights for one token; 64 side by side read them once.
+A step of one sequence reads all weights for one token; a step of 64 sequences side by side reads them once for 64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.llama.library import require_runtime
-from pocketquant.llama.runtime import _LlamaRuntime
+from pocketquant.llama.runtime import LlamaRuntime, LlamaSettings
 from pocketquant.machine import usable_threads
 
 I32Array = npt.NDArray[np.int32]
@@ -32,7 +32,7 @@ def sample_on(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> I32Array:
-    """Texts that begin as given and go on as the model writes, token by token at temperature 1.
+    """Texts with the given beginnings, continued by the model token by token at temperature 1.
 
     Args:
         path: a GGUF; the first one if it is split.
@@ -56,9 +56,8 @@ def sample_on(
     texts = np.empty((n_texts, context), np.int32)
     texts[:, :start] = beginnings
     side_by_side, threads = min(n_texts, _SIDE_BY_SIDE, context), threads or usable_threads()
-    with _LlamaRuntime(
-        library, Path(path), context, threads, gpu_layers, side_by_side, sequences=side_by_side, apart=True
-    ) as runtime:
+    settings = LlamaSettings(context, threads, gpu_layers, rows=side_by_side)
+    with LlamaRuntime(library, Path(path), settings, sequences=side_by_side, apart=True) as runtime:
         for first in range(0, n_texts, side_by_side):
             _write(runtime, texts[first : first + side_by_side], start, np.random.default_rng([seed, first]))
             if progress is not None:
@@ -66,8 +65,8 @@ def sample_on(
     return texts
 
 
-def _write(runtime: _LlamaRuntime, texts: I32Array, start: int, rng: np.random.Generator) -> None:
-    """Fills in texts i32[n, context] from position `start` on."""
+def _write(runtime: LlamaRuntime, texts: I32Array, start: int, rng: np.random.Generator) -> None:
+    """Samples the tokens of texts i32[n, context] from position `start` on."""
     library, n_texts = runtime._library, len(texts)
     library.llama_memory_clear(library.llama_get_memory(runtime._context), True)
     width = max(1, runtime._batch_tokens // n_texts)

@@ -1,10 +1,11 @@
 """Whether llama.cpp's kernels run on this machine: tried once in a process of their own, then remembered.
 
-llama.cpp keeps some weights in layouts of their own and multiplies them by special kernels (AMX, `CPU_REPACK`). Where a
-compiler or a processor does not go with them, the process is ended by a signal, or the numbers are wrong. A child
-(`pocketquant.llama.trying`) runs tiny models with these kernels and without. If it dies or disagrees with itself,
-models are run without them (`use_extra_bufts`); if even the plain ones die, nothing is run at all. The answer is kept
-in the user's cache under a digest of the library and the processor, so a new build or another machine is tried anew.
+llama.cpp keeps some weights in special layouts and multiplies them by special kernels (AMX, `CPU_REPACK`). If the
+compiler or the processor does not suit them, a signal ends the process, or the numbers are wrong. A child process
+(`pocketquant.llama.trying`) runs tiny models with these kernels and without them. If it dies, or if the numbers differ,
+models are run without these kernels (`use_extra_bufts`). If even the plain kernels die, no model is run. The result is
+kept in the user's cache under a digest of the library and the processor, so a new build or another machine is tried
+again.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ from pocketquant.errors import EvalError, PocketquantWarning
 from pocketquant.files.reading import sha256_of
 
 VERSION = 1
-"""Of the trial: another number tries every machine anew."""
+"""The version of the trial; with another number, every machine is tried again."""
 
 LARGEST_DIFFERENCE = 0.05
-"""Relative RMS that a node may differ by: inputs rounded to eight bits a little otherwise give 0.01, garbage 1."""
+"""The most relative RMS difference of a node: a slightly different rounding of inputs gives 0.01, garbage gives 1."""
 
 _COMMAND = (sys.executable, "-m", "pocketquant.llama.trying")
 _SECONDS = 120.0
 _MAX_RECORD_BYTES = 1 << 16
 _FAULTS = ("SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE")
-"""Signals that come from the code and not from the state of the machine, so that they will come again."""
+"""Signals that the code causes, and not the state of the machine, so that they will come again."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the trial found.
+    """The result of the trial.
 
     Attributes:
         runs: whether llama.cpp runs at all.
         use_extra: whether its extra kernels may be used.
         kernels: the buffers whose kernels were tried, such as AMX and CPU_REPACK.
-        reason: what went wrong; "" for nothing.
-        is_lasting: whether it would be the same next time.
+        reason: what went wrong; "" if nothing did.
+        is_lasting: whether the result would be the same next time.
     """
 
     runs: bool
@@ -64,10 +65,10 @@ class Trial:
 
 @functools.cache
 def trusted() -> Trial:
-    """The kernels that may be used on this machine; tried now if they never were.
+    """The kernels that may be used on this machine; they are tried now if they never were.
 
     Raises:
-        EvalError: llama-cpp-python dies here whatever it is asked for.
+        EvalError: llama-cpp-python dies on this machine with any kernels.
     """
     trial = remembered() or renew()
     if not trial.runs:
@@ -86,7 +87,7 @@ def trusted() -> Trial:
 
 
 def renew(command: Sequence[str] = _COMMAND) -> Trial:
-    """Tries the kernels now, and remembers what is found; a cache that cannot be written is no fault."""
+    """Tries the kernels now and remembers the result; a cache that cannot be written is ignored."""
     trial = _try(command)
     if trial.is_lasting and (path := record_path()) is not None:
         with contextlib.suppress(OSError):
@@ -98,7 +99,7 @@ def renew(command: Sequence[str] = _COMMAND) -> Trial:
 
 
 def remembered() -> Trial | None:
-    """What an earlier trial of the same library on the same processor found; None if there was none."""
+    """The result of an earlier trial of the same library on the same processor; None if there was none."""
     path = record_path()
     try:
         if path is None or path.stat().st_size > _MAX_RECORD_BYTES:
@@ -111,7 +112,7 @@ def remembered() -> Trial | None:
 
 
 def record_path() -> Path | None:
-    """Where the answer is kept; None where there is no library to ask about."""
+    """The file of the result; None if there is no library to try."""
     libraries = library_files()
     if not libraries:
         return None
@@ -139,7 +140,7 @@ def library_files() -> list[Path]:
 
 
 def processor() -> str:
-    """Model and abilities of the processor, in words that differ where its kernels could."""
+    """Model and features of the processor, in words that differ wherever its kernels could."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             lines = file.read(1 << 16).splitlines()
@@ -184,7 +185,7 @@ def _stages(output: bytes) -> list[dict[str, Any]]:
 
 
 def _reason(code: int, said: bytes) -> tuple[str, bool]:
-    """What ended the trial, and whether it would again."""
+    """The reason why the trial ended, and whether it would end so again."""
     words = said.decode(errors="replace").strip().splitlines()
     last = f": {words[-1][:200]}" if words else ""
     if code >= 0:

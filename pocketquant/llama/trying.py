@@ -1,8 +1,8 @@
-"""A process of its own that tries llama.cpp's kernels: `python -m pocketquant.llama.trying`. It may die.
+"""The process that tries llama.cpp's kernels: `python -m pocketquant.llama.trying`. It may die.
 
-Each tiny model is run with ggml's plain kernels and then with the extra ones (AMX, weights packed anew), and what every
-node of the graph computes is compared. A line of JSON says what was reached, so that whoever started the process knows
-where it ended: {"stage": "loaded"}, then {"stage": "plain"} and {"stage": "extra"} for each model.
+Each tiny model is run with ggml's plain kernels and then with the extra ones (AMX, repacked weights), and the results
+of every node of the graph are compared. Lines of JSON tell the parent process how far it came: {"stage": "loaded"},
+then {"stage": "plain"} and {"stage": "extra"} for each model.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _run(library: Any, path: Path, *, use_extra: bool) -> list[tuple[str, F32Arr
 
 
 def _compare(plain: list[tuple[str, F32Array]], extra: list[tuple[str, F32Array]]) -> tuple[float, str]:
-    """Largest relative RMS difference of a node, and the node's name; nodes without any size are passed over."""
+    """The largest relative RMS difference of a node, and the node's name; nodes that are all zero are passed over."""
     if [name for name, _ in plain] != [name for name, _ in extra]:
         return float("inf"), "the order of the graph"
     worst, where = 0.0, ""

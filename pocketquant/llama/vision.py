@@ -1,4 +1,4 @@
-"""Shows images to a GGUF with llama.cpp, a vision tower beside it: embeddings, logits, answers.
+"""Runs a GGUF on images with llama.cpp and a vision tower: embeddings, logits, answers.
 
 Source: tools/mtmd/mtmd.h and mtmd-helper.h of llama.cpp (b10359 and after).
 """
@@ -20,7 +20,7 @@ from pocketquant.files.small import read_bytes, refuse_other
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.llama.callbacks import calling
 from pocketquant.llama.library import log_callback, require_runtime
-from pocketquant.llama.runtime import _LlamaRuntime
+from pocketquant.llama.runtime import LlamaRuntime, LlamaSettings
 from pocketquant.machine import usable_threads
 
 MAX_IMAGE_BYTES = 64 << 20
@@ -51,7 +51,8 @@ def open_vision_runtime(
         if not Path(file).is_file():
             raise EvalError(f"{file}: no such file; give the path of a GGUF")
     threads = threads or usable_threads()
-    return VisionRuntime(_LlamaRuntime(library, Path(path), context, threads, gpu_layers, None), Path(mmproj), threads)
+    text = LlamaRuntime(library, Path(path), LlamaSettings(context, threads, gpu_layers))
+    return VisionRuntime(text, Path(mmproj), threads)
 
 
 class VisionRuntime:
@@ -61,7 +62,7 @@ class VisionRuntime:
     8 and 4096 tokens of 32 x 32 pixels; one that fits already is taken as it is.
     """
 
-    def __init__(self, text: _LlamaRuntime, mmproj: Path, threads: int) -> None:
+    def __init__(self, text: LlamaRuntime, mmproj: Path, threads: int) -> None:
         from llama_cpp import mtmd_cpp
 
         self._text, self._mtmd, self._library = text, mtmd_cpp, text._library
@@ -90,7 +91,7 @@ class VisionRuntime:
         return self._text.versions
 
     def embeddings(self, image: U8Array) -> F32Array:
-        """What the tower makes of an image: f32[n_tokens, n_embd], one token for each 32 x 32 pixels, line by line."""
+        """The embeddings of an image: f32[n_tokens, n_embd], one token for each 32 x 32 pixels, line by line."""
         with self._prompt([image]) as chunks:
             kind = self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE  # the others are the marks around it
             chunk = next(chunk for chunk in chunks if self._mtmd.mtmd_input_chunk_get_type(chunk) == kind)
@@ -151,7 +152,7 @@ class VisionRuntime:
             mtmd.mtmd_bitmap_free(bitmap)
 
     def _show(self, prompt: Sequence[str | U8Array], more: int = 0) -> int:
-        """Decodes a prompt, memory empty at the start; gives the position after it, with room for `more` tokens."""
+        """Decodes a prompt into empty memory, with room for `more` tokens; returns the position after it."""
         text, library = self._text, self._library
         library.llama_memory_clear(library.llama_get_memory(text._context), True)
         with self._prompt(prompt) as chunks:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pocketquant import __version__
 from pocketquant.errors import OutputError, SourceError
-from pocketquant.eval.reference import make_reference
+from pocketquant.eval.reference import PackSettings, make_reference
 from pocketquant.eval.report.html.sheet import find_front
 from pocketquant.files.interrupts import offer_resume
 from pocketquant.files.leftovers import holding
@@ -199,12 +199,14 @@ def _make_reference(sweep: Sweep, folder: Path, pack: Path, matrix: Path, means:
                     reference,
                     release.settings.texts,
                     pack,
-                    context=release.settings.context,
-                    chunks=release.settings.chunks,
-                    positions=release.settings.positions,
-                    with_head=True,
-                    threads=means.threads,
-                    gpu_layers=means.gpu_layers,
+                    PackSettings(
+                        release.settings.context,
+                        release.settings.chunks,
+                        release.settings.positions,
+                        with_head=True,
+                        threads=means.threads,
+                        gpu_layers=means.gpu_layers,
+                    ),
                     progress=advance,
                 )
     finally:

@@ -1,4 +1,4 @@
-"""Renders a chat template in every conversation that it will meet, apart from this process and with limits.
+"""Renders a chat template with all kinds of conversations, in a process of its own and with limits.
 
 A chat template is a program that came with a download. It runs in jinja2's sandbox, which keeps it from files and
 attributes but not from looping or growing without end, so it also runs in a process of its own with a limit on

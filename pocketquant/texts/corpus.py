@@ -1,17 +1,19 @@
-"""A text file, cut into the windows that are scored.
+"""A text file as windows of tokens, for calibration and for evaluation alike.
 
-Windows are those of llama-perplexity: the text without one final newline, tokenized as a whole and cut into pieces of
-`context` tokens; within a window the positions from the middle on are scored, so that each has some text before it; a
-rest at the end is dropped. Where the model wants BOS it leads the text and replaces the first token of each window.
+The text, without one final newline, is tokenized as a whole and cut into windows of `context` tokens; a rest at the end
+is dropped. Where the model wants BOS, it leads the text and replaces the first token of each window. llama-perplexity
+and llama-imatrix cut a text in the same way. Evaluation scores the positions from the middle of a window on, so that
+each has some text before it.
 
 A file of conversations (`.jsonl`) becomes the text that the model's chat template makes of it, and there the names of
 special tokens are special tokens. In a plain text they are text, as they are for llama-perplexity.
 
-Source: tools/perplexity/perplexity.cpp of llama.cpp, `perplexity` and `kl_divergence`.
+Source: tools/perplexity/perplexity.cpp (`perplexity`, `kl_divergence`) and tools/imatrix/imatrix.cpp of llama.cpp.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class Text:
     """A text to score and what kind of text it is.
 
     Attributes:
-        domain: what reports call it: "prose", "code", "german".
+        domain: its name in reports: "prose", "code", "german".
         path: UTF-8 text, or conversations in `.jsonl`.
     """
 
@@ -44,6 +46,21 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TextRecord:
+    """What a file says about a text that it was made from.
+
+    Attributes:
+        name: the text's file name, or "self" for one that the model wrote.
+        tokens: tokens of all its windows.
+        sha256: `digest_of_tokens` of its windows.
+    """
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Corpus:
     """A tokenized text, in windows.
 
@@ -51,11 +68,13 @@ class Corpus:
         windows: i32[n_window, context].
         text_tokens: tokens of the whole text, BOS included.
         first: the first position in a window whose prediction is scored; None for the middle.
+        name: the name of the text's file.
     """
 
     windows: npt.NDArray[np.int32]
     text_tokens: int
     first: int | None = None
+    name: str = ""
 
     @property
     def context(self) -> int:
@@ -69,6 +88,21 @@ class Corpus:
     @property
     def scored_per_window(self) -> int:
         return self.context - 1 - self.first_scored
+
+    @property
+    def sha256(self) -> str:
+        """`digest_of_tokens` of the windows."""
+        return digest_of_tokens(self.windows)
+
+    @property
+    def record(self) -> TextRecord:
+        """What a file made from this text says about it."""
+        return TextRecord(self.name, self.windows.size, self.sha256)
+
+
+def digest_of_tokens(windows: npt.NDArray[np.int32]) -> str:
+    """SHA-256 of the tokens i32[n_window, context], in hexadecimal digits."""
+    return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
 
 
 def check_size(context: int, chunks: int | None) -> None:
@@ -101,11 +135,11 @@ def cut_corpus(
 
     Args:
         path: a UTF-8 text.
-        runtime: whose tokenizer to use.
+        runtime: the model whose tokenizer is used.
         context: tokens in a window.
-        chunks: most windows to take, from the beginning; None for all.
+        chunks: the most windows to take, from the beginning; None for all.
         first: as in `Corpus`.
-        chat: what the chat template made of the file, tokenized in its place; None for a plain text.
+        chat: what the chat template made of the file, which is tokenized in its place; None for a plain text.
 
     Raises:
         EvalError: the text cannot be read, or is too short for one window.
@@ -123,4 +157,4 @@ def cut_corpus(
     windows = tokens[: n_window * context].reshape(n_window, context)
     if runtime.bos is not None:
         windows[:, 0] = runtime.bos
-    return Corpus(windows, len(tokens), first)
+    return Corpus(windows, len(tokens), first, Path(path).name)

@@ -1,6 +1,7 @@
-"""Tuning: a finished file, its blocks moved to where the whole model diverges least.
+"""Tuning: the blocks of a finished file are moved so that the whole model diverges least from its reference.
 
-tune          the run
-optimizer     the quantized model in torch, and the steps
-block_scales  a tensor's blocks as numbers that can be moved; free_codes: the codes
+tune          the run, from the windows to the tuned file
+optimizer     the quantized model in torch, and its optimizer steps
+block_scales  the F16 scales of a tensor's blocks as numbers that can move
+free_codes    the codes as numbers that can move
 """

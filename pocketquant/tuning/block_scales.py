@@ -1,7 +1,7 @@
-"""A quantized tensor's blocks as numbers that can be changed: the F16 scales, and the codes where those are free too.
+"""The blocks of a quantized tensor as numbers that can move: the F16 scales, and the codes where these are free too.
 
-A block's weights are linear in its scales: d times what its codes and integer scales say, and dmin (or m) times its
-integer offsets, so a gradient of the weights gives that of the scales exactly (`formats.layout`).
+The weights of a block are linear in its F16 scales d and dmin (or m), as `formats.layout` says. So the gradient of
+the weights gives the gradient of the scales exactly.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _ROWS = 1 << 12
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The scales of one tensor of a file, each with the factor that it is multiplied by.
+    """The F16 scales of one tensor of a file, each with the factor that multiplies it.
 
     Attributes:
-        path, tensor: where the blocks lie.
-        fields: names of the F16 numbers of a block: d, and dmin or m where offsets have a unit.
-        scales: field -> f32[n_rows, n_blocks] as the file has them.
-        changes: field -> f32[n_rows, n_blocks], the factor less one; zeros at first, written by whoever tunes.
-        codes: where codes are free.
-        state: what the file was when its header was read; None where nobody compares.
+        path, tensor: where the blocks are.
+        fields: names of the F16 numbers of a block: d, and dmin or m where the format has offsets.
+        scales: field -> f32[n_rows, n_blocks], the scales of the file.
+        changes: field -> f32[n_rows, n_blocks], the factor less one; zeros at first. The tuner writes them.
+        codes: the codes, where they can move.
+        state: the file when its header was read; None where no change of it is looked for.
     """
 
     path: Path
@@ -53,12 +53,12 @@ class BlockScales:
         return _bytes(self._rescaled(self._coded(start, stop), start))
 
     def weights(self) -> F32Array:
-        """All weights f32[n_rows, n_cols], by the changed scales."""
+        """All weights f32[n_rows, n_cols], decoded with the changed scales."""
         return np.concatenate([self._values(self.stored(start, stop)) for start, stop in self._ranges()])
 
-    def fold(self, gradient: F32Array) -> dict[str, F32Array]:
-        """Gradient of the changes, field -> f32[n_rows, n_blocks], from that of the weights f32[n_rows, n_cols]."""
-        folded = {field: np.empty_like(self.changes[field]) for field in self.fields}
+    def scale_gradients(self, gradient: F32Array) -> dict[str, F32Array]:
+        """The gradient of the changes, field -> f32[n_rows, n_blocks], from that of the weights f32[n_rows, n_cols]."""
+        gradients = {field: np.empty_like(self.changes[field]) for field in self.fields}
         n_blocks = self.scales["d"].shape[1]
         for start, stop in self._ranges():
             blocks, shape = self._coded(start, stop), (stop - start, n_blocks, -1)
@@ -68,11 +68,11 @@ class BlockScales:
                     if other != field:
                         alone[other] = 0
                 part = self._values(_bytes(alone)).reshape(shape)
-                folded[field][start:stop] = np.einsum("rbi,rbi->rb", part, gradient[start:stop].reshape(shape))
-        return folded
+                gradients[field][start:stop] = np.einsum("rbi,rbi->rb", part, gradient[start:stop].reshape(shape))
+        return gradients
 
     def with_free_codes(self, original: Tensor, folder: Path) -> BlockScales:
-        """The same with codes that can move, whose positions lie in `folder`; OSError where they cannot."""
+        """The same with codes that can move; their positions lie in `folder`. OSError if they cannot be written."""
         layout = self.tensor.format.layout
         assert layout is not None
         codes = open_codes(layout, original, folder)
@@ -82,13 +82,13 @@ class BlockScales:
         return replace(self, codes=codes)
 
     def move_codes(self, gradient: F32Array, rate: float) -> None:
-        """One step of the codes' positions against the gradient of the weights f32[n_rows, n_cols]."""
+        """Moves the codes one step against the gradient of the weights f32[n_rows, n_cols]."""
         assert self.codes is not None
         parts = [self._rescaled(self._read(start, stop), start) for start, stop in self._ranges()]
-        self.codes.move(gradient, np.concatenate([self.codes.lines(part)[0] for part in parts]), rate)
+        self.codes.move(gradient, np.concatenate([self.codes.scales_and_offsets(part)[0] for part in parts]), rate)
 
     def n_moved(self) -> int:
-        """Codes that are others than the file's."""
+        """The number of codes that differ from those of the file."""
         if self.codes is None:
             return 0
         moved = 0
@@ -98,7 +98,7 @@ class BlockScales:
         return moved
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Rows that are worked on at a time."""
+        """The rows that are processed at a time."""
         n_rows = len(self.changes["d"])
         return ((start, min(start + _ROWS, n_rows)) for start in range(0, n_rows, _ROWS))
 
@@ -106,7 +106,7 @@ class BlockScales:
         return self.tensor.format.decode(data, self.n_cols)
 
     def _rescaled(self, blocks: Blocks, start: int) -> Blocks:
-        """Blocks of rows from `start` on, their scales changed in place."""
+        """Changes the scales of blocks, which are the rows from `start` on, in place."""
         rows = slice(start, start + len(blocks))
         for field in self.fields:
             changed = self.scales[field][rows] * (1 + self.changes[field][rows])
@@ -114,12 +114,12 @@ class BlockScales:
         return blocks
 
     def _coded(self, start: int, stop: int) -> Blocks:
-        """As in the file, but for codes that have moved."""
+        """The blocks of the file with the present codes."""
         blocks = self._read(start, stop)
         return blocks if self.codes is None else self.codes.with_codes(blocks, start)
 
     def _read(self, start: int, stop: int) -> Blocks:
-        """As in the file."""
+        """The blocks of the file."""
         layout = self.tensor.format.layout
         assert layout is not None
         row_bytes = self.tensor.format.row_bytes(self.n_cols)
@@ -128,7 +128,7 @@ class BlockScales:
 
 
 def read_block_scales(path: Path, tensor: GgufTensor, state: FileState | None = None) -> BlockScales | None:
-    """The scales of a tensor; None where its format has no blocks that can be changed."""
+    """The scales of a tensor; None if its format has no layout."""
     layout = tensor.format.layout
     if layout is None:
         return None

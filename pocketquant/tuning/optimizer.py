@@ -1,7 +1,7 @@
 """Runs a quantized model in torch, and moves its blocks against the gradients of its divergence from the reference.
 
-One layer's weights and their gradients are in memory at a time: a run forwards keeps each layer's input, and each layer
-is computed once more on the way back. The extra `curvature`.
+The weights and gradients of one layer are in memory at a time. The forward pass keeps the input of each layer, and the
+backward pass computes each layer once more. Needs the extra `curvature`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pocketquant.model import Model, Role, Tensor
 from pocketquant.tuning.block_scales import BlockScales
 
 Numbers = npt.NDArray[np.int64]
-"""Of windows."""
+"""Numbers of windows."""
 
 _BETAS = (0.9, 0.98)
 _EPSILON = 1e-12
@@ -36,13 +36,13 @@ _LOGIT_ROWS = 64
 
 
 def run_reference(
-    setting: Setting, windows: npt.NDArray[np.int32], parts: Sequence[Numbers], states: Path, step: Callable[[], None]
+    setting: Setting, windows: npt.NDArray[np.int32], batches: Sequence[Numbers], states: Path, step: Callable[[], None]
 ) -> npt.NDArray[np.float32]:
     """The reference's normed last hidden states f32[n_window, context, n_embd], mapped from a file in `states`.
 
     Args:
-        parts: numbers of the windows that are run together.
-        step: called after each part.
+        batches: numbers of the windows that are run together.
+        step: called after each batch.
 
     Raises:
         OutputError: the file cannot be written.
@@ -53,16 +53,16 @@ def run_reference(
     except OSError as error:
         raise OutputError(f"{states}: cannot be written: {error.strerror}") from error
     embedding = read_whole(_embedding(setting))
-    for part in parts:
-        hidden[part] = embedding[windows[part]]
+    for batch in batches:
+        hidden[batch] = embedding[windows[batch]]
     for layer in range(setting.model.sizes["n_layer"]):
         module, positions = build_layer(setting, layer), positions_of(setting, windows.shape[1])
-        for part in parts:
-            hidden[part] = _run_layer(setting, module, hidden[part], positions)
+        for batch in batches:
+            hidden[batch] = _run_layer(setting, module, hidden[batch], positions)
     norm = build_norm(setting)
-    for part in parts:
+    for batch in batches:
         with setting.torch.no_grad():
-            hidden[part] = norm(setting.torch.from_numpy(hidden[part]).to(setting.device)).cpu().numpy()
+            hidden[batch] = norm(setting.torch.from_numpy(hidden[batch]).to(setting.device)).cpu().numpy()
         step()
     return hidden
 
@@ -82,9 +82,9 @@ def _run_layer(setting: Setting, module: Any, given: F32Array, positions: Any) -
 
 
 class Tuner:
-    """The quantized model with free blocks, and what Adam remembers of them.
+    """The quantized model with blocks that can move, and the state of Adam.
 
-    `hidden` f32[n_window, context, n_embd] is what the reference's output head multiplies.
+    `hidden` f32[n_window, context, n_embd] is the input of the reference's output head.
     """
 
     def __init__(
@@ -104,31 +104,31 @@ class Tuner:
         self._reference_head = torch.from_numpy(read_whole(_head(setting))).to(setting.device)
         self._norm = build_norm(setting)
 
-    def divergence(self, parts: Sequence[Numbers], step: Callable[[], None]) -> float:
-        """Mean KL divergence over windows, nats a token."""
+    def divergence(self, batches: Sequence[Numbers], step: Callable[[], None]) -> float:
+        """Mean KL divergence over windows, in nats a token."""
         total, tokens = 0.0, 0
-        for part in parts:
-            inputs = self._forward(part)
-            loss, _, _ = self._head(part, inputs[-1], want=False)
-            total, tokens = total + loss, tokens + part.size * self._windows.shape[1]
+        for batch in batches:
+            inputs = self._forward(batch)
+            loss, _, _ = self._head(batch, inputs[-1], want=False)
+            total, tokens = total + loss, tokens + batch.size * self._windows.shape[1]
             step()
         return total / tokens
 
-    def step(self, part: Numbers, rate: float, code_rate: float) -> None:
-        """One change of all scales and codes by the gradients of a batch, each tensor's as soon as it is known."""
+    def step(self, batch: Numbers, rate: float, code_rate: float) -> None:
+        """One step of all scales and codes, each tensor's as soon as its gradient is known."""
         self._step += 1
-        for name, gradient in self.gradients(part):
+        for name, gradient in self.gradients(batch):
             scales = self._scales[name]
-            folded = scales.fold(gradient)
+            at_scales = scales.scale_gradients(gradient)
             if scales.codes is not None:
                 scales.move_codes(gradient, code_rate)
-            self._change(name, folded, rate)
+            self._change(name, at_scales, rate)
 
-    def gradients(self, part: Numbers) -> Iterator[tuple[str, F32Array]]:
-        """Tensors from the last one back, and the gradient of the mean divergence by their weights."""
+    def gradients(self, batch: Numbers) -> Iterator[tuple[str, F32Array]]:
+        """Yields tensors from the last one back, with the gradient of the mean divergence by their weights."""
         setting, torch = self._setting, self._setting.torch
-        inputs = self._forward(part)
-        _, above, at_head = self._head(part, inputs.pop(), want=True)
+        inputs = self._forward(batch)
+        _, above, at_head = self._head(batch, inputs.pop(), want=True)
         positions = positions_of(setting, self._windows.shape[1])
         for layer in reversed(range(setting.model.sizes["n_layer"])):
             module = build_layer(setting, layer, self._read)
@@ -144,33 +144,33 @@ class Tuner:
         embedding, head = _embedding(setting).name, _head(setting).name
         at_rows = above.cpu().numpy().reshape(-1, above.shape[-1])
         at_embedding = at_head if embedding == head else np.zeros_like(at_head)
-        np.add.at(at_embedding, self._windows[part].reshape(-1), at_rows)
+        np.add.at(at_embedding, self._windows[batch].reshape(-1), at_rows)
         for name, gradient in {head: at_head, embedding: at_embedding}.items():
             if name in self._scales:
                 yield name, gradient
 
     def _read(self, tensor: Tensor) -> F32Array:
-        """A tensor as the quantized file has it."""
+        """A tensor of the quantized model."""
         scales = self._scales.get(tensor.name)
         return read_whole(self._tensors[tensor.name]) if scales is None else scales.weights()
 
-    def _forward(self, part: Numbers) -> list[F32Array]:
+    def _forward(self, batch: Numbers) -> list[F32Array]:
         """Every layer's input and the last one's output, f32[n, context, n_embd] each."""
         setting = self._setting
         positions = positions_of(setting, self._windows.shape[1])
-        states = [self._read(_embedding(setting))[self._windows[part]]]
+        states = [self._read(_embedding(setting))[self._windows[batch]]]
         for layer in range(setting.model.sizes["n_layer"]):
             states.append(_run_layer(setting, build_layer(setting, layer, self._read), states[-1], positions))
         return states
 
-    def _head(self, part: Numbers, last: F32Array, *, want: bool) -> tuple[float, Any, F32Array]:
-        """The divergence summed over tokens, and gradients of its mean: at the last layer's output, of the head."""
+    def _head(self, batch: Numbers, last: F32Array, *, want: bool) -> tuple[float, Any, F32Array]:
+        """The divergence summed over tokens, and its mean's gradients at the last layer's output and of the head."""
         setting, torch = self._setting, self._setting.torch
         head = torch.from_numpy(self._read(_head(setting))).to(setting.device)
         given = torch.from_numpy(last).to(setting.device).requires_grad_(want)
         normed = self._norm(given)
         rows = normed.detach().reshape(-1, normed.shape[-1])
-        theirs = torch.from_numpy(self._hidden[part]).to(setting.device).reshape(rows.shape)
+        theirs = torch.from_numpy(self._hidden[batch]).to(setting.device).reshape(rows.shape)
         at_rows, at_head, total = torch.zeros_like(rows), torch.zeros_like(head), 0.0
         for start in range(0, len(rows), _LOGIT_ROWS):
             chosen = slice(start, start + _LOGIT_ROWS)
@@ -186,10 +186,10 @@ class Tuner:
             normed.backward(at_rows.reshape(normed.shape))
         return total, given.grad, at_head.cpu().numpy()
 
-    def _change(self, name: str, folded: dict[str, F32Array], rate: float) -> None:
+    def _change(self, name: str, gradients: dict[str, F32Array], rate: float) -> None:
         """Adam's step for the scales of one tensor."""
         scales = self._scales[name]
-        for field, found in folded.items():
+        for field, found in gradients.items():
             mean, square = self._means[name][field], self._squares[name][field]
             mean += (1 - _BETAS[0]) * (found - mean)
             square += (1 - _BETAS[1]) * (found * found - square)

@@ -28,7 +28,7 @@ pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not insta
 from pocketquant.calibration.imatrix import collect_importance
 from pocketquant.calibration.statistics_run import calibrate, cut_texts, plan_calibration
 from pocketquant.eval import compare
-from pocketquant.llama.observing import Observer, Product
+from pocketquant.llama.observing import Matmul, Observer
 from pocketquant.llama.runtime import open_runtime
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
@@ -111,7 +111,7 @@ class Inputs:
     def add_hidden(self, hidden: np.ndarray) -> None:
         self.rows.setdefault(("head", 0), []).append(hidden.copy())
 
-    def add(self, product: Product) -> None:
+    def add(self, product: Matmul) -> None:
         inputs = product.inputs
         if product.chosen is None:
             self.rows.setdefault((product.weight, 0), []).append(inputs.reshape(-1, inputs.shape[3]).copy())

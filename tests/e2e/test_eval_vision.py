@@ -16,7 +16,7 @@ from vision_maker import make_vision_checkpoint, picture, vision_config
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import EvalError
-from pocketquant.eval.vision import compare_towers
+from pocketquant.eval.vision import VisionSettings, compare_towers
 from pocketquant.llama.vision import check_image, open_vision_runtime
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -59,9 +59,7 @@ def test_smaller_towers_cost_more(files: Path) -> None:
             files / f"mmproj-{recipe}.gguf",
             files / "mmproj-f32.gguf",
             images,
-            answer_tokens=6,
-            context=128,
-            threads=1,
+            VisionSettings(answer_tokens=6, context=128, threads=1),
         )
         for recipe in ("f32", "q8_0", "q4_k_m")
     }

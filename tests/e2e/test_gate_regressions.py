@@ -16,9 +16,10 @@ import pytest
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.eval import compare
-from pocketquant.eval.gate.decide import FAILED, Decision, Verdict, decide
+from pocketquant.eval.gate.decide import decide
 from pocketquant.eval.gate.limits import parse_limits
 from pocketquant.eval.gate.report_diff import Moved, find_moved
+from pocketquant.eval.gate.verdict import FAILED, Decision, Verdict
 from pocketquant.eval.metrics import Positions
 from pocketquant.eval.report.evidence import describe_tensors, digest_stream
 from pocketquant.eval.report.reading import Evidence, parse_report

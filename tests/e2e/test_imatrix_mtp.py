@@ -240,7 +240,7 @@ def test_refuses_a_sidecar_of_another_model(folder: Path, tmp_path: Path) -> Non
     other = make_checkpoint(tmp_path / "c", weights=weights_for(config), num_hidden_layers=2, layer_types=layers)
     write(plan(open_checkpoint(other), open_recipe("f32")), tmp_path / "other.gguf")
     cases = {
-        (tmp_path / "other.gguf", folder / "mtp.gguf"): "stands behind 4 blocks of width 256, other.gguf has 2",
+        (tmp_path / "other.gguf", folder / "mtp.gguf"): "follows 4 blocks of width 256, but other.gguf has 2",
         (folder / "trunk.gguf", tmp_path / "other.gguf"): "holds no multi-token-prediction block; give",
         (folder / "embed.gguf", folder / "mtp.gguf"): "holds a multi-token-prediction block itself",
     }

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_maker import make_checkpoint
@@ -17,7 +18,7 @@ from pocketquant.cli.app import app
 from pocketquant.errors import EvalError
 from pocketquant.eval import compare
 from pocketquant.eval.packs.pack import read_pack
-from pocketquant.eval.reference import MAX_FLOOR, base_file_bytes, make_reference, plan_reference
+from pocketquant.eval.reference import MAX_FLOOR, PackSettings, base_file_bytes, make_reference, plan_reference
 from pocketquant.eval.report.markdown import to_markdown
 from pocketquant.texts.corpus import Text
 
@@ -27,8 +28,8 @@ Recipe = Callable[[str], Path]
 CONTEXT, CHUNKS = 128, 6
 
 
-def make(model: Path, text: Path, out: Path, **options: object) -> Path:
-    make_reference(model, [Text("text", text)], out, context=CONTEXT, chunks=CHUNKS, **options)  # type: ignore[arg-type]
+def make(model: Path, text: Path, out: Path, **options: Any) -> Path:
+    make_reference(model, [Text("text", text)], out, PackSettings(CONTEXT, CHUNKS, **options))
     return out
 
 
@@ -99,9 +100,10 @@ def test_top_tokens_give_a_lower_bound_of_the_stated_share(demo_gguf: Recipe, de
 def test_sizes_are_those_of_the_plan(demo_gguf: Recipe, demo_text: Path, tmp_path: Path) -> None:
     texts = [Text("text", demo_text)]
     for top, with_head in ((0, False), (0, True), (32, False)):
-        planned = plan_reference(demo_gguf("f32"), texts, context=64, chunks=5, top=top, with_head=with_head)
+        settings = PackSettings(context=64, chunks=5, top=top, with_head=with_head)
+        planned = plan_reference(demo_gguf("f32"), texts, settings)
         out = tmp_path / f"{top}{with_head}.pqref"
-        pack = make_reference(demo_gguf("f32"), texts, out, context=64, chunks=5, top=top, with_head=with_head)
+        pack = make_reference(demo_gguf("f32"), texts, out, settings)
         assert (planned.windows, planned.positions) == (5, 5 * 31) == (pack.header.n_window, pack.header.positions)
         assert planned.base_bytes == base_file_bytes(1536, 5, 64, 31)
         assert 0 < out.stat().st_size - planned.pack_bytes < 3000
@@ -193,7 +195,7 @@ def test_the_command_makes_a_pack(demo_gguf: Recipe, demo_text: Path, tmp_path: 
     assert CliRunner().invoke(app, [*arguments, "--with-head"]).exit_code == 2
     before = out.read_bytes()
     with pytest.raises(EvalError, match="--top-k 5000"):
-        make_reference(demo_gguf("bf16"), [Text("text", demo_text)], out, context=64, chunks=1, top=5000)
+        make_reference(demo_gguf("bf16"), [Text("text", demo_text)], out, PackSettings(64, 1, top=5000))
     assert out.read_bytes() == before
     with pytest.raises(EvalError, match="is a reference pack already"):
-        make_reference(out, [Text("text", demo_text)], tmp_path / "x", context=64)
+        make_reference(out, [Text("text", demo_text)], tmp_path / "x", PackSettings(64))

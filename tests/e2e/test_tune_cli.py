@@ -52,7 +52,7 @@ def test_the_cost_is_said_first(demo_gguf: Callable[[str], Path], tmp_path: Path
     [
         ({"GGUF": "f32"}, "nothing to tune"),
         ({"--text": "self"}, "--sampled"),
-        ({"--reference": "another"}, "not made from this reference"),
+        ({"--reference": "another"}, "was not made from this reference"),
         ({"--out": "GGUF"}, "would replace"),
         ({}, "torch"),
     ],

@@ -21,7 +21,7 @@ pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not insta
 from pocketquant.calibration.statistics_run import cut_texts
 from pocketquant.eval import compare
 from pocketquant.texts.corpus import Text
-from pocketquant.tuning.tune import KEY, go_on
+from pocketquant.tuning.tune import KEY, sample_continuations
 
 WATCHED = {
     "dense": ("token_embd", "blk.0.attn_qkv", "blk.1.ssm_out", "blk.3.attn_k", "blk.3.ffn_down", "blk.2.ssm_beta"),
@@ -47,7 +47,7 @@ def made(
         write(plan(model, open_recipe("q4_k_s")), file)
         write(plan(model, open_recipe("f32")), reference)
     windows, _ = cut_texts(reference, [text_path("calibration")], 128, 96, 1, 0, 0)
-    more = go_on(reference, windows, 64, threads=2)
+    more = sample_continuations(reference, windows, 64, threads=2)
     np.save(folder / "windows.npy", windows)
     np.save(folder / "more.npy", more)
     script, root = Path(__file__).with_name("tuning_run.py"), Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_the_same_twice(made: tuple[Path, Path, Path]) -> None:
 
 def test_what_cannot_be_tuned_is_refused(made: tuple[Path, Path, Path]) -> None:
     refused = read(made[2], "refused.json")
-    assert "tuned already" in refused["tuned"]
+    assert "is tuned already" in refused["tuned"]
     assert "nothing to tune" in refused["plain"]
     assert "does not pay" in refused["worse"]
     assert refused["worse"].endswith("False")  # nothing was written

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
@@ -35,7 +34,7 @@ def differences(
     setting = tuning.set_up(model, "cpu", 1)
     hidden = tuning.run_reference(setting, windows[:2], [part], folder, lambda: None)
     tuner = tuning.Tuner(setting, open_gguf(file), scales, windows[:2], hidden)
-    by_tensor = {name: scales[name].fold(gradient) for name, gradient in tuner.gradients(part)}
+    by_tensor = {name: scales[name].scale_gradients(gradient) for name, gradient in tuner.gradients(part)}
     gradients = {f"{name} {field}": float(g.sum()) for name, folded in by_tensor.items() for field, g in folded.items()}
     found = {}
     for name, each in scales.items():
@@ -53,10 +52,14 @@ def differences(
 
 def main(file: Path, reference: Path, folder: Path, watched: tuple[str, ...]) -> None:
     windows, more = np.load(folder / "windows.npy"), np.load(folder / "more.npy")
-    texts = [Text("text.txt", windows.size, "")]
-    tune = partial(tuning.tune_file, file, open_gguf(reference), windows, texts, threads=1)
+    texts = (Text("text.txt", windows.size, ""),)
+
+    def tune(out: Path, sampled: np.ndarray | None = None, **settings: float) -> tuning.Tuned:
+        tokens = tuning.TuningWindows(windows, texts, sampled)
+        return tuning.tune_file(file, open_gguf(reference), tokens, out, tuning.TuneSettings(threads=1, **settings))
+
     for name in ("tuned", "again"):
-        made = tune(folder / f"{name}.gguf", more=more, epochs=1, rate=2e-3, code_rate=4e-3)
+        made = tune(folder / f"{name}.gguf", more, epochs=1, rate=2e-3, code_rate=4e-3)
     tune(folder / "scales.gguf", epochs=0.5, code_rate=0)
     (folder / "tuned.json").write_text(json.dumps(asdict(made)))
     (folder / "derivatives.json").write_text(json.dumps(differences(file, reference, windows, folder, watched)))

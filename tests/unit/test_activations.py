@@ -10,7 +10,7 @@ from rounded_inputs import rounding_errors
 from pocketquant.calibration.hessian import MomentSums, Share
 from pocketquant.formats import FORMATS
 from pocketquant.formats.activations import COARSE, FINE, add_rounding_errors
-from pocketquant.llama.observing import Product
+from pocketquant.llama.observing import Matmul
 
 F32Array = npt.NDArray[np.float32]
 
@@ -69,7 +69,7 @@ def test_experts_get_the_errors_of_their_own_tokens_and_unseen_ones_none() -> No
     sums = MomentSums({name: Share(name, k, 1, 4)}, 0)
     inputs = make_rows(k)[:8]
     chosen = np.array([[0, 1], [1, 3], [3, 0], [1, 0], [3, 1], [0, 3], [1, 3], [0, 1]], np.int32)  # never 2
-    sums.add(Product(name, (4, 1), inputs.reshape(1, 8, 1, k), chosen))
+    sums.add(Matmul(name, (4, 1), inputs.reshape(1, 8, 1, k), chosen))
     assert sums.counts[name].tolist() == [6, 0, 5]
     for expert in (1, 2, 3):
         expected = np.zeros((2, k))

@@ -11,7 +11,7 @@ import pytest
 from pocketquant.errors import EvalError
 from pocketquant.eval.tasks.answering import AnsweringModel
 from pocketquant.formats import F32Array
-from pocketquant.llama.branches import IsOver
+from pocketquant.llama.shared_prefix import IsOver
 
 N_VOCAB = 128
 
@@ -38,7 +38,7 @@ class Letters:
         n = len(tokens)
         return (np.sin(np.arange(N_VOCAB) + sum(tokens)) * (n + 1) / n).astype(np.float32)
 
-    def branches(
+    def continuations(
         self, prompt: Sequence[int], continuations: Sequence[Sequence[int]], *, keep: int = 0
     ) -> Iterator[tuple[int | None, int, F32Array]]:
         self.asked.append((self.text(prompt), len(continuations), keep))

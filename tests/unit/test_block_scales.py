@@ -59,7 +59,7 @@ def test_a_change_touches_the_scales_of_its_block_only(scales: BlockScales) -> N
 def test_gradients_are_those_of_the_weights(scales: BlockScales) -> None:
     """Weights are linear in a scale, and doubled F16 numbers are exact: the difference is the derivative."""
     gradient = np.random.default_rng(2).standard_normal((ROWS, COLS)).astype(np.float32)
-    before, folded = scales.weights(), scales.fold(gradient)
+    before, folded = scales.weights(), scales.scale_gradients(gradient)
     for field in scales.fields:
         scales.changes[field][:] = 1.0
         difference = (scales.weights() - before) * gradient

@@ -13,8 +13,8 @@ from rich.console import Console
 from pocketquant.cli import screen
 from pocketquant.errors import SourceError, listing
 from pocketquant.escaping import LONGEST_LINE, as_code, as_lines, for_markdown, one_line
-from pocketquant.eval.gate.decide import FAILED, PASS, Decision, Verdict
-from pocketquant.eval.gate.output import to_junit, to_markdown
+from pocketquant.eval.gate.output import to_junit, verdict_to_markdown
+from pocketquant.eval.gate.verdict import FAILED, PASS, Decision, Verdict
 
 HOSTILE = "x\n\n# @all ![t](u) <img src=x>|`\x1b[2J\0\u202e\ud800\ufffe\r"
 
@@ -64,7 +64,7 @@ def test_a_verdict_on_a_model_of_a_hostile_name() -> None:
     verdict = Verdict(decisions, 0.999, False, (HOSTILE, HOSTILE), (HOSTILE, "0" * 64), "yes")
     suite = ElementTree.fromstring(to_junit(verdict, None).encode())
     assert suite.get("name", "").startswith(r"pocketquant gate x\n\n# @all")
-    page = to_markdown(verdict, None)
+    page = verdict_to_markdown(verdict, None)
     page.encode()
     assert all(line.isprintable() for line in page.split("\n"))
     assert [line for line in page.split("\n") if line.startswith("#")] == [page.split("\n")[0]]

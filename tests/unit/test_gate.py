@@ -14,10 +14,11 @@ import pytest
 
 from pocketquant.errors import EvalError, SourceError
 from pocketquant.eval import intervals
-from pocketquant.eval.gate.decide import FAILED, PASS, UNDECIDED, Decision, Verdict, decide, read_report
+from pocketquant.eval.gate.decide import decide, read_report
 from pocketquant.eval.gate.limits import ABSOLUTE, BASELINE, parse_limits, read_limits
-from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, to_markdown
+from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, verdict_to_markdown
 from pocketquant.eval.gate.report_diff import find_moved
+from pocketquant.eval.gate.verdict import FAILED, PASS, UNDECIDED, Decision, Verdict
 from pocketquant.eval.kernels import FLOOR, NAMES, differing
 from pocketquant.eval.metrics import POSITION, Positions
 from pocketquant.eval.report.evidence import sum_clusters
@@ -188,7 +189,7 @@ def test_undecided_fails_only_where_that_was_asked_for() -> None:
     lenient = decide(report, parse_limits({"absolute": absolute}, "limits"))
     assert (lenient.is_accepted, lenient.count(UNDECIDED)) == (True, 1)
     assert "1 undecided (not counted as broken)" in lenient.summary
-    assert "no amount of text will decide it" in to_markdown(lenient, None)
+    assert "no amount of text will decide it" in verdict_to_markdown(lenient, None)
     assert not decide(report, parse_limits({"absolute": absolute}, "limits"), strict=True).is_accepted
     assert not decide(report, parse_limits({"absolute": absolute, "undecided": "fail"}, "limits")).is_accepted
 
@@ -261,7 +262,7 @@ def test_metadata_is_compared_but_for_where_a_file_is_from() -> None:
     limits: dict[str, Any] = {"kld_mean_ratio": 1.05}
     verdict = decide(report, parse_limits({"baseline": limits}, "limits"), baseline)
     assert [each.limit for each in verdict.decisions if each.outcome == FAILED] == ["baseline.metadata"]
-    assert "tokenizer.chat_template" in to_markdown(verdict, None)
+    assert "tokenizer.chat_template" in verdict_to_markdown(verdict, None)
     assert find_moved(report, baseline).metadata == ("tokenizer.chat_template",)
     limits["allow_metadata"] = ["tokenizer.chat_template"]
     assert decide(report, parse_limits({"baseline": limits}, "limits"), baseline).is_accepted
@@ -396,7 +397,7 @@ def test_a_verdict_is_json_junit_and_markdown() -> None:
     assert (suite.get("tests"), suite.get("failures")) == ("6", str(verdict.count(FAILED)))
     assert len(suite.findall("testcase")) == 6
     assert "domain prose" in (suite.find("testcase/failure").text or "")
-    text = to_markdown(verdict, moved)
+    text = verdict_to_markdown(verdict, moved)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 7
     assert all(line.count("|") == 7 for line in rows)

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError
-from pocketquant.eval.gate.decide import PASS, decide, read_report
+from pocketquant.eval.gate.decide import decide, read_report
 from pocketquant.eval.gate.limits import parse_limits, read_limits
-from pocketquant.eval.gate.output import to_markdown
+from pocketquant.eval.gate.output import verdict_to_markdown
+from pocketquant.eval.gate.verdict import PASS
 
 TENSOR = {"name": "blk.0.ffn_up.weight", "role": "ffn_up", "layer": 0, "format": "Q4_K", "cosine": 0.99, "snr_db": 20.0}
 TENSOR |= {"relative_rmse": 0.1, "max_abs_error": 0.2}
@@ -98,6 +99,6 @@ def test_a_lower_bound_is_called_one() -> None:
         verdict = decide(make_report(reference_pack=pack), parse_limits({"absolute": limits}, "limits"))
         said = {each.limit.split(".")[1].split("[")[0] for each in verdict.decisions if "a lower bound" in each.note}
         assert said == expected
-    assert "a lower bound: the reference keeps the 64 most likely tokens" in to_markdown(
+    assert "a lower bound: the reference keeps the 64 most likely tokens" in verdict_to_markdown(
         decide(make_report(reference_pack=PACK), parse_limits({"absolute": limits}, "limits")), None
     )

@@ -1,4 +1,4 @@
-"""Whether two reports measure the same thing, and what about their files differs exactly."""
+"""Checks whether two reports measure the same thing, and finds what differs between their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORED_METADATA = ("general.", "pocketquant.", "quantize.", "split.")
 
 
 def check_comparable(report: Evidence, baseline: Evidence) -> None:
-    """Raises EvalError for reports whose numbers are of different quantities, with all that differs."""
+    """Raises EvalError, with all differences, for reports whose numbers measure different things."""
     wanted: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = [
         ("vocabulary", lambda where: where.get("vocabulary")),
         ("context", lambda where: where.get("context")),
@@ -42,13 +42,13 @@ def _kind_of_reference(where: Mapping[str, Any]) -> str:
 
 
 def _which_reference(where: Mapping[str, Any]) -> str:
-    """The full-precision file by content, whether it was run or is behind a pack."""
+    """The full-precision file by content, whether it was run itself or a pack was made from it."""
     identity = as_object(as_object(where.get("reference_pack")).get("model") or where.get("reference"))
     return f"{identity.get('name')} ({str(identity.get('sha256'))[:12]})"
 
 
 def changed_metadata(report: Evidence, baseline: Evidence) -> list[str]:
-    """Keys that one of two files has and the other not, or with another value; where from is ignored."""
+    """The metadata keys that only one of two files has, or that differ in value; keys of the origin are ignored."""
     ours, theirs = report.metadata, baseline.metadata
     if not ours or not theirs:
         return []
@@ -57,7 +57,7 @@ def changed_metadata(report: Evidence, baseline: Evidence) -> list[str]:
 
 
 def error_ratio(ours: float, theirs: float) -> float:
-    """How much larger an error became; infinite where there was none."""
+    """The ratio of an error to the one before; infinite if there was none before."""
     if ours <= _EXACT and theirs <= _EXACT:
         return 1.0
     return ours / theirs if theirs > _EXACT else math.inf

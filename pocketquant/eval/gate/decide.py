@@ -1,19 +1,19 @@
-"""Holds a report against limits, each decided on a confidence interval.
+"""Decides whether a report keeps its limits, each on a confidence interval.
 
-A limit is kept for certain (pass), broken for certain (fail), or the text is too short to say (undecided): then the
-limit lies inside the interval, and the decision says about how many tokens would decide it. Chance can fail a good file
-in one run out of 1 / (1 - confidence) at most, because that is shared among all limits of the run that are estimates
-(Bonferroni); limits on tensors, metadata and non-finite positions are exact and take no share.
+A limit is certainly kept (pass), certainly broken (fail), or the text is too short to tell (undecided). In the last
+case the limit lies inside the interval, and the decision says about how many tokens would decide it. Chance fails a
+good file in at most one run out of 1 / (1 - confidence), because the estimates of a run share this probability
+(Bonferroni). Limits on tensors, metadata and non-finite positions are exact and take no share of it.
 
-Against a baseline that was measured on the same tokens, windows are compared with themselves. Texts whose tokens differ
-are compared as independent samples, which needs many times as much text for the same answer.
+If the baseline was measured on the same tokens, each window is compared with itself. Texts with different tokens are
+compared as independent samples, which needs many times as much text for the same result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,11 @@ from pocketquant.errors import EvalError
 from pocketquant.eval import intervals
 from pocketquant.eval.gate.comparable import changed_metadata, check_comparable, error_ratio
 from pocketquant.eval.gate.limits import AT_LEAST, FAIL, Limits
+from pocketquant.eval.gate.verdict import FAILED, PASS, Decision, Estimate, Sampled, Verdict, from_error
 from pocketquant.eval.intervals import Share
 from pocketquant.eval.kernels import FLOOR, differing
 from pocketquant.eval.report.reading import MAX_CLUSTERS, Evidence, choose_file, parse_report, same_tokens
 from pocketquant.files.small import read_json
-
-PASS, FAILED, UNDECIDED = "pass", "fail", "undecided"
 
 METRICS = {
     "kld_mean": ("kld", "mean", "se"),
@@ -54,73 +53,6 @@ _SHARES: dict[str, tuple[str, str]] = {
     "bpb_rise": ("bits", "bytes"),
 }
 """Key of [baseline] -> the sums whose share it compares."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One limit, decided.
-
-    Attributes:
-        limit: section and key: "baseline.kld_mean_ratio", with the domain in brackets where there is one.
-        outcome: `PASS`, `FAILED` or `UNDECIDED`.
-        bound: the limit; None where there is no number.
-        is_least: the bound is the least that is allowed, not the most.
-        found: the estimate.
-        low: end of its interval; None for no end. Exact numbers are their own interval.
-        high: likewise.
-        tokens: scored positions behind it, 0 where it is exact.
-        tokens_needed: about how many would decide it; None where it is decided, or where no number would.
-        note: what a person should know.
-    """
-
-    limit: str
-    outcome: str
-    bound: float | None
-    is_least: bool
-    found: float | None
-    low: float | None
-    high: float | None
-    tokens: int = 0
-    tokens_needed: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All decisions of one run.
-
-    Attributes:
-        confidence: that none of the failures among estimates is chance.
-        is_strict: undecided limits count as failures.
-        model: name and digest of the judged file.
-        baseline: likewise of the last accepted one, None without.
-        is_paired: "yes", "no" or "in part": whether both were measured on the same tokens; None without a baseline.
-        left_out: limits against a baseline that were not decided because there is none yet.
-    """
-
-    decisions: tuple[Decision, ...]
-    confidence: float
-    is_strict: bool
-    model: tuple[str, str]
-    baseline: tuple[str, str] | None
-    is_paired: str | None
-    left_out: int = 0
-
-    def count(self, outcome: str) -> int:
-        return sum(decision.outcome == outcome for decision in self.decisions)
-
-    @property
-    def is_accepted(self) -> bool:
-        return not self.count(FAILED) and not (self.is_strict and self.count(UNDECIDED))
-
-    @property
-    def summary(self) -> str:
-        text = f"{self.model[0]}: {self.count(PASS)} limits kept, {self.count(FAILED)} broken"
-        if undecided := self.count(UNDECIDED):
-            text += f", {undecided} undecided ({'counted as broken' if self.is_strict else 'not counted as broken'})"
-        if self.left_out:
-            text += f", {self.left_out} against a baseline left out: there is none yet"
-        return text
 
 
 def read_report(path: Path, file: str | None = None) -> Evidence:
@@ -165,7 +97,7 @@ def decide(
     if baseline is not None:
         check_comparable(report, baseline)
     pending = _absolute(report, limits) + (_against(report, baseline, limits) if baseline is not None else [])
-    n_sampled = sum(isinstance(each, _Sampled) for each in pending)
+    n_sampled = sum(isinstance(each, Sampled) for each in pending)
     tail = (1 - limits.confidence) / max(n_sampled, 1)
     return Verdict(
         decisions=tuple(each if isinstance(each, Decision) else each.decide(tail) for each in pending),
@@ -178,76 +110,27 @@ def decide(
     )
 
 
-@dataclass(frozen=True)
-class _Sampled:
-    """An estimate to be decided, once it is known how many there are.
-
-    Attributes:
-        degrees: of freedom of its variance.
-        interval: standard errors on either side -> its ends.
-        slack: what is added on either side for what no text averages out.
-        factor: standard errors on either side -> how many times as much text would decide it.
-    """
-
-    limit: str
-    bound: float
-    is_least: bool
-    found: float
-    tokens: int
-    degrees: int
-    interval: Callable[[float], tuple[float, float]]
-    factor: Callable[[float], float]
-    note: str = ""
-    slack: float = 0.0
-
-    def decide(self, tail: float) -> Decision:
-        t = intervals.student_quantile(tail, self.degrees)
-        low, high = self.interval(t)
-        is_decided = not low < self.bound < high
-        low, high = low - self.slack, high + self.slack
-        if self.is_least:
-            outcome = PASS if low >= self.bound else FAILED if high < self.bound else UNDECIDED
-        else:
-            outcome = PASS if high <= self.bound else FAILED if low > self.bound else UNDECIDED
-        needed = None
-        if outcome == UNDECIDED:
-            factor = self.factor(t)
-            # a factor near 1 is what is left between an interval and its approximation
-            needed = _round_up(self.tokens * max(factor, 1.1)) if factor < 1e6 and not is_decided else None
-        return Decision(
-            limit=self.limit,
-            outcome=outcome,
-            bound=self.bound,
-            is_least=self.is_least,
-            found=self.found,
-            low=None if math.isinf(low) else low,
-            high=None if math.isinf(high) else high,
-            tokens=self.tokens,
-            tokens_needed=needed,
-            note=self.note,
-        )
-
-
-def _absolute(report: Evidence, limits: Limits) -> list[Decision | _Sampled]:
-    pending: list[Decision | _Sampled] = []
+def _absolute(report: Evidence, limits: Limits) -> list[Decision | Sampled]:
+    pending: list[Decision | Sampled] = []
     for key, bound in limits.absolute.items():
         if key in METRICS:
             metric, value, se = METRICS[key]
             found, error = report.number("metrics", metric, value), report.number("metrics", metric, se)
             clusters, tokens = report.count("clusters"), report.count("tokens")
             note = _reference_note(report, is_bounded=metric in _BOUNDED)
-            pending.append(_from_error(f"absolute.{key}", bound, key in AT_LEAST, found, error, clusters, tokens, note))
+            estimate = Estimate(found, error, clusters - 1)
+            pending.append(from_error(f"absolute.{key}", bound, estimate, tokens, note, is_least=key in AT_LEAST))
         elif key == "tensor_rmse":
             pending.append(_largest_error(report, bound))
         elif key in ("domain_kld_mean", "domain_top1"):
             column = "kld" if key == "domain_kld_mean" else "top1"
             for text in report.need_sums():
                 known = intervals.share(text.column(column), text.column("tokens"))
-                error = math.sqrt(known.variance)
-                clusters, tokens = known.degrees + 1, int(text.column("tokens").sum())
+                estimate = Estimate(known.value, math.sqrt(known.variance), known.degrees)
+                tokens = int(text.column("tokens").sum())
                 name = f"absolute.{key}[{text.domain}]"
                 note = _reference_note(report, is_bounded=column == "kld")
-                pending.append(_from_error(name, bound, key in AT_LEAST, known.value, error, clusters, tokens, note))
+                pending.append(from_error(name, bound, estimate, tokens, note, is_least=key in AT_LEAST))
     broken, allowed = report.number("non_finite_model"), limits.absolute.get("non_finite", 0.0)
     pending.append(_exact("absolute.non_finite", allowed, broken))
     return pending
@@ -269,8 +152,8 @@ def _reference_note(report: Evidence, *, is_bounded: bool) -> str:
     return "; ".join(notes)
 
 
-def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decision | _Sampled]:
-    pending: list[Decision | _Sampled] = []
+def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decision | Sampled]:
+    pending: list[Decision | Sampled] = []
     kernels = differing(report.versions, baseline.versions)
     for key, bound in limits.baseline.items():
         name = f"baseline.{key}"
@@ -287,15 +170,15 @@ def _against(report: Evidence, baseline: Evidence, limits: Limits) -> list[Decis
         else:
             pending.append(_worst_tensor(name, key, bound, report, baseline))
     if kernels:
-        pending = [_widened(each, kernels) if isinstance(each, _Sampled) else each for each in pending]
+        pending = [_widened(each, kernels) if isinstance(each, Sampled) else each for each in pending]
     changed = [key for key in changed_metadata(report, baseline) if key not in limits.allow_metadata]
     note = f"changed: {', '.join(changed)}; accept with allow_metadata in [baseline]" if changed else ""
     pending.append(_exact("baseline.metadata", 0, len(changed), note))
     return pending
 
 
-def _widened(sampled: _Sampled, kernels: list[str]) -> _Sampled:
-    """A comparison of two figures from different kernels: what these alone may make of it is no regression."""
+def _widened(sampled: Sampled, kernels: list[str]) -> Sampled:
+    """A comparison of two figures from different kernels: a difference that kernels can cause is not a regression."""
     key = sampled.limit.removeprefix("baseline.").split("[")[0]
     slack = FLOOR[key] * (sampled.found if key.endswith("_ratio") else 1.0)
     note = f"other kernels than the baseline's ({', '.join(kernels)}): wider by {slack:.2g}"
@@ -303,7 +186,7 @@ def _widened(sampled: _Sampled, kernels: list[str]) -> _Sampled:
 
 
 def compare_kld(report: Evidence, baseline: Evidence, domain: str | None, tail: float) -> tuple[float, float, float]:
-    """Ratio of the mean divergences of one domain (None for all) and its interval's ends."""
+    """The ratio of the mean divergences of one domain (None for all), and the ends of its interval."""
     ours, theirs, known, _ = _shares("kld_mean_ratio", report, baseline, domain)
     if theirs.value <= 0:
         return (1.0, 1.0, 1.0) if ours.value <= 0 else (math.inf, 1.0, math.inf)
@@ -314,7 +197,7 @@ def compare_kld(report: Evidence, baseline: Evidence, domain: str | None, tail: 
 def _shares(
     key: str, report: Evidence, baseline: Evidence, domain: str | None
 ) -> tuple[Share, Share, float | None, int]:
-    """Both shares, their covariance (None where no tokens are the same), and the tokens behind the smaller one."""
+    """Both shares, their covariance (None if they have no tokens in common), and the smaller number of tokens."""
     ours, theirs = report.texts(domain), baseline.texts(domain)
     top, bottom = _SHARES[key]
     pair: list[Share] = []
@@ -332,14 +215,14 @@ def _shares(
 
 def _compare_shares(
     name: str, key: str, bound: float, report: Evidence, baseline: Evidence, domain: str | None
-) -> Decision | _Sampled:
+) -> Decision | Sampled:
     ours, theirs, known, tokens = _shares(key, report, baseline, domain)
     degrees, cov = min(ours.degrees, theirs.degrees), known or 0.0
     note = "" if known is not None else "other tokens than the baseline's: not paired"
     if key.endswith("_ratio"):
         if theirs.value <= 0:
             return _no_ratio(name, bound, ours.value)
-        return _Sampled(
+        return Sampled(
             limit=name,
             bound=bound,
             is_least=False,
@@ -353,11 +236,11 @@ def _compare_shares(
     sign = -1.0 if key.endswith("_drop") else 1.0
     variance = intervals.difference_variance(ours, theirs, cov)
     found = sign * (ours.value - theirs.value) + 0.0  # no -0
-    return _from_error(name, bound, False, found, math.sqrt(variance), degrees + 1, tokens, note)
+    return from_error(name, bound, Estimate(found, math.sqrt(variance), degrees), tokens, note)
 
 
-def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) -> Decision | _Sampled:
-    """Quantiles are no sums, so they are compared as if independent: undecided more often, wrong no more often."""
+def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) -> Decision | Sampled:
+    """Compares p99 as if the two were independent, because quantiles are not sums: the result is less often decided."""
     pair = []
     for each in (report, baseline):
         value, error = each.number("metrics", "kld", "p99"), each.number("metrics", "kld", "p99_se")
@@ -367,7 +250,7 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
     ours, theirs = pair
     if theirs.value <= 0:
         return _no_ratio(name, bound, ours.value)
-    return _Sampled(
+    return Sampled(
         limit=name,
         bound=bound,
         is_least=False,
@@ -376,22 +259,6 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
         degrees=min(ours.degrees, theirs.degrees),
         interval=lambda t: intervals.ratio_interval(ours, theirs, 0.0, t),
         factor=lambda t: intervals.ratio_factor(ours, theirs, 0.0, t, bound),
-    )
-
-
-def _from_error(
-    name: str, bound: float, is_least: bool, found: float, error: float, clusters: int, tokens: int, note: str = ""
-) -> _Sampled:
-    return _Sampled(
-        limit=name,
-        bound=bound,
-        is_least=is_least,
-        found=found,
-        tokens=tokens,
-        degrees=max(clusters - 1, 1),
-        interval=lambda t: (found - t * error, found + t * error),
-        factor=lambda t: intervals.value_factor(found, error * error, t, bound),
-        note=note,
     )
 
 
@@ -435,9 +302,3 @@ def _is_paired(report: Evidence, baseline: Evidence) -> str:
     ours, theirs = report.sums, baseline.sums
     n_same = len({text.stream for text in ours if text.stream} & {text.stream for text in theirs})
     return "no" if not n_same else "yes" if n_same == len(ours) == len(theirs) else "in part"
-
-
-def _round_up(value: float) -> int:
-    """To two digits."""
-    step = 10 ** max(math.floor(math.log10(max(value, 1.0))) - 1, 0)
-    return math.ceil(value / step) * step

@@ -9,8 +9,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from pocketquant.escaping import as_code, for_markdown, one_line
-from pocketquant.eval.gate.decide import FAILED, UNDECIDED, Decision, Verdict
 from pocketquant.eval.gate.report_diff import Moved, MovedTensor
+from pocketquant.eval.gate.verdict import FAILED, UNDECIDED, Decision, Verdict
 
 SCHEMA = "pocketquant.gate/1"
 _SHOWN = 10
@@ -58,7 +58,7 @@ def to_junit(verdict: Verdict, moved: Moved | None) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def to_markdown(verdict: Verdict, moved: Moved | None) -> str:
+def verdict_to_markdown(verdict: Verdict, moved: Moved | None) -> str:
     """A job's summary."""
     mark = "✅" if verdict.is_accepted else "❌"
     against = f" against the last accepted {verdict.baseline[0]}" if verdict.baseline else ""

@@ -1,4 +1,4 @@
-"""What moved between two reports: metadata, tensors, their roles, domains. It explains a verdict and decides none."""
+"""The differences between two reports in metadata, tensors, roles and domains. They explain a verdict."""
 
 from __future__ import annotations
 

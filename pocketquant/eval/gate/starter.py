@@ -1,7 +1,7 @@
-"""A first file of limits, from a report that keeps them with some room.
+"""A first file of limits, which a given report keeps with some room.
 
-Limits come from what a file may lose, which nobody else knows; these only say what the measured file lost, so that a
-gate can run from the first day and be tightened.
+Only the user knows what a file may lose. These limits say what the measured file lost, so that a gate can run from the
+first day and be tightened later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a reference pack loses, measured while it is made, on a share of its positions.
+"""The loss of a reference pack, measured while it is made, on a share of its positions.
 
-Two things are measured: how far what the pack gives back is from the live logits, and what that changes where it
-matters, in the divergence of a model that is a little worse. That model is the reference with noise of one size on all
-its logits: what a pack misses of that is about what it misses of a quantized file's divergence.
+Two things are measured: the divergence of the pack's logits from the live ones, and its effect on the divergence of a
+slightly worse model. That model is the reference with equal noise on all its logits. The share of its divergence that
+the pack misses is about the share that the pack misses of a quantized file's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOISE = 0.05
 
 
 class FloorMeter:
-    """Adds up what a pack loses; give it groups of rows, the same in every run for the same floor."""
+    """Sums up the loss of a pack over groups of rows; the same groups give the same floor."""
 
     def __init__(self) -> None:
         self._own: list[npt.NDArray[np.float64]] = []

@@ -1,7 +1,7 @@
 """A reference pack in the place of a live reference: gives back logits for the windows that it was made from.
 
-It tokenizes nothing. The judged model's own tokens are looked up in the pack, so another text, another tokenizer or
-another context is found out before anything runs, and refused by name.
+It does not tokenize. The tokens of the judged model are looked up in the pack, so another text, another tokenizer or
+another context is noticed before anything runs, and the error names it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Final hidden states: caught while llama.cpp computes, stored in few bytes, and turned into logits again.
+"""Final hidden states: copied while llama.cpp computes, stored in few bytes, and turned into logits again.
 
-A model's logits are its final hidden states times its output matrix. llama.cpp multiplies in the matrix's own
-arithmetic: by an F32 matrix in F32, but for a BF16, F16 or Q8_0 one it rounds the states to that type first. States
-stored in that very type therefore give the same logits back, but for the order of the sums. Which type that is depends
-on the machine that computes, so it is measured (`measure_codings`) and not assumed.
+A model's logits are its final hidden states times its output matrix. llama.cpp multiplies by an F32 matrix in F32, but
+for a BF16, F16 or Q8_0 matrix it first rounds the states to that type. States stored in the same type therefore give
+the same logits, up to the order of the sums. The type depends on the machine that computes, so it is measured
+(`measure_codings`) and not assumed.
 
 Source: ggml/src/ggml-cpu/ggml-cpu.c of llama.cpp (b10359), `type_traits_cpu` (`vec_dot_type`);
 src/models/qwen35.cpp, "result_norm".

@@ -1,10 +1,10 @@
-"""The most likely tokens of a reference: a pack of a few megabytes, and what it can still say.
+"""The most likely tokens of a reference: a pack of a few megabytes, and what can be computed from it.
 
-Of each position the k most likely tokens are kept with their log-probabilities, the probability of all others
-together, and that of the token that really came next. A comparison spreads the probability of the others as the judged
-model does. Every metric can then be computed as from whole rows, and the divergence is that over k + 2 classes: the
-tokens kept, the right one, and "another". Merging classes never raises a divergence (the log-sum inequality), so it is
-a lower bound: a file that fails on it fails.
+For each position the pack keeps the k most likely tokens with their log-probabilities, the probability of all other
+tokens together, and that of the token that came next. A comparison spreads the probability of the others as the judged
+model does. Every metric can then be computed as from whole rows. The divergence is that over k + 2 classes: the tokens
+kept, the right one, and "another". Merging classes never raises a divergence (the log-sum inequality), so it is a lower
+bound: a file that fails a limit on it fails the limit.
 
 Log-probabilities are stored as u16 in steps of 1/2048 nat down to -32, which is a divergence of about 1e-8 nats.
 """

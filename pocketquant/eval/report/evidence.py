@@ -1,8 +1,9 @@
-"""What a report keeps besides its numbers, so that a gate can compare it with another one later.
+"""What a report keeps besides its numbers, so that a gate can compare it with another report later.
 
-Sums over the clusters that standard errors are taken over: with them two reports on the same tokens are compared window
-by window, and what both texts have in common drops out. A digest of each text's tokens, which says whether they are the
-same. A digest of each metadata key, and, on request, what each tensor is and how far it is from full precision.
+It keeps sums over the clusters that standard errors are taken over: two reports on the same tokens can then be
+compared window by window, and what is common to both drops out. It keeps a digest of the tokens of each text, which
+shows whether they are the same, and a digest of each metadata key. On request it keeps each tensor's format and its
+distance from full precision.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def digest_metadata(path: Path) -> dict[str, str]:
 def describe_tensors(
     model: Model, reference: Model | None, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[TensorState, ...]:
-    """What each tensor is, and how far from the reference's.
+    """Describes each tensor, and its distance from the reference's.
 
     Args:
         model: a GGUF, opened.

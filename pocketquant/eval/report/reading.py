@@ -26,7 +26,7 @@ _MOST = 1 << 40
 
 
 @dataclass(frozen=True)
-class Text:
+class ReadSums:
     """One text's sums over clusters: name -> f64[n_cluster], all of one length."""
 
     domain: str
@@ -74,7 +74,7 @@ class Evidence:
 
     path: str
     data: Mapping[str, Any]
-    sums: tuple[Text, ...]
+    sums: tuple[ReadSums, ...]
     tensors: tuple[TensorRecord, ...] | None
 
     @property
@@ -116,7 +116,7 @@ class Evidence:
             raise EvalError(f"{self.path}: {key} is {value!r:.40}, no number of what was measured; measure again")
         return int(value)
 
-    def need_sums(self) -> tuple[Text, ...]:
+    def need_sums(self) -> tuple[ReadSums, ...]:
         """The sums of each text; EvalError if there are none."""
         if not self.sums:
             raise EvalError(f"{self.path}: holds no sums by window; measure again with this version")
@@ -128,7 +128,7 @@ class Evidence:
             raise EvalError(f"{self.path}: says nothing about tensors; measure again with `eval --weights`")
         return self.tensors
 
-    def texts(self, domain: str | None) -> list[Text]:
+    def texts(self, domain: str | None) -> list[ReadSums]:
         """The texts of one domain, or all."""
         found = [text for text in self.need_sums() if domain in (None, text.domain)]
         if not found:
@@ -189,7 +189,9 @@ def parse_report(data: Any, path: str) -> Evidence:
     )
 
 
-def same_tokens(ours: Sequence[Text], theirs: Sequence[Text]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def same_tokens(
+    ours: Sequence[ReadSums], theirs: Sequence[ReadSums]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Which clusters of the texts, one after the other, are the same tokens: indices i64[n] of both."""
     starts, at = {}, 0
     for text in theirs:
@@ -207,7 +209,7 @@ def same_tokens(ours: Sequence[Text], theirs: Sequence[Text]) -> tuple[npt.NDArr
     return np.concatenate([none, *left]), np.concatenate([none, *right])
 
 
-def _text(value: Any, path: str) -> Text:
+def _text(value: Any, path: str) -> ReadSums:
     if not isinstance(value, Mapping):
         raise _broken(path, "a text's sums")
     columns = {}
@@ -218,7 +220,7 @@ def _text(value: Any, path: str) -> Text:
         columns[name] = np.array(numbers, np.float64)
     if len({len(numbers) for numbers in columns.values()}) != 1 or (columns["tokens"] < 0).any():
         raise _broken(path, "sums of unlike lengths")
-    return Text(str(value.get("domain")), str(value.get("stream") or ""), columns)
+    return ReadSums(str(value.get("domain")), str(value.get("stream") or ""), columns)
 
 
 def _tensor(value: Any, path: str) -> TensorRecord:

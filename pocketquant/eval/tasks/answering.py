@@ -1,9 +1,9 @@
 """A GGUF as the model of lm-evaluation-harness: it scores continuations of prompts and writes answers.
 
 The harness asks a model for `loglikelihood`, `loglikelihood_rolling` and `generate_until`, and needs `rank` and
-`world_size`; any object with these will do. Its requests come with every answer of a question as a pair of its own:
-here the question is decoded once for all its answers, and what a question has in common with the next one (the examples
-of few-shot tasks) is kept.
+`world_size`; any object that has these will do. Its requests hold every answer of a question as a pair of its own. Here
+a question is decoded once for all its answers, and the prefix that it shares with the next question (the examples of a
+few-shot task) is kept.
 
 Source: lm-evaluation-harness 0.4.13, lm_eval/api/model.py (what the methods take and give, how a pair is cut into
 tokens).
@@ -20,7 +20,7 @@ import numpy as np
 
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
-from pocketquant.llama.branches import CHUNK, BranchRuntime
+from pocketquant.llama.shared_prefix import CHUNK, SharedPrefixRuntime
 
 DEFAULT_TOKENS = 256
 """Tokens that an answer may have where the task does not say; the harness's own default."""
@@ -34,16 +34,16 @@ Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 
 @dataclass
 class Cost:
-    """What was asked of a model, and what of it was decoded.
+    """The requests made to a model, and the tokens decoded for them.
 
     Attributes:
         requests: pairs of prompt and continuation, or prompts to write on from.
         asked_tokens: tokens if every request were decoded from its beginning; what it may write included.
-        decoded_tokens: tokens with shared beginnings decoded once.
+        decoded_tokens: tokens with each shared prefix decoded once.
         cut_prompts: prompts that lost their beginning because they did not fit.
         cut_answers: answers that had to end before the length that their task allows.
         sampled: requests that asked for a drawn answer and got the most likely one.
-        non_finite: rows of logits that were no finite numbers; such a continuation counts as impossible.
+        non_finite: rows of logits that were not finite; such a continuation counts as impossible.
     """
 
     requests: int = 0
@@ -70,7 +70,7 @@ class AnsweringModel:
 
     def __init__(
         self,
-        runtime: BranchRuntime,
+        runtime: SharedPrefixRuntime,
         *,
         render: Render | None = None,
         advance: Advance = lambda count: None,
@@ -81,7 +81,7 @@ class AnsweringModel:
         self._start = [] if runtime.bos is None else [runtime.bos]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(sum of ln p of the continuation's tokens, is each of them the most likely?) for (context, continuation)."""
+        """(sum of ln p of the continuation's tokens, whether each is the most likely) per (context, continuation)."""
         pairs = [self._cut(*self._tokens_of_pair(*request.args)) for request in requests]
         return self._score(pairs)
 
@@ -209,7 +209,7 @@ class AnsweringModel:
         self, prompt: Sequence[int], answers: Sequence[Sequence[int]], keep: int
     ) -> list[tuple[float, bool]]:
         sums, is_greedy = [0.0] * len(answers), [True] * len(answers)
-        for which, at, rows in self._runtime.branches(prompt, answers, keep=keep):
+        for which, at, rows in self._runtime.continuations(prompt, answers, keep=keep):
             for i in range(len(answers)) if which is None else (which,):
                 tokens = answers[i][at : at + len(rows)]
                 value, is_first = self._log_probability(rows, tokens)
@@ -238,7 +238,7 @@ class AnsweringModel:
 
 
 def write_answer(
-    runtime: BranchRuntime, prompt: Sequence[int], count: int, until: Sequence[str] = (), *, keep: int = 0
+    runtime: SharedPrefixRuntime, prompt: Sequence[int], count: int, until: Sequence[str] = (), *, keep: int = 0
 ) -> tuple[str, bool]:
     """The most likely answer, without what ends it, and whether it ended by itself."""
     reach = max([32, *(len(stop.encode()) + 4 for stop in until)])  # a token is a byte at least

@@ -1,4 +1,4 @@
-"""What quantization costs on benchmarks: every item of a task under the model and under its reference.
+"""The cost of quantization on benchmarks: every item of a task under the model and under its reference.
 
 The tasks are those of lm-evaluation-harness, its hundreds and any YAML file of one's own, unchanged; the model is ours
 (`answering`). A task is loaded once, so that both models see the same prompts to the letter, and that is checked.
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.tasks.answering import AnsweringModel, Cost, Render
-from pocketquant.eval.tasks.loading import Settings, explain, load_tasks, quiet_harness
+from pocketquant.eval.tasks.loading import TaskSettings, describe_failure, load_tasks, quiet_harness
 from pocketquant.eval.tasks.paired import Paired, mean_difference, pair_answers
 from pocketquant.extras import list_versions
 from pocketquant.files.reading import states_of
@@ -27,7 +28,7 @@ from pocketquant.files.replacing import replacing
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import FileIdentity, identify_model
 from pocketquant.gguf_file.opening import open_gguf
-from pocketquant.llama.branches import open_branches
+from pocketquant.llama.shared_prefix import open_shared_prefix
 from pocketquant.texts.chat_template import RENDERED, Rendering, render_conversations, special_tokens
 
 SCHEMA = "pocketquant.tasks/1"
@@ -43,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Flip:
-    """An item that one got right and the other did not.
+    """An item that one of the two models got right and the other did not.
 
     Attributes:
         task: its task.
@@ -92,6 +93,7 @@ class TasksReport:
         results: task by task, then groups.
         cost: what each model was asked.
         left_out: measures that are not item by item (a corpus's perplexity, an F1), by task.
+        reference_quantized: the types that the reference's own matrices are rounded to; None for full precision.
     """
 
     model: FileIdentity
@@ -107,6 +109,7 @@ class TasksReport:
     cost: Mapping[str, Cost]
     results: tuple[TaskResult, ...]
     left_out: Mapping[str, tuple[str, ...]]
+    reference_quantized: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -114,7 +117,7 @@ class TasksReport:
 
 
 def compare_on_tasks(
-    model: Path, reference: Path, settings: Settings, *, progress: Progress | None = None
+    model: Path, reference: Path, settings: TaskSettings, *, progress: Progress | None = None
 ) -> TasksReport:
     """Runs tasks on both files, one after the other, and compares item by item.
 
@@ -146,10 +149,11 @@ def compare_on_tasks(
         cost={"model": cost, "reference": reference_cost},
         results=results,
         left_out=left_out,
+        reference_quantized=describe_quantized(reference) or None,
     )
 
 
-def count_cost(reference: Path, settings: Settings) -> Cost:
+def count_cost(reference: Path, settings: TaskSettings) -> Cost:
     """What one run would ask of a model, without asking; errors are those of `compare_on_tasks`."""
     settings = replace(settings, context=settings.context or context_of(reference))
     with quiet_harness():
@@ -168,7 +172,7 @@ def context_of(path: Path) -> int:
 def _run(
     path: Path,
     tasks: Mapping[str, Any],
-    settings: Settings,
+    settings: TaskSettings,
     progress: Progress | None,
     before: int,
     is_dry: bool = False,
@@ -187,7 +191,7 @@ def _run(
     for task in tasks.values():  # each run draws its examples from the start
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     context = settings.context or DEFAULT_CONTEXT
-    with open_branches(path, context=context, threads=settings.threads, gpu_layers=settings.gpu_layers) as runtime:
+    with open_shared_prefix(path, context=context, threads=settings.threads, gpu_layers=settings.gpu_layers) as runtime:
         render = chat_renderer(path) if settings.uses_chat_template else None
         model = AnsweringModel(runtime, render=render, advance=advance, is_dry=is_dry)
         try:
@@ -203,7 +207,7 @@ def _run(
         except EvalError:
             raise
         except Exception as error:
-            raise EvalError(explain(", ".join(tasks), error)) from error
+            raise EvalError(describe_failure(", ".join(tasks), error)) from error
         return results["samples"], model.cost, dict(runtime.versions)
 
 

@@ -19,7 +19,7 @@ from pocketquant.extras import install_command
 
 
 @dataclass(frozen=True)
-class Settings:
+class TaskSettings:
     """How tasks are run; the same for both models.
 
     Attributes:
@@ -41,7 +41,7 @@ class Settings:
     uses_chat_template: bool = False
 
 
-def load_tasks(settings: Settings) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+def load_tasks(settings: TaskSettings) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """Tasks by name with their data, and the tasks of each name that stands for several."""
     try:
         from lm_eval.tasks import TaskManager
@@ -65,7 +65,7 @@ def load_tasks(settings: Settings) -> tuple[dict[str, Any], dict[str, tuple[str,
             loaded = manager.load([name])["tasks"]
         except Exception as error:
             # the harness, its data library and a task's own code may raise anything
-            raise EvalError(explain(name, error)) from error
+            raise EvalError(describe_failure(name, error)) from error
         if list(loaded) != [name]:
             groups[name] = tuple(loaded)
         tasks |= loaded
@@ -85,7 +85,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     return f"{name}: did you mean {', '.join(close)}?" if close else name
 
 
-def explain(name: str, error: Exception) -> str:
+def describe_failure(name: str, error: Exception) -> str:
     """What the harness, its data library or a task raised, with advice."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
     kind = type(error).__name__

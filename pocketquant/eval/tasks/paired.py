@@ -1,7 +1,7 @@
-"""Two models on the same items: did one get more of them right, and could this many items have shown it?
+"""Compares two models on the same items: whether one got more of them right, and whether so few items could show it.
 
-Only items on which they differ say anything. Under "no difference" each of those is lost or gained with probability
-1/2, which makes the test exact for any number of them.
+Only the items on which the two differ carry information. If the models are equally good, each of these is lost or
+gained with probability 1/2, so the test is exact for any number of them.
 
 Source: Q. McNemar, Note on the sampling error of the difference between correlated proportions (1947); the exact form
 is the two-sided sign test.

@@ -1,8 +1,8 @@
-"""Does a model still write sense? A few chats, and what can go wrong with an answer, counted.
+"""A smoke test: whether a model still answers a few chats sensibly. The faults of its answers are counted.
 
 A broken quantization often keeps its benchmark scores and fails here: it repeats itself, never ends its thinking, or
-falls into another script. Small models do some of that at full precision, so each fault is counted against the
-reference's own, prompt by prompt, with the exact test of `paired`.
+writes in another script. Small models do some of that at full precision. So each fault is counted against those of the
+reference, prompt by prompt, with the exact test of `paired`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.tasks.answering import write_answer
 from pocketquant.eval.tasks.compare import Progress, chat_renderer, context_of
 from pocketquant.eval.tasks.paired import Paired, pair_answers
@@ -23,8 +24,8 @@ from pocketquant.extras import list_versions
 from pocketquant.files.reading import states_of
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import FileIdentity, identify_model
-from pocketquant.llama.branches import open_branches
 from pocketquant.llama.library import check_loadable
+from pocketquant.llama.shared_prefix import open_shared_prefix
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256
@@ -74,7 +75,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, whether it ended by itself, and what is wrong with it: names of `FAULTS`."""
+    """The text that a model wrote, whether it ended by itself, and its faults: names of `FAULTS`."""
 
     text: str
     has_ended: bool
@@ -89,6 +90,7 @@ class SmokeReport:
         faults: name -> on how many prompts, paired: `model` and `reference` are shares of prompts with the fault,
             `gained` those where only the model has it.
         answers: prompt, the model's answer, the reference's.
+        reference_quantized: the types that the reference's own matrices are rounded to; None for full precision.
     """
 
     model: FileIdentity
@@ -99,6 +101,7 @@ class SmokeReport:
     versions: Mapping[str, str]
     faults: Mapping[str, Paired]
     answers: tuple[tuple[Prompt, Answer, Answer], ...]
+    reference_quantized: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -139,7 +142,7 @@ def compare_smoke(
     for path, render in renders:
         texts = [render([{"role": "user", "content": prompt.text}], True) for prompt in prompts]
         room = context_of(path)
-        with open_branches(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
+        with open_shared_prefix(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
             versions = runtime.versions
             written = []
             for prompt, text in zip(prompts, texts, strict=True):
@@ -164,11 +167,12 @@ def compare_smoke(
             for fault in FAULTS
         },
         answers=tuple(zip(prompts, ours, theirs, strict=True)),
+        reference_quantized=describe_quantized(reference) or None,
     )
 
 
 def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) -> tuple[str, ...]:
-    """What is wrong with an answer.
+    """The faults of an answer.
 
     Args:
         prompt: what was asked.
@@ -189,9 +193,9 @@ def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) 
 
 
 def has_loop(text: str) -> bool:
-    """Does it end by repeating itself: the same words at least four times in a row, 24 words or 60 characters in all?
+    """Whether it ends by repeating itself: the same words at least four times in a row, 24 words or 60 characters.
 
-    Characters are looked at, too, because some scripts have no blanks between words.
+    Characters are looked at too, because some scripts have no blanks between words.
     """
     return _repeats_at_end(text.split(), _LOOP_WORDS) or _repeats_at_end(list(text.strip()), _LOOP_CHARACTERS)
 
@@ -207,7 +211,7 @@ def _repeats_at_end(items: Sequence[str], least: int) -> bool:
 
 
 def is_json(text: str) -> bool:
-    """Is it JSON, in a fenced block or bare?"""
+    """Whether it is JSON, in a fenced block or bare."""
     fenced = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     try:
         json.loads((fenced.group(1) if fenced else text).strip())

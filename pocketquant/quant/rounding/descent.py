@@ -36,7 +36,7 @@ from pocketquant.formats.lanes import (
     where_less,
 )
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.state import Grid, State, nearest_code, scale_and_offset
+from pocketquant.quant.rounding.state import Grid, State, code_of_level, scale_and_offset
 
 _F32 = np.float32
 _TINY = _F32(1e-36)
@@ -100,7 +100,7 @@ def move_codes(g: Grid, s: State, row: int, start: int, r: F32Array, h: F32Array
         for j in range(first, first + g.sub_block_len):
             old = values[start + j]
             best = old - r[j] * per_h[j]
-            code = nearest_code(g, (best - offset) * inverse)
+            code = code_of_level(g, (best - offset) * inverse)
             if code != codes[start + j]:
                 value = scale * g.levels[code] + offset
                 if abs(value - best) < abs(old - best):
@@ -229,7 +229,7 @@ def _take_candidate(
             s.dmin[row, block] = f16_bits(_F32(best_offset / s.shrink[row]))
     for i in range(g.sub_block_len):
         level = w.levels[16 * i + k]
-        code = int(level - g.levels[0]) if g.is_even else nearest_code(g, level)
+        code = int(level - g.levels[0]) if g.is_even else code_of_level(g, level)
         value = best_scale * g.levels[code] + best_offset
         step = value - values[column + i]
         codes[column + i] = code

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pocketquant.formats import F32Array
 from pocketquant.formats.lanes import load, store
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.state import Grid, State, nearest_code, scale_and_offset
+from pocketquant.quant.rounding.state import Grid, State, code_of_level, scale_and_offset
 
 _F32 = np.float32
 F64Array = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ def feed_back_row(g: Grid, s: State, want: F32Array, factor: F32Array, start: in
         inverse = _F32(1.0) / scale if abs(scale) > _F32(1e-36) else _F32(0.0)
         for j in range(first, first + g.sub_block_len):
             column = start + j
-            code = nearest_code(g, (want[j] - offset) * inverse)
+            code = code_of_level(g, (want[j] - offset) * inverse)
             value = scale * g.levels[code] + offset
             error = value - weights[column]
             codes[column] = code

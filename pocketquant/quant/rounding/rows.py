@@ -12,7 +12,7 @@ from pocketquant.quant.rounding.descent import descend
 from pocketquant.quant.rounding.factored import DAMPING, WINDOW, F64Array, FactoredHessian, losses
 from pocketquant.quant.rounding.feedback import feed_back
 from pocketquant.quant.rounding.matmul import subtract_matmul
-from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack, rows_of, set_scales
+from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack_rows, rows_of, set_scales
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def round_rows(
         keep_plain(layout, grid, state, plain, np.arange(len(weights)))
     for _ in range(options.sweeps):
         _sweep(grid, state, hessian)
-    return pack(state, layout)
+    return pack_rows(state, layout)
 
 
 def _choose_in_order(

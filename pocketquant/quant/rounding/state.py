@@ -97,7 +97,7 @@ def set_scales(state: State, layout: Layout, start: int, scales: Scales, rows: s
         getattr(state, name)[rows, at : at + given.shape[1]] = given
 
 
-def pack(state: State, layout: Layout) -> U8Array:
+def pack_rows(state: State, layout: Layout) -> U8Array:
     """The encoded rows."""
     return layout.pack(state.codes, Scales(state.scale, state.offset, state.d, state.dmin))
 
@@ -112,7 +112,7 @@ def scale_and_offset(g: Grid, s: State, row: int, sub_block: int) -> tuple[np.fl
 
 
 @jit
-def nearest_code(g: Grid, y: np.float32) -> int:
+def code_of_level(g: Grid, y: np.float32) -> int:
     """The code of the level nearest to y."""
     top = len(g.levels) - 1
     if g.is_even:

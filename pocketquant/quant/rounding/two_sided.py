@@ -21,7 +21,7 @@ from pocketquant.quant.rounding.feedback import feed_back_row
 from pocketquant.quant.rounding.kernel import jit
 from pocketquant.quant.rounding.matmul import add_squares, subtract_matmul
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, decoded_errors, keep_plain
-from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack, set_scales
+from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack_rows, set_scales
 
 _ROWS = 32
 """Number of rows whose gradients are updated after each row; the gradients of later rows come from matrix products."""
@@ -63,7 +63,7 @@ def round_matrix(
         keep_plain(layout, grid, state, plain, everything)
     for _ in range(options.sweeps):
         _sweep(grid, state, hessian, fisher)
-    return pack(state, layout)
+    return pack_rows(state, layout)
 
 
 def two_sided_loss(errors: F32Array, hessian: FactoredHessian, fisher: FactoredHessian) -> float:

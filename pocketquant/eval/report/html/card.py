@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from pocketquant.escaping import for_markdown
 from pocketquant.eval.report.html.reproduce import list_files, list_steps, made_with
-from pocketquant.eval.report.html.sheet import Sheet, Slice, Value
+from pocketquant.eval.report.html.sheet import Figure, Sheet, Slice
 from pocketquant.eval.report.html.task_results import HEAD
 from pocketquant.eval.report.html.words import describe_lead, describe_table, number_cells, size_words, warnings
 
@@ -62,10 +62,10 @@ def to_card(sheet: Sheet, *, brief: bool = False) -> str:
 
 def _by_name(slices: Sequence[Slice], names: Sequence[str]) -> list[str]:
     known = {each.label: each.kld for each in slices}
-    return [_number(known.get(name, Value(None))) for name in names]
+    return [_number(known.get(name, Figure(None))) for name in names]
 
 
-def _number(value: Value) -> str:
+def _number(value: Figure) -> str:
     if value.mean is None:
         return ""
     return f"{value.mean:.3g}" + ("" if value.se is None else f" ± {value.se:.1g}")

@@ -8,7 +8,7 @@ from html import escape
 
 from pocketquant.eval.report.html import svg
 from pocketquant.eval.report.html.published import Published
-from pocketquant.eval.report.html.sheet import Slice, Value, Variant
+from pocketquant.eval.report.html.sheet import Figure, MeasuredFile, Slice
 
 NARROW = 480
 """Below this width labels move to where a telephone has room for them."""
@@ -29,7 +29,7 @@ class _Frame:
     bottom: float
 
 
-def size_chart(variants: Sequence[Variant], published: Published | None, width: float) -> str:
+def size_chart(variants: Sequence[MeasuredFile], published: Published | None, width: float) -> str:
     """Divergence over bits per weight, or over bytes where a file's weights were not counted; the front is joined."""
     is_narrow = width < NARROW
     height = 360.0 if is_narrow else 440.0
@@ -232,7 +232,7 @@ def _sparse(axis: svg.Axis, least: float) -> list[float]:
     return kept
 
 
-def _upright_bar(value: Value, x: float, y: svg.Axis, index: int) -> str:
+def _upright_bar(value: Figure, x: float, y: svg.Axis, index: int) -> str:
     if value.interval is None:
         return ""
     low, high = value.interval
@@ -240,11 +240,11 @@ def _upright_bar(value: Value, x: float, y: svg.Axis, index: int) -> str:
     return svg.line(x, bottom, x, y.place(high), f"bar s{index % svg.N_COLORS}")
 
 
-def _size(variant: Variant, has_bits: bool) -> float:
+def _size(variant: MeasuredFile, has_bits: bool) -> float:
     return variant.bits if has_bits and variant.bits is not None else variant.file_bytes / 1e6
 
 
-def _ends(values: Iterable[Value]) -> list[float]:
+def _ends(values: Iterable[Figure]) -> list[float]:
     """Positive means and ends of intervals: what an axis has to hold. An interval that comes near 0 is cut at a fifth
     of the least mean, else it would take the whole logarithmic axis."""
     known = [value for value in values if value.mean is not None and value.mean > 0]
@@ -258,7 +258,7 @@ def _dodge(index: int, count: int, room: float) -> float:
     return 0.0 if count < 2 else room * (index / (count - 1) - 0.5)
 
 
-def _spoken(value: Value) -> str:
+def _spoken(value: Figure) -> str:
     if value.mean is None:
         return "not known"
     return f"{value.mean:.3g}" + (f" ± {value.se:.1g}" if value.se is not None else "")

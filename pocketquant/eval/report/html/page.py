@@ -17,7 +17,7 @@ import jinja2
 from pocketquant.eval.report.html import charts, heat
 from pocketquant.eval.report.html.published import read_published
 from pocketquant.eval.report.html.reproduce import list_files, list_steps, made_with
-from pocketquant.eval.report.html.sheet import Sheet, Slice, Variant
+from pocketquant.eval.report.html.sheet import MeasuredFile, Sheet, Slice
 from pocketquant.eval.report.html.task_results import HEAD
 from pocketquant.eval.report.html.words import (
     describe_lead,
@@ -80,7 +80,7 @@ def _both(drawings: tuple[str, str]) -> str:
     return f'<div class="wide">{drawings[0]}</div><div class="narrow">{drawings[1]}</div>'
 
 
-def _row(index: int, variant: Variant, count: int) -> dict[str, Any]:
+def _row(index: int, variant: MeasuredFile, count: int) -> dict[str, Any]:
     notes = [] if variant.on_front or count < 2 else ["beaten"]
     notes += ["kept"] if variant.is_kept else []
     return {
@@ -95,13 +95,13 @@ def _row(index: int, variant: Variant, count: int) -> dict[str, Any]:
     }
 
 
-def _legend(variants: Sequence[Variant]) -> str:
+def _legend(variants: Sequence[MeasuredFile]) -> str:
     """The signs of the series; nothing to explain where there is one."""
     items = [f"<li>{charts.legend_mark(i)}{escape(each.label)}</li>" for i, each in enumerate(variants)]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _domains(variants: Sequence[Variant]) -> tuple[str, str] | None:
+def _domains(variants: Sequence[MeasuredFile]) -> tuple[str, str] | None:
     """None where there is one text only: the first table has its numbers."""
     if max(len(variant.domains) for variant in variants) < 2:
         return None
@@ -110,7 +110,11 @@ def _domains(variants: Sequence[Variant]) -> tuple[str, str] | None:
 
 
 def _curves(
-    variants: Sequence[Variant], slices_of: Callable[[Variant], Sequence[Slice]], words: str, *, by_place: bool
+    variants: Sequence[MeasuredFile],
+    slices_of: Callable[[MeasuredFile], Sequence[Slice]],
+    words: str,
+    *,
+    by_place: bool,
 ) -> tuple[str, str] | None:
     series = [(variant.label, slices_of(variant)) for variant in variants]
     if max(len(slices) for _, slices in series) < 2:
@@ -118,7 +122,7 @@ def _curves(
     return _at_widths(lambda width: charts.curve_chart(series, words, width, by_place=by_place))
 
 
-def _maps(variants: Sequence[Variant]) -> dict[str, Any]:
+def _maps(variants: Sequence[MeasuredFile]) -> dict[str, Any]:
     """A map for each file that lost something in some tensor, all in one scale."""
     scale = heat.find_scale([variant.tensors for variant in variants])
     shown = [(i, each) for i, each in enumerate(variants) if any(cell.error for cell in each.tensors)]

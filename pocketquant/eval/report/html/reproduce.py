@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from pocketquant.eval.report.html.sheet import Identity, Origin, Sheet, Variant
+from pocketquant.eval.report.html.sheet import Identity, MeasuredFile, Origin, Sheet
 from pocketquant.texts.embedded import name_in_package
 
 
@@ -53,7 +53,7 @@ def made_with(sheet: Sheet) -> str:
     )
 
 
-def _evaluate(variant: Variant, reference: str) -> str:
+def _evaluate(variant: MeasuredFile, reference: str) -> str:
     origin = variant.origin
     words = ["pocketquant", "eval", origin.model.name, "--reference", reference]
     for domain, text in origin.texts:

@@ -28,7 +28,7 @@ MAX_TENSORS = 1 << 15
 
 
 @dataclass(frozen=True)
-class Value:
+class Figure:
     """A number with its standard error; None where it is not known."""
 
     mean: float | None
@@ -50,8 +50,8 @@ class Slice:
     low: float | None
     high: float | None
     tokens: int
-    kld: Value
-    top1: Value
+    kld: Figure
+    top1: Figure
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Variant:
+class MeasuredFile:
     """One measured file.
 
     Attributes:
@@ -120,10 +120,10 @@ class Variant:
     file: str
     file_bytes: int
     bits: float | None
-    kld: Value
-    p99: Value
-    top1: Value
-    ratio: Value
+    kld: Figure
+    p99: Figure
+    top1: Figure
+    ratio: Figure
     tokens: int
     windows: int
     non_finite: int
@@ -151,7 +151,7 @@ class Sheet:
     title: str
     n_weights: int | None
     reference: str
-    variants: tuple[Variant, ...]
+    variants: tuple[MeasuredFile, ...]
     tasks: tuple[TaskDrift, ...]
     notes: tuple[str, ...]
     command: tuple[str, ...]
@@ -177,7 +177,7 @@ def to_sheet(documents: Sequence[tuple[str, Any]]) -> Sheet:
     Raises:
         EvalError: none is there, one is no report, lacks what a page needs, or was measured otherwise than another.
     """
-    variants: list[Variant] = []
+    variants: list[MeasuredFile] = []
     tasks: list[TaskDrift] = []
     releases: list[Mapping[str, Any]] = []
     for name, document in documents:
@@ -206,7 +206,7 @@ def to_sheet(documents: Sequence[tuple[str, Any]]) -> Sheet:
     return _join(variants, tasks, releases)
 
 
-def _join(variants: list[Variant], tasks: list[TaskDrift], releases: list[Mapping[str, Any]]) -> Sheet:
+def _join(variants: list[MeasuredFile], tasks: list[TaskDrift], releases: list[Mapping[str, Any]]) -> Sheet:
     first: Mapping[str, Any] = releases[0] if releases else {}
     source, importance = mapping(first.get("source")), first.get("importance")
     given = Path(words(source.get("given")) or "").stem
@@ -232,7 +232,7 @@ def _join(variants: list[Variant], tasks: list[TaskDrift], releases: list[Mappin
     )
 
 
-def _variant(evaluation: Any, entry: Mapping[str, Any], where: str) -> Variant:
+def _variant(evaluation: Any, entry: Mapping[str, Any], where: str) -> MeasuredFile:
     found = mapping(evaluation)
     metrics, from_ = mapping(found.get("metrics")), mapping(found.get("provenance"))
     model = _identity(from_.get("model"))
@@ -244,15 +244,15 @@ def _variant(evaluation: Any, entry: Mapping[str, Any], where: str) -> Variant:
     bits = number(entry.get("bits_per_weight")) or _bits_per_weight(tensors)
     domains = listed(found.get("by_domain"), MAX_ROWS, where, "domains")
     kept = entry.get("is_kept")
-    return Variant(
+    return MeasuredFile(
         label=words(entry.get("recipe")) or Path(model.name).stem,
         file=words(entry.get("file")) or model.name,
         file_bytes=whole(entry.get("file_bytes")) or model.size,
         bits=bits,
         kld=_value(kld),
-        p99=Value(number(kld.get("p99")), number(kld.get("p99_se"))),
+        p99=Figure(number(kld.get("p99")), number(kld.get("p99_se"))),
         top1=_value(metrics.get("top1")),
-        ratio=Value(number(ppl.get("ratio")), number(ppl.get("ratio_se"))),
+        ratio=Figure(number(ppl.get("ratio")), number(ppl.get("ratio_se"))),
         tokens=whole(found.get("tokens")) or 0,
         windows=whole(found.get("windows")) or 0,
         non_finite=whole(found.get("non_finite")) or 0,
@@ -323,7 +323,7 @@ def _buckets(given: Any, where: str, *, places: bool) -> tuple[Slice, ...]:
         if low is None or high is None:
             continue
         label = f"{low:.0f} to {high - 1:.0f}" if places else f"{100 * low:g} to {100 * high:g} %"
-        kld, top1 = (Value(number(found.get(key)), number(found.get(f"{key}_se"))) for key in ("kld", "top1"))
+        kld, top1 = (Figure(number(found.get(key)), number(found.get(f"{key}_se"))) for key in ("kld", "top1"))
         slices.append(Slice(label, low, high, whole(found.get("tokens")) or 0, kld, top1))
     return tuple(slices)
 
@@ -336,7 +336,7 @@ def _cell(found: Mapping[str, Any]) -> Cell:
     return Cell(name, role or name, whole(found.get("layer")), words(found.get("format")), error)
 
 
-def _check_alike(variants: Sequence[Variant]) -> None:
+def _check_alike(variants: Sequence[MeasuredFile]) -> None:
     first, offenders = variants[0], []
     for other in variants[1:]:
         ours, theirs = first.origin, other.origin
@@ -366,7 +366,7 @@ def _common(names: Sequence[str]) -> str:
     return shared[: max(shared.rfind("-"), shared.rfind("."), 0)]
 
 
-def _named(variants: Sequence[Variant]) -> list[Variant]:
+def _named(variants: Sequence[MeasuredFile]) -> list[MeasuredFile]:
     """Short labels that tell the files apart: without the words that all of them begin with."""
     labels = [variant.label for variant in variants]
     if len(labels) > 1 and (shared := _common(labels)):
@@ -379,13 +379,13 @@ def _named(variants: Sequence[Variant]) -> list[Variant]:
     return named
 
 
-def _marked(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+def _marked(variants: Sequence[MeasuredFile]) -> tuple[MeasuredFile, ...]:
     """By size, each with whether it is on the front."""
     ordered = sorted(variants, key=lambda each: (each.file_bytes, each.kld.mean or 0.0, each.label))
     return tuple(replace(each, on_front=_is_on_front(each, ordered)) for each in ordered)
 
 
-def _is_on_front(variant: Variant, ordered: Sequence[Variant]) -> bool:
+def _is_on_front(variant: MeasuredFile, ordered: Sequence[MeasuredFile]) -> bool:
     """Whether no other file beats it; another measurement of the same file is none."""
     digest = variant.origin.model.sha256
     others = [each for each in ordered if each is variant or not digest or each.origin.model.sha256 != digest]
@@ -405,5 +405,5 @@ def find_front(points: Sequence[tuple[float, float | None]]) -> set[int]:
     return front
 
 
-def _value(found: Any) -> Value:
-    return Value(number(mapping(found).get("mean")), number(mapping(found).get("se")))
+def _value(found: Any) -> Figure:
+    return Figure(number(mapping(found).get("mean")), number(mapping(found).get("se")))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pocketquant.eval.kernels import describe_kernels, differing
+from pocketquant.eval.kinship import quantized_reference
 from pocketquant.eval.report.html.published import Published
-from pocketquant.eval.report.html.sheet import Sheet, Value, Variant
-from pocketquant.eval.report.markdown import quantized_reference
+from pocketquant.eval.report.html.sheet import Figure, MeasuredFile, Sheet
 
 
 def describe_lead(sheet: Sheet) -> str:
@@ -81,10 +81,10 @@ def describe_points(sheet: Sheet, published: Published | None) -> str:
     return " ".join(parts)
 
 
-def number_cells(variant: Variant) -> list[tuple[str, str]]:
+def number_cells(variant: MeasuredFile) -> list[tuple[str, str]]:
     """(number, standard error) of mean divergence, 99th percentile, same top token and perplexity ratio."""
     top1 = variant.top1
-    percent = Value(None if top1.mean is None else 100 * top1.mean, None if top1.se is None else 100 * top1.se)
+    percent = Figure(None if top1.mean is None else 100 * top1.mean, None if top1.se is None else 100 * top1.se)
     least = "≥ " if variant.origin.top else ""
     return [
         _cell(variant.kld, ".3g", least=least),
@@ -103,7 +103,7 @@ def size_words(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def _cell(value: Value, spec: str, unit: str = "", *, least: str = "") -> tuple[str, str]:
+def _cell(value: Figure, spec: str, unit: str = "", *, least: str = "") -> tuple[str, str]:
     if value.mean is None:
         return "not finite", ""
     return f"{least}{value.mean:{spec}}{unit}", "" if value.se is None else f"{value.se:.1g}"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pocketquant.errors import EvalError
-from pocketquant.llama.branches import BranchRuntime, open_branches
 from pocketquant.llama.runtime import open_runtime
+from pocketquant.llama.shared_prefix import SharedPrefixRuntime, open_shared_prefix
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 SAME = 1e-4
@@ -22,11 +22,11 @@ def log_probabilities(rows: np.ndarray) -> np.ndarray:
 
 
 def run(
-    runtime: BranchRuntime, prompt: Sequence[int], answers: Sequence[Sequence[int]], keep: int = 0
+    runtime: SharedPrefixRuntime, prompt: Sequence[int], answers: Sequence[Sequence[int]], keep: int = 0
 ) -> list[np.ndarray]:
     """ln p f64[n, n_vocab] at every token of every answer."""
     found: list[list[np.ndarray]] = [[] for _ in answers]
-    for which, at, rows in runtime.branches(prompt, answers, keep=keep):
+    for which, at, rows in runtime.continuations(prompt, answers, keep=keep):
         for i in range(len(answers)) if which is None else (which,):
             assert at == sum(map(len, found[i]))
             found[i].append(log_probabilities(rows))
@@ -41,7 +41,7 @@ def largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
 @pytest.mark.parametrize("recipe", ["f32", "q4_0", "pocket_4bit"])
 def test_shared_beginnings_change_nothing(recipe: str, demo_gguf: Callable[[str], Path], demo_text: Path) -> None:
     text = demo_text.read_text(encoding="utf-8")[:6000]
-    with open_branches(demo_gguf(recipe), context=300, threads=1) as runtime:
+    with open_shared_prefix(demo_gguf(recipe), context=300, threads=1) as runtime:
         tokens = runtime.tokenize(text, special=True)
         prompt = tokens[:150]
         # of all lengths, two alike, one longer than a chunk of 64
@@ -66,7 +66,7 @@ def test_shared_beginnings_change_nothing(recipe: str, demo_gguf: Callable[[str]
 def test_the_numbers_are_those_of_the_other_runtime(demo_gguf: Callable[[str], Path], demo_text: Path) -> None:
     """That one has flash attention, whose sums depend on the batch: 0.003 nats in F32 at the worst token."""
     with (
-        open_branches(demo_gguf("f32"), context=256, threads=1) as runtime,
+        open_shared_prefix(demo_gguf("f32"), context=256, threads=1) as runtime,
         open_runtime(demo_gguf("f32"), context=256, threads=1) as plain,
     ):
         tokens = runtime.tokenize(demo_text.read_text(encoding="utf-8")[:1500], special=True)[:200]
@@ -76,7 +76,7 @@ def test_the_numbers_are_those_of_the_other_runtime(demo_gguf: Callable[[str], P
 
 
 def test_text_is_written_greedily_until_it_is_over(demo_gguf: Callable[[str], Path], demo_text: Path) -> None:
-    with open_branches(demo_gguf("f32"), context=256, threads=1) as runtime:
+    with open_shared_prefix(demo_gguf("f32"), context=256, threads=1) as runtime:
         prompt = runtime.tokenize(demo_text.read_text(encoding="utf-8")[:500], special=True)[:90]
         written = runtime.write(prompt, 12, lambda written: False)
         assert len(written) == 12
@@ -93,12 +93,12 @@ def test_text_is_written_greedily_until_it_is_over(demo_gguf: Callable[[str], Pa
 
 
 def test_what_does_not_fit_is_refused(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    with open_branches(demo_gguf("f32"), context=64, threads=1) as runtime:
+    with open_shared_prefix(demo_gguf("f32"), context=64, threads=1) as runtime:
         for prompt, answers in (([5] * 60, [[6] * 5]), ([], [[6]]), ([5], [[6], []]), ([5], [])):
             with pytest.raises(ValueError, match="do not fit a window of 64"):
-                list(runtime.branches(prompt, answers))
+                list(runtime.continuations(prompt, answers))
         with pytest.raises(ValueError, match="do not fit"):
             runtime.write([5] * 60, 5, lambda written: False)
         assert len(run(runtime, [5] * 60, [[6] * 4, [7] * 4, [8] * 4, [9] * 4, [10] * 4])) == 5  # each fits by itself
     with pytest.raises(EvalError, match="no such file"):
-        open_branches(tmp_path / "absent.gguf", context=64)
+        open_shared_prefix(tmp_path / "absent.gguf", context=64)
