@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +92,13 @@ def cases(given: Path) -> list[Case]:
             (".m.toml.runs.json",),
             ("--resume",),
         ),
-        Case("reference", ["reference", f32, "--text", judge, *small, "--out", "m.pqref"], ["m.pqref"]),
+        Case(
+            "reference",
+            ["reference", f32, "--text", judge, *small, "--out", "m.pqref"],
+            ["m.pqref"],
+            (".m.pqref.unfinished", ".m.pqref.state"),
+            ("--resume",),
+        ),
         Case("eval", ["eval", q8, "--reference", f32, "--text", judge, "--context", "64", "--chunks", "20"], []),
         Case("smoke", ["smoke", q8, "--reference", f32, "--max-tokens", "8", "--out", "m.json"], ["m.json"]),
         Case(
@@ -159,12 +164,17 @@ def measure(case: Case, folder: Path) -> None:
 
 def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng: random.Random) -> None:
     """One trial."""
+    for name in case.outputs:
+        (folder / name).write_bytes(OLD)
     resumes = [*case.resume] if any((folder / name).exists() for name in case.kept) else []
     process = subprocess.Popen(
         [*COMMAND, *case.words, *resumes], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    with suppress(subprocess.TimeoutExpired):
+    is_alive = is_done = False
+    try:
         process.wait(rng.uniform(0.0, 1.1 * case.seconds))
+    except subprocess.TimeoutExpired:
+        is_alive, is_done = True, bool(case.outputs) and all(is_whole(case, folder, name) for name in case.outputs)
     sent = time.monotonic()
     process.send_signal(number)
     said, answered = b"", None
@@ -176,7 +186,9 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
     code = process.wait()
     kind = "kill" if number == signal.SIGKILL else "interrupt"
     if code == 0:
-        found.counts[f"{kind} after the end"] += 1
+        found.counts[f"{kind} {'at' if is_alive else 'after'} the end"] += 1
+        if is_alive and not is_done and (lasted := time.monotonic() - sent) > SECONDS:
+            found.complain(case, f"{number.name}: ended well {lasted:.2f} s later, as if nothing had come")
     elif number == signal.SIGKILL:
         found.counts["kill landed"] += 1
         if code != -signal.SIGKILL:
@@ -186,11 +198,17 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
     else:
         found.counts["interrupt landed"] += 1
         found.answers.append(answered or 0.0)
+        if code == 130 and not any(words in said for words in (b"goes on", b"starts it anew")):
+            found.complain(case, f"{number.name}: says nothing of how to go on: {said.decode()[-400:]}")
         if code != 130 or answered is None:
             found.complain(case, f"{number.name}: exit code {code}: {said.decode()[-400:]}")
         elif answered > SECONDS:
             found.complain(case, f"{number.name}: answered after {answered:.2f} s")
     look(case, folder, found, hidden=code != 130)
+
+
+def is_whole(case: Case, folder: Path, name: str) -> bool:
+    return (folder / name).exists() and (folder / name).read_bytes() == case.whole[name]
 
 
 def look(case: Case, folder: Path, found: Found, *, hidden: bool) -> None:
@@ -259,6 +277,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="commands; default: all")
     parser.add_argument("--json", type=Path, help="write the counts there")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # what is ignored here, as in a shell's background, stays so there
+        signal.signal(number, signal.SIG_DFL)
     rng, found = random.Random(options.seed), Found()
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         prepare(Path(root) / "given")

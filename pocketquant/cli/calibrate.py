@@ -58,6 +58,7 @@ def calibrate(
         if text or resume or curvature or dry_run:
             raise typer.BadParameter("runs no model, so it takes no other options", param_hint="--merge")
         merge_statistics(sources, out)
+        _say_kernels(sources, quiet=quiet)
         _report(out, json=json, quiet=quiet)
         return
     if len(sources) != 1:
@@ -135,6 +136,7 @@ def _collect_both(gguf: Path, task: _Task) -> None:
     from pocketquant.calibration.statistics import fingerprint, open_statistics
     from pocketquant.calibration.statistics_run import cut_texts
     from pocketquant.calibration.statistics_writing import merge_statistics
+    from pocketquant.files.interrupts import resumable
     from pocketquant.files.replacing import hidden_beside
     from pocketquant.gguf_file.opening import open_gguf
 
@@ -147,7 +149,8 @@ def _collect_both(gguf: Path, task: _Task) -> None:
         is_done = (made.texts, made.model_sha256) == (texts, fingerprint(model))
     if not is_done:
         _collect_inputs(gguf, task, inputs)
-    with step_progress("gradients", quiet=task.quiet) as advance:
+    how = f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
+    with resumable(inputs, how), step_progress("gradients", quiet=task.quiet) as advance:
         collect_curvature(
             model,
             windows,
@@ -198,6 +201,16 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         print_json(cost, of="plan")
 
 
+def _say_kernels(merged: list[str], *, quiet: bool) -> None:
+    from pocketquant.calibration.statistics import open_statistics
+    from pocketquant.llama.kernels import note_on_sum
+
+    opened = {name: open_statistics(name) for name in merged}
+    of_inputs = {name: statistics.kernels for name, statistics in opened.items() if statistics.tokens}
+    if of_inputs and (note := note_on_sum(of_inputs)):
+        say(f"note: {note}", quiet=quiet)
+
+
 def _report(out: Path, *, json: bool, quiet: bool) -> None:
     from pocketquant.calibration.statistics import open_statistics
 
@@ -209,6 +222,7 @@ def _report(out: Path, *, json: bool, quiet: bool) -> None:
         "tokens": statistics.tokens,
         "texts": [{"name": t.name, "tokens": t.tokens, "tokens_sha256": t.sha256} for t in statistics.texts],
         "model_sha256": statistics.model_sha256,
+        "kernels": dict(statistics.kernels),
         "curvature": statistics.has_outputs,
         "experts_without_input": statistics.n_unseen_experts,
     }

@@ -20,6 +20,7 @@ def make_pack(
     with_head: bool,
     threads: int | None,
     gpu_layers: int,
+    resume: bool,
     dry_run: bool,
     json: bool,
     quiet: bool,
@@ -32,7 +33,7 @@ def make_pack(
 
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
-    settings = PackSettings(context, chunks, positions, top_k, with_head, threads, gpu_layers)
+    settings = PackSettings(context, chunks, positions, top_k, with_head, threads, gpu_layers, resume)
     plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
