@@ -307,7 +307,8 @@ def imatrix(
                 resume=how.resume,
                 progress=advance,
             )
-    write_sums(sums, out)
+        write_sums(sums, out)
+        state.unlink(missing_ok=True)
     return read_importance(out)
 
 
