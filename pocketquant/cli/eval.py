@@ -74,7 +74,7 @@ class TextOptions:
     head: Annotated[
         Path | None, option("--head", "GGUF", "What a reference pack was made from; default: beside the pack.", _PANEL)
     ] = None
-    seed: Annotated[int, option("--seed", "", "Of the bootstrap behind the standard errors.", _PANEL)] = 0
+    seed: Annotated[int, option("--seed", "", "Of the bootstrap behind the standard errors.", _PANEL, min=0)] = 0
 
 
 @dataclass(frozen=True)

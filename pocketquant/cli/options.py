@@ -109,11 +109,14 @@ EvalTexts = Annotated[
 Context = Annotated[int, option("--context", "N", "Tokens in a window.", min=8)]
 Chunks = Annotated[int | None, option("--chunks", "N", "Most windows of each text to take; default: all.", min=1)]
 Positions = Annotated[bool, option("--positions", "", "Also by position in the window.")]
-Seed = Annotated[int, option("--seed", "", "Seed of everything drawn at random.", ADVANCED)]
+Seed = Annotated[int, option("--seed", "", "Seed of everything drawn at random.", ADVANCED, min=0)]
 
 # ---------------------------------------------------------------- the run
 
-Threads = Annotated[int | None, option("--threads", "N", "Worker threads; default: every processor.", ADVANCED, min=1)]
+Threads = Annotated[
+    int | None, option("--threads", "N", "Worker threads; default: every processor.", ADVANCED, min=1, max=512)
+]
+"""At most GGML_MAX_N_THREADS (ggml/include/ggml.h): ggml keeps no room for more, and would end the process."""
 GpuLayers = Annotated[
     int, option("--gpu-layers", "N", "Layers to run on a GPU; -1 for all (needs a GPU build).", ADVANCED)
 ]

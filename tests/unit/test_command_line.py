@@ -129,6 +129,8 @@ def test_old_names_are_taken_and_not_shown(words: tuple[str, ...], old: str, new
         (("calibrate", "x", "--out", "y", "--groups", "2"), "goes with --sensitivity"),
         (("calibrate", "x", "--out", "y", "--sensitivity", "--memory", "1GB"), "says nothing with --sensitivity"),
         (("calibrate", "x", "--out", "y", "--merge", "--chunks", "2"), "says nothing with --merge"),
+        (("imatrix", "x", "--out", "y", "--text", "self", "--seed", "-1"), "greater than or equal to 0"),
+        (("eval", "x", "--text", "t", "--threads", "1" + 22 * "0"), "less than or equal to 512"),
         (("split", "x", "--out", "y"), "or --join"),
         (("split", "x", "--out", "y", "--join", "--split-max-size", "1MB"), "whatever its size"),
     ],
