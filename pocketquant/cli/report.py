@@ -39,14 +39,15 @@ def report(
     Size against loss, by domain, position and tensor, and how to run it again.
     """
     from pocketquant.eval.report.html import read_sheet, to_card, to_html
-    from pocketquant.files.replacing import refuse_overwriting, replacing
+    from pocketquant.files.replacing import refuse_overwriting, replacing_together
 
     refuse_overwriting([out, *([markdown] if markdown else [])], reports)
     sheet = read_sheet(reports)
     pages = [(out, to_html(sheet)), *([(markdown, to_card(sheet))] if markdown else [])]
-    for path, page in pages:
-        with replacing(path) as temporary:
+    with replacing_together([path for path, _ in pages]) as temporaries:
+        for temporary, (_, page) in zip(temporaries, pages, strict=True):
             temporary.write_text(page, encoding="utf-8")
+    for path, page in pages:
         say(f"written: {path}, {len(page.encode()):,} bytes", quiet=quiet)
 
 
