@@ -222,7 +222,7 @@ def convert_source(
 def evaluate(
     model: Path | str,
     reference: Path | str,
-    texts: Path | str | Sequence[Text | str],
+    texts: Path | str | Sequence[Text | Path | str],
     settings: EvalSettings | None = None,
     *,
     means: Means | None = None,
@@ -245,7 +245,7 @@ def evaluate(
 
     how, means = settings or EvalSettings(), means or Means()
     given = [str(texts)] if isinstance(texts, str | Path) else texts
-    named = [each for text in given for each in (read_texts([text]) if isinstance(text, str) else [text])]
+    named = [each for text in given for each in (read_texts([str(text)]) if isinstance(text, str | Path) else [text])]
     with means.bars.steps(Path(model).name) as advance:
         return compare(
             model,

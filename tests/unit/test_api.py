@@ -67,3 +67,10 @@ def test_a_report_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(pq.PocketquantError, match=r"report\.json"):
         pq.report([tmp_path / "report.json"], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_texts_may_be_paths(demo_gguf: Callable[[str], Path], demo_text: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    how = pq.EvalSettings(context=64, chunks=2)
+    reports = [pq.evaluate(demo_gguf("q4_0"), demo_gguf("f32"), texts, how) for texts in (demo_text, [demo_text])]
+    assert reports[0].metrics == reports[1].metrics
