@@ -57,7 +57,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
 
 app = typer.Typer(
     cls=Commands,
-    help="Qwen3.5 checkpoints in, small GGUF files out, and what quantization cost.",
+    help="Turn Qwen3.5 checkpoints into small GGUF files, and measure what was lost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # [absolute] in a help text is a word, no markup

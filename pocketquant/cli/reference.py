@@ -24,19 +24,36 @@ class PackOptions:
     context: Context = 512
     chunks: Chunks = None
     positions: Annotated[
-        bool, option("--positions", "", "Keep windows from their beginning, for eval --positions.")
+        bool, option("--positions", "", "Keep each window from its beginning, as `eval --positions` needs it.")
     ] = False
-    top_k: Annotated[int, option("--top-k", "N", "Keep the N most likely tokens only: 64 for CI.", min=0)] = 0
+    top_k: Annotated[
+        int,
+        option(
+            "--top-k",
+            "N",
+            "Keep only the N most likely tokens of each position, such as 64 for CI; 0 keeps all.",
+            min=0,
+        ),
+    ] = 0
     with_head: Annotated[
-        bool, option("--with-head", "", "Put the output matrix into the pack, so that it needs no other file.")
+        bool, option("--with-head", "", "Put the output matrix into the pack, which then needs no GGUF beside it.")
     ] = False
     resume: Resume = False
     dry_run: CostOnly = False
 
 
 def reference(
-    model: Annotated[Path, typer.Argument(metavar="GGUF|DIR", help="Full precision: a GGUF or a checkpoint's folder.")],
-    text: Annotated[list[str], option("--text", "FILE|NAME=FILE|domains", "As for eval; once for each text.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="GGUF|DIR", help="The model in full precision: a GGUF, or a checkpoint's folder.")
+    ],
+    text: Annotated[
+        list[str],
+        option(
+            "--text",
+            "FILE|NAME=FILE|domains",
+            "UTF-8 text, or conversations in .jsonl; domains: six embedded texts; may be repeated.",
+        ),
+    ],
     out: Annotated[Path, option("--out -o", "FILE", "The pack to write: NAME.pqref.")],
     *,
     options: PackOptions,
@@ -51,7 +68,9 @@ def reference(
     from pocketquant.texts.embedded import read_texts
 
     if options.top_k and options.with_head:
-        raise typer.BadParameter("a pack of top tokens needs no output matrix", param_hint="--with-head")
+        raise typer.BadParameter(
+            "has no effect with --top-k: a pack of top tokens needs no output matrix", param_hint="--with-head"
+        )
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
     settings = PackSettings(
