@@ -1,4 +1,5 @@
-"""Gradients for statistics: G = E[g g^T] of every linear layer's output, with torch. The extra `curvature`.
+"""Gradients for statistics: G = E[g g^T] of every linear layer's output, with torch. It needs the extra
+`curvature`.
 
 The gradients are those of the log-likelihood of labels that are drawn from the model itself, so that their second
 moments are the Fisher information, and half of it times a squared error is a KL divergence (Kunstner, Hennig and
@@ -251,7 +252,7 @@ def _backward(
 
 
 def _pieces(name: str, moments: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:
-    """Sums f32[n_matrix, m, m] over the text's tokens, as means over all of them: an expert's too."""
+    """Means of sums f32[n_matrix, m, m]. An expert's sum is divided by all tokens too, not by its own."""
     if not np.isfinite(moments).all():
         raise EvalError(f"{name}: its gradients are not finite; the model is damaged")
     yield name + COUNT, None, np.full(len(moments), n_tokens)

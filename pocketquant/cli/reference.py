@@ -87,8 +87,9 @@ def reference(
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
     talk.say(
-        f"{out}: {plan.positions} positions in {plan.windows} windows, at most {size(kept)}{matrix}; "
-        f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)})"
+        f"{out}: {plan.positions} positions in {plan.windows} windows take at most {size(kept)}{matrix}, "
+        f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)}); the pack's "
+        "header is added"
     )
 
     def make(path: Path, progress: Progress) -> Pack:
@@ -113,14 +114,16 @@ def _report(out: Path, pack: Pack, talk: Talk) -> None:
     header, floor = pack.header, pack.header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"
     talk.say(
-        f"written: {size(out.stat().st_size)}, {how}, {floor.kld_mean:.1g} nats from the reference itself (at most "
-        f"{floor.kld_max:.1g} at one of {floor.positions} positions); moves divergences by {floor.shift:.1g}"
+        f"written: {out}: {size(out.stat().st_size)}, {how}; {floor.kld_mean:.1g} nats from the reference itself (at "
+        f"most {floor.kld_max:.1g} at one of {floor.positions} positions), which changes the divergence measured at a "
+        f"position by about {floor.shift:.1g}"
     )
     if header.top:
         talk.say(
-            f"note: divergences against it are lower bounds; about {100 * floor.captured:.0f} % of a small one shows"
+            "note: divergences measured with this pack are lower bounds; of a small divergence about "
+            f"{100 * floor.captured:.0f} % is seen"
         )
     elif "head" not in pack.sections:
-        talk.say(f"note: comparisons need {header.model.name} beside it, for its output matrix")
+        talk.say(f"note: comparisons need {header.model.name} beside the pack, for its output matrix")
     if header.quantized:
         talk.say(f"note: {quantized_reference(header.model.name, header.quantized)}")

@@ -61,4 +61,4 @@ def smoke(
         ]
         for fault, paired in found.faults.items()
     ]
-    print_table(["fault", gguf.name, "reference", "only here", "only there", "p"], rows)
+    print_table(["fault", gguf.name, "reference", "only in the file", "only in the reference", "p"], rows)

@@ -103,7 +103,7 @@ def test_files_that_are_no_conversations_are_refused(demo_gguf: Recipe, tmp_path
         read_conversations(path)
     path.write_text('[{"role": "user", "content": 7}, {"role": "stranger", "content": "x"}]\n')
     assert TEMPLATE in open_gguf(demo_gguf("f32")).metadata
-    with pytest.raises(EvalError, match="renders not every conversation"):
+    with pytest.raises(EvalError, match="does not render every conversation"):
         render_chat(path, demo_gguf("f32"))
 
 
