@@ -53,8 +53,8 @@ def require_torch() -> tuple[Any, dict[str, Any]]:
         }
     except ImportError as error:
         raise EvalError(
-            f"gradients need torch and transformers, which cannot be imported here ({error}); "
-            f"{install_command('curvature')}, or calibrate without gradients"
+            f"`tune` and `calibrate --curvature` need torch and transformers, which cannot be imported here ({error}); "
+            f"{install_command('curvature')}"
         ) from error
     return torch, modeling
 
@@ -69,7 +69,9 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
     architecture = architecture_named(model.architecture)
     counterpart = architecture.transformers
     if counterpart is None:
-        raise ArchitectureError(f"{model.architecture}: gradients are known of text models; calibrate without them")
+        raise ArchitectureError(
+            f"{model.architecture}: gradients are computed for text models only; leave out --curvature"
+        )
     torch, modeling = require_torch()
 
     def part(name: str) -> Any:

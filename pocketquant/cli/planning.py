@@ -100,7 +100,7 @@ def encode(source: str, out: Path | None, deciding: Deciding, opened: Opened, wr
     for note in parts.model.notes:
         talk.say(f"note: {note}")
     if choice.is_allocated or deciding.explain:
-        with talk.steps("predicting") as advance:
+        with talk.steps("predicting", "tensors") as advance:
             choice = with_figures(parts.model, choice, advance)
     outputs = plan_outputs(parts, out or Path("model.gguf"), choice, opened.mmproj, written.split_bytes)
     planned = outputs[0].plan
