@@ -1,5 +1,4 @@
-"""Checks by headers, before anything is run, whether two files can be the same model and the reference is unquantized.
-"""
+"""Checks by headers, before anything is run, whether two files can be one model, and the reference is unquantized."""
 
 from __future__ import annotations
 
