@@ -7,15 +7,16 @@ the child does stands in memory that both share. Without a watcher every functio
 
 from __future__ import annotations
 
+import json
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_NOW, _WORDS, _ENDED, _FILES, _END = 0, 1 << 12, 2 << 12, 3 << 12, 1 << 20
-"""Where the parts of the shared memory begin: what is being done, native code's last words, the end, files."""
+_NOW, _WORDS, _ENDED, _WAYS, _FILES, _END = 0, 1 << 12, 2 << 12, 3 << 12, 1 << 16, 1 << 20
+"""Where the parts of the shared memory begin: what is being done, native code's last words, the end, ways on, files."""
 
 _lock = threading.RLock()
 _shared: mmap.mmap | None = None
@@ -33,6 +34,8 @@ class LastSeen:
         held: temporary files it made, those that are gone included.
         locks: files that kept other runs away, likewise.
         placed: files it put in place.
+        ways_on: what unfinished work is kept in, if it is there, and how to go on from it; the first that is there
+            counts.
         has_ended: it came to its own end; otherwise native code ended it, with whatever exit code.
     """
 
@@ -41,6 +44,7 @@ class LastSeen:
     held: tuple[Path, ...]
     locks: tuple[Path, ...]
     placed: tuple[Path, ...]
+    ways_on: tuple[tuple[Path, str], ...]
     has_ended: bool
 
 
@@ -85,6 +89,11 @@ def note_end() -> None:
     _put(_ENDED, "ended")
 
 
+def note_ways_on(ways: Sequence[tuple[Path, str]]) -> None:
+    """Says what unfinished work is kept in, and how to go on from each, instead of what was said before."""
+    _put(_WAYS, json.dumps([[str(place), how] for place, how in ways]), _FILES - _WAYS)
+
+
 def note_held(path: Path) -> None:
     """Remembers a temporary file, so that it can be removed for a process that cannot do it any more."""
     _append("t", path)
@@ -103,31 +112,44 @@ def note_placed(path: Path) -> None:
 def last_seen() -> LastSeen:
     """What the child did last; to be called in the watcher."""
     if _shared is None:
-        return LastSeen("", "", (), (), (), True)
+        return LastSeen("", "", (), (), (), (), True)
     entries = [entry for entry in _shared[_FILES:_END].split(b"\0") if entry]
     files: dict[str, list[Path]] = {"t": [], "l": [], "p": []}
     for entry in entries:
         kind, name = entry[:1].decode(), entry[1:].decode("utf-8", "surrogateescape")
         files[kind].append(Path(name))
     return LastSeen(
-        _get(_NOW), _get(_WORDS), tuple(files["t"]), tuple(files["l"]), tuple(files["p"]), bool(_get(_ENDED))
+        _get(_NOW),
+        _get(_WORDS),
+        tuple(files["t"]),
+        tuple(files["l"]),
+        tuple(files["p"]),
+        _ways_on(),
+        bool(_get(_ENDED)),
     )
+
+
+def _ways_on() -> tuple[tuple[Path, str], ...]:
+    try:
+        return tuple((Path(place), how) for place, how in json.loads(_get(_WAYS, _FILES - _WAYS) or "[]"))
+    except ValueError:  # the end came while they were written, or they did not fit
+        return ()
 
 
 def _show() -> None:
     _put(_NOW, ", and ".join(dict.fromkeys(reversed(_current[-3:]))))
 
 
-def _put(start: int, text: str) -> None:
+def _put(start: int, text: str, room: int = _WORDS) -> None:
     with _lock:
         if _shared is not None:
-            data = text.encode("utf-8", "replace")[: _WORDS - 1]
+            data = text.encode("utf-8", "replace")[: room - 1]
             _shared[start : start + len(data) + 1] = data + b"\0"
 
 
-def _get(start: int) -> str:
+def _get(start: int, room: int = _WORDS) -> str:
     assert _shared is not None
-    return _shared[start : start + _WORDS].split(b"\0", 1)[0].decode("utf-8", "replace")
+    return _shared[start : start + room].split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
 def _append(kind: str, path: Path) -> None:

@@ -1,11 +1,13 @@
 """What this machine can do with pocketquant: software, processor, llama.cpp's kernels, memory, disk, extras.
 
 Each part is tried, not only looked up, where trying is cheap. A needed part that fails makes the whole examination
-fail; one that is optional is a remark with its remedy.
+fail; one that is optional is a remark with its remedy. An installation may be damaged anywhere, so whatever is needed
+to look at a part is imported there, and what that raises is what was found.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -19,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 
 from pocketquant import __version__
+from pocketquant.activity import doing
 from pocketquant.errors import PocketquantError
 from pocketquant.extras import install_command
-from pocketquant.llama import trial
-from pocketquant.machine import usable_threads
+from pocketquant.failures import broken_package, describe, distribution_of, reinstalling
 
 OK, REMARK, FAILED = "ok", "remark", "fail"
 
@@ -34,7 +36,9 @@ _EXTRAS = {
 }
 """Extra of the package -> a module that it brings, what it is for."""
 
-_PACKAGES = ("numpy", "numba", "gguf", "tokenizers", "huggingface_hub", "llama_cpp_python")
+NEEDED = ("numpy", "numba", "gguf", "tokenizers", "huggingface_hub", "jinja2", "yaml", "platformdirs", "rich", "typer")
+"""Modules that the package cannot do without."""
+
 _LITTLE_MEMORY = 2 << 30
 _LITTLE_DISK = 1 << 30
 
@@ -62,17 +66,18 @@ def examine(*, renew: bool = False) -> list[Part]:
     Args:
         renew: try llama.cpp's kernels again instead of believing what an earlier trial found.
     """
-    looks: tuple[Callable[[], Iterator[Part]], ...] = (
-        _software,
-        _processor,
-        _own_kernels,
-        lambda: _llama_kernels(renew),
-        _memory,
-        _disk,
-        _cache,
-        _extras,
-    )
-    return [part for look in looks for part in look()]
+    looks: dict[str, Callable[[], Iterator[Part]]] = {
+        "pocketquant": _software,
+        "packages": _packages,
+        "processor": _processor,
+        "own kernels": _own_kernels,
+        "llama.cpp": lambda: _llama_kernels(renew),
+        "memory": _memory,
+        "disk": _disk,
+        "cache": _cache,
+        "extras": _extras,
+    }
+    return [part for name, look in looks.items() for part in _looked_at(name, look)]
 
 
 def is_fit(parts: list[Part]) -> bool:
@@ -80,20 +85,45 @@ def is_fit(parts: list[Part]) -> bool:
     return all(part.status != FAILED for part in parts)
 
 
+def _looked_at(name: str, look: Callable[[], Iterator[Part]]) -> Iterator[Part]:
+    """The parts that are found; what looking raises is a part that fails."""
+    try:
+        yield from look()
+    except Exception as error:  # whatever an installation can be broken by
+        found, _, remedy = describe(error)[0].partition("; ")
+        yield Part(name, FAILED, found, remedy)
+
+
 def _software() -> Iterator[Part]:
     yield Part("pocketquant", OK, f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
-    versions = [f"{name} {_version(name) or 'not installed'}" for name in _PACKAGES]
+
+
+def _packages() -> Iterator[Part]:
+    """Imports every package that is needed."""
+    names = {module: distribution_of(module) for module in NEEDED} | {"": "llama-cpp-python"}
+    versions = [f"{name} {_version(name) or 'not installed'}" for name in names.values()]
     yield Part("packages", OK, ", ".join(versions))
+    for module, name in names.items():
+        try:
+            if module:
+                with doing(f"the package {name} was being imported"):
+                    importlib.import_module(module)
+        except Exception as error:
+            found, _, remedy = describe(error)[0].partition("; ")
+            yield Part(f"package {name}", FAILED, found, remedy or reinstalling(name))
 
 
 def _version(name: str) -> str:
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
+        return metadata.version(name) or ""
+    except Exception:  # not installed, or what says so is damaged
         return ""
 
 
 def _processor() -> Iterator[Part]:
+    from pocketquant.llama import trial
+    from pocketquant.machine import usable_threads
+
     lines = trial.processor().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     yield Part("processor", OK, f"{model or platform.machine()}, {usable_threads()} threads for this process")
@@ -119,13 +149,16 @@ def _own_kernels() -> Iterator[Part]:
         found = "a row encoded and decoded" if is_right else "a row came back wrong"
         yield Part("own kernels", OK if is_right else FAILED, found, "" if is_right else _REINSTALL_NUMBA)
     except Exception as error:  # whatever an installation can be broken by
-        yield Part("own kernels", FAILED, f"{type(error).__name__}: {str(error)[:200]}", _REINSTALL_NUMBA)
+        remedy = reinstalling(package) if (package := broken_package(error)) else _REINSTALL_NUMBA
+        yield Part("own kernels", FAILED, f"{type(error).__name__}: {str(error)[:200]}", remedy)
 
 
 _REINSTALL_NUMBA = "pip install --force-reinstall numba numpy"
 
 
 def _llama_kernels(renew: bool) -> Iterator[Part]:
+    from pocketquant.llama import trial
+
     if not trial.library_files():
         yield Part("llama.cpp", REMARK, "not installed", f"to run and measure files: {install_command('eval')}")
         return
@@ -187,6 +220,8 @@ def _disk() -> Iterator[Part]:
 
 
 def _cache() -> Iterator[Part]:
+    from pocketquant.llama import trial
+
     path = trial.cache_folder()
     try:
         path.mkdir(parents=True, exist_ok=True)

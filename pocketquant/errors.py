@@ -2,6 +2,7 @@
 
     PocketquantError                exit code 2 unless said otherwise
     ├── SourceError                 a checkpoint or GGUF that cannot be read as what it claims to be
+    │   └── WeightError             what was read of it are no weights
     ├── ArchitectureError           a model that no table describes, or tensors that do not fit the table
     ├── TokenizerError              a tokenizer that would be converted wrong
     ├── RecipeError                 a recipe or importance matrix that cannot be applied
@@ -35,6 +36,13 @@ class PocketquantWarning(UserWarning):
 
 class SourceError(PocketquantError):
     """The source cannot be read: missing, truncated, lying about itself, or not supported."""
+
+
+class WeightError(SourceError):
+    """Weights were read that no model can have: not finite, too large for their transform, of no scale.
+
+    Where any other `SourceError` comes from rows, they could not be read, and nothing is known of the weights.
+    """
 
 
 class ArchitectureError(PocketquantError):

@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,8 +162,11 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
     process = subprocess.Popen(
         [*COMMAND, *case.words, *resumes], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    with suppress(subprocess.TimeoutExpired):
+    is_alive = False
+    try:
         process.wait(rng.uniform(0.0, 1.1 * case.seconds))
+    except subprocess.TimeoutExpired:
+        is_alive = True
     sent = time.monotonic()
     process.send_signal(number)
     said, answered = b"", None
@@ -176,7 +178,9 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
     code = process.wait()
     kind = "kill" if number == signal.SIGKILL else "interrupt"
     if code == 0:
-        found.counts[f"{kind} after the end"] += 1
+        found.counts[f"{kind} {'at' if is_alive else 'after'} the end"] += 1
+        if is_alive and (lasted := time.monotonic() - sent) > SECONDS:
+            found.complain(case, f"{number.name}: ended well {lasted:.2f} s later, as if nothing had come")
     elif number == signal.SIGKILL:
         found.counts["kill landed"] += 1
         if code != -signal.SIGKILL:
@@ -259,6 +263,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="commands; default: all")
     parser.add_argument("--json", type=Path, help="write the counts there")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # what is ignored here, as in a shell's background, stays so there
+        signal.signal(number, signal.SIG_DFL)
     rng, found = random.Random(options.seed), Found()
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         prepare(Path(root) / "given")

@@ -3,6 +3,9 @@
 Sums are f32: a window's product is one BLAS call that knows it is symmetric, and a few hundred windows added in f32
 cost less than one part in 10^5. A head's groups each take h h^T times their part of sum p (1 - p), for which softmax is
 folded row by row, so that no probabilities are kept.
+
+Every sum knows how many tokens it holds, and is never left between two of them by an interrupt. So what an interrupt
+finds in the middle of a window can be kept: run over that window again, each sum takes only what it does not have.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import EvalError, listing
+from pocketquant.files.interrupts import signals_held
 from pocketquant.formats import F32Array
 from pocketquant.formats.activations import add_rounding_errors
 from pocketquant.llama.observing import Matmul, not_finite
@@ -47,8 +51,9 @@ class MomentSums:
         sums: weight -> f32[n, k, k].
         counts: weight -> i64[n] rows summed.
         rounding: weight -> f64[n, 2, k], squared errors of the kernels' rounding (`activations`).
-        tokens: weight -> i64[1], tokens whose inputs came by; of experts, whichever they were sent to.
+        tokens: weight -> i64[1], tokens whose inputs were summed; of experts, whichever they were sent to.
         head: the pass's part of the head, None if it has none.
+        is_between: whether no sum is being added to; False for good once adding to one has failed.
     """
 
     shares: Mapping[str, Share]
@@ -58,6 +63,8 @@ class MomentSums:
     counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     rounding: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     tokens: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    is_between: bool = True
+    _seen: dict[str, int] = field(default_factory=dict)  # weight -> tokens of the text that came by, summed or not
     _product: F32Array = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __post_init__(self) -> None:
@@ -67,21 +74,35 @@ class MomentSums:
             self.rounding.setdefault(key, np.zeros((share.stop - share.first, 2, share.k)))
             self.tokens.setdefault(key, np.zeros(1, np.int64))
 
+    def begin_at(self, token: int) -> None:
+        """Says which token of the text comes next; a sum that has it already does not take it again."""
+        self._seen = dict.fromkeys(self.shares, token)
+        if self.head is not None:
+            self.head.seen = token
+
+    def count_tokens(self) -> dict[str, int]:
+        """Tokens in each sum, by the weight's name; the head's parts are called "output"."""
+        found = {key: int(count[0]) for key, count in self.tokens.items()}
+        if self.head is not None:
+            found |= {f"output, part {i}": int(count) for i, count in enumerate(self.head.tokens, start=1)}
+        return found
+
     def check_tokens(self, expected: int) -> None:
         """Refuses sums that some token is missing from.
 
         Raises:
-            EvalError: a weight, or the head, saw another number of tokens than were run (all listed).
+            EvalError: a weight, or a part of the head, saw another number of tokens than were run (all listed).
         """
-        seen = {key: int(count[0]) for key, count in self.tokens.items()}
-        if self.head is not None:
-            seen["output"] = int(self.head.tokens[0])
-        faults = [f"{key}: {count}" for key, count in seen.items() if count != expected]
+        faults = [f"{key}: {count}" for key, count in self.count_tokens().items() if count != expected]
         if faults:
             raise EvalError(
                 f"not every weight has seen all {expected} tokens; the installed llama-cpp-python computes otherwise "
                 f"than the one that pocketquant asks for:\n{listing(faults)}"
             )
+
+    def free_room(self) -> None:
+        """Gives the room for a product back; none will come."""
+        self._product = np.empty(0, np.float32)
 
     def wants(self, weight: str) -> bool:
         return weight in self.shares
@@ -101,20 +122,26 @@ class MomentSums:
         share, inputs = self.shares[product.weight], product.inputs
         if inputs.shape[3] != share.k:
             raise EvalError(f"{product.weight}: {inputs.shape[3]} inputs, expected {share.k}")
-        counts = self.counts[product.weight]
+        n_rows = inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
+        n_token = n_rows if product.chosen is None else len(product.chosen)
+        seen = self._seen.get(product.weight, 0) + n_token
+        self._seen[product.weight] = seen
+        if self.tokens[product.weight][0] >= seen:
+            return
+        self.is_between = False
         if product.chosen is None:
             if product.inner != (1, 1):
                 raise EvalError(f"{product.weight}: is of {product.inner} matrices, but its rows are not routed")
             self._add(product.weight, inputs.reshape(-1, share.k), 0)
-            counts[0] += inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
-            self.tokens[product.weight] += inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
-            return
-        self.tokens[product.weight] += len(product.chosen)
-        for expert in range(share.first, share.stop):
-            tokens, places = np.nonzero(product.chosen == expert)
-            if len(tokens):
-                self._add(product.weight, inputs[0, tokens, places % inputs.shape[2]], expert - share.first)
-                counts[expert - share.first] += len(tokens)
+            self.counts[product.weight][0] += n_rows
+        else:
+            for expert in range(share.first, share.stop):
+                tokens, places = np.nonzero(product.chosen == expert)
+                if len(tokens):
+                    self._add(product.weight, inputs[0, tokens, places % inputs.shape[2]], expert - share.first)
+                    self.counts[product.weight][expert - share.first] += len(tokens)
+        self.tokens[product.weight] += n_token
+        self.is_between = True
 
     def _add(self, name: str, rows: F32Array, index: int) -> None:
         k = rows.shape[1]
@@ -138,8 +165,9 @@ class HeadSums:
         share: which groups.
         sums: f32[n, k, k].
         variance: f64[n_vocab], the sum of p (1 - p).
-        tokens: i64[1], positions summed.
         rounding: f64[2, k], squared errors of the kernels' rounding of the hidden states (`activations`).
+        tokens: i64[2 + n], positions summed in `variance`, in `rounding`, and in each of `sums`.
+        seen: positions of the text that came by, summed or not.
         hidden: f32[n_token, k] of the logits that come next.
     """
 
@@ -147,8 +175,9 @@ class HeadSums:
     share: Share
     sums: F32Array
     variance: npt.NDArray[np.float64]
-    tokens: npt.NDArray[np.int64]
     rounding: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    seen: int = 0
     hidden: F32Array | None = None
 
     def add_logits(self, logits: F32Array) -> None:
@@ -158,13 +187,25 @@ class HeadSums:
             raise EvalError("llama.cpp shows no hidden states to its logits, so the head's statistics cannot be made")
         if not (np.isfinite(hidden).all() and np.isfinite(logits).all()):
             raise not_finite("output")
+        self.seen += len(logits)
+        is_missing = self.tokens < self.seen
+        if not is_missing.any():
+            return
         weights = np.zeros((len(logits), int(self.row_group.max()) + 1))
-        _fold_softmax(logits, self.row_group, weights, self.variance)
-        for group in range(self.share.first, self.share.stop):
-            rows = hidden * np.sqrt(weights[:, group, None]).astype(np.float32)
-            self.sums[group - self.share.first] += rows.T @ rows
-        add_rounding_errors(hidden, self.rounding)
-        self.tokens += len(logits)
+        with signals_held():
+            variance = self.variance if is_missing[0] else np.zeros_like(self.variance)
+            _fold_softmax(logits, self.row_group, weights, variance)
+            self.tokens[0] += len(logits) * is_missing[0]
+        if is_missing[1]:
+            with signals_held():
+                add_rounding_errors(hidden, self.rounding)
+                self.tokens[1] += len(logits)
+        for i in np.flatnonzero(is_missing[2:]):
+            rows = hidden * np.sqrt(weights[:, self.share.first + i, None]).astype(np.float32)
+            product = rows.T @ rows
+            with signals_held():
+                self.sums[i] += product
+                self.tokens[2 + i] += len(logits)
 
 
 @numba.njit(nogil=True, cache=True)

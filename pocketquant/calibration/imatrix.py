@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from pocketquant.calibration.importance import ImportanceSums
 from pocketquant.errors import EvalError, listing
-from pocketquant.files.interrupts import offer_resume
 from pocketquant.files.reading import states_of
 from pocketquant.files.replacing import replacing
 from pocketquant.files.small import open_regular
@@ -100,7 +99,8 @@ def collect_importance(
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
         seed: of the sampling.
-        state: where unfinished sums are kept meanwhile, and after an interrupt; deleted at the end.
+        state: where unfinished sums are kept meanwhile, and after an interrupt; whoever writes the matrix deletes it
+            then.
         resume: go on from `state` if it is there; the result is the same to the last bit.
         save_seconds: least time between two savings of the state.
         progress: told after each window.
@@ -138,7 +138,7 @@ def collect_importance(
         done, total = kept.load(sums) if resume else 0, len(calibration.windows)
         if progress is not None:
             progress(done, total)
-        with kept.saved_by_interrupts(total):
+        with kept.saved_by_interrupts():
             for window in calibration.windows[done:]:
                 # one row of logits, which nobody reads, lets a window go through in large batches
                 for _ in runtime.logits(window.tolist(), first=context - 1):
@@ -153,7 +153,6 @@ def collect_importance(
     if not sums.sums:
         raise EvalError(f"{gguf}: llama.cpp multiplied no weight of a block; the matrix would be empty")
     check_unchanged(files)
-    kept.delete()
     return ImportanceSums(sums.sums, sums.counts, context, (calibration.name,)), calibration
 
 
@@ -245,7 +244,8 @@ class _Kept:
 
     def __init__(self, state: Path | None, run: dict[str, Any], save_seconds: float) -> None:
         self._state, self._run, self._save_seconds = state, run, save_seconds
-        self._saved, self._done, self._sums = time.monotonic(), 0, InputSums()
+        self._saved, self._saved_done = time.monotonic(), 0
+        self._done, self._sums = 0, InputSums()
 
     def keep(self, sums: InputSums, done: int, total: int) -> None:
         """Copies the sums of `done` windows, and saves them if that was last done long enough ago."""
@@ -257,29 +257,20 @@ class _Kept:
             self._saved = time.monotonic()
 
     @contextmanager
-    def saved_by_interrupts(self, total: int) -> Iterator[None]:
-        """An interrupt of the block saves what was kept last, and says so."""
+    def saved_by_interrupts(self) -> Iterator[None]:
+        """An interrupt of the block saves what was kept last, unless that was saved already."""
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, Exception) and self._state is not None and self._done:
+            if not isinstance(error, Exception) and self._state is not None and self._done > self._saved_done:
                 self._save()
-                offer_resume(
-                    f"{self._done} of {total} windows are kept in {self._state}; the same command with --resume goes "
-                    "on from there"
-                )
             raise
-
-    def delete(self) -> None:
-        """The run is over."""
-        if self._state is not None:
-            self._state.unlink(missing_ok=True)
 
     def load(self, totals: InputSums) -> int:
         """Fills the totals with what an earlier run saved; how many windows they hold."""
         if self._state is None or not self._state.exists():
             return 0
-        self._done = _load(self._state, self._run, totals)
+        self._done = self._saved_done = _load(self._state, self._run, totals)
         self._sums = totals.copy()
         return self._done
 
@@ -291,6 +282,7 @@ class _Kept:
         run = json.dumps(self._run | {"done": self._done, "used": used})
         with replacing(self._state, is_result=False) as temporary, open(temporary, "wb") as file:
             np.savez(file, run=np.array(run), **arrays)  # type: ignore[arg-type]
+        self._saved_done = self._done
 
 
 def _load(state: Path, run: dict[str, Any], totals: InputSums) -> int:

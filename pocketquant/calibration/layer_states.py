@@ -14,11 +14,13 @@ import numpy.typing as npt
 
 from pocketquant.calibration.statistics_writing import Layout
 from pocketquant.errors import EvalError
-from pocketquant.files.interrupts import offer_resume, put_in_place
+from pocketquant.files.interrupts import put_in_place, resumable
 from pocketquant.files.leftovers import holding
 from pocketquant.files.replacing import check_target, replacing
 from pocketquant.files.small import read_object
 from pocketquant.formats import F32Array
+
+_ABOUT = "run.json"
 
 
 class States:
@@ -34,18 +36,13 @@ class States:
     @contextmanager
     def begun(self, layout: Layout, run: dict[str, Any], resume: bool) -> Iterator[None]:
         """Makes the folder anew, unless it is to be taken up, and keeps other runs away from it."""
-        with holding(self._folder):
-            try:
-                self._begin(layout, run, resume)
-                yield
-            except BaseException:
-                offer_resume(
-                    f"finished layers are kept in {self._folder}; the same command with --resume goes on from there"
-                )
-                raise
+        how = f"finished layers are kept in {self._folder}; the same command with --resume goes on from there"
+        with holding(self._folder), resumable(self._folder / _ABOUT, how):
+            self._begin(layout, run, resume)
+            yield
 
     def _begin(self, layout: Layout, run: dict[str, Any], resume: bool) -> None:
-        about = self._folder / "run.json"
+        about = self._folder / _ABOUT
         if resume and about.exists():
             stated = read_object(about, EvalError)
             if stated != run:

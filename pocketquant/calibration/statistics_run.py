@@ -2,36 +2,27 @@
 
 A pass runs the whole text and sums the inputs of some layers, or of some of the output head's groups; the graph ends
 behind the last layer that is wanted. What a pass has summed goes into the unfinished file at once, so disk is needed
-only once; unfinished sums of a pass are saved from time to time. Interrupted and taken up again, or made in one pass or
-in many, the file is the same.
+only once; unfinished sums of a pass are saved from time to time, and by an interrupt (`saved_sums`). Interrupted and
+taken up again, or made in one pass or in many, the file is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketquant.calibration.hessian import MAX_GROUPS, HeadSums, MomentSums, Share, group_rows
 from pocketquant.calibration.imatrix import SELF, SELF_CHUNKS, cut_windows, digest_file, read_text, sample_windows
+from pocketquant.calibration.saved_sums import SavedSums
 from pocketquant.calibration.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.calibration.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
 from pocketquant.errors import ArchitectureError, EvalError
-from pocketquant.files.interrupts import offer_resume, put_in_place
-from pocketquant.files.leftovers import holding
 from pocketquant.files.reading import states_of
-from pocketquant.files.replacing import check_target, hidden_beside, replacing
-from pocketquant.files.small import open_regular
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.opening import open_unfused
 from pocketquant.llama.observing import Observer
@@ -48,10 +39,7 @@ _SAME_INPUT = (
     (Role.SHARED_ROUTER, Role.SHARED_GATE, Role.SHARED_UP),
     (Role.EXPERT_GATE, Role.EXPERT_UP),
 )
-_MAX_STATE_BYTES = 1 << 40
 _BATCH = 512
-_SAVED_SHARE = 20
-"""Saving takes at most about a twentieth of the time."""
 
 
 @dataclass(frozen=True)
@@ -205,16 +193,18 @@ def calibrate(
         "model": digest_file(Path(gguf)),
         "header": hashlib.sha256(layout.header).hexdigest(),
         "memory": memory_bytes,
-        "state": 2,
+        "state": 3,
     }
-    work = _Work(out, run, save_seconds)
+    work = SavedSums(out, run, save_seconds)
     with work.begun(layout, resume):
         done_before = work.first_pass * len(windows) + work.first_window
         if progress is not None:
             progress(done_before, len(calibration.passes) * len(windows))
         for number in range(work.first_pass, len(calibration.passes)):
             sums = _sums_of(calibration.passes[number], row_group, n_group)
-            first = work.load(sums) if number == work.first_pass else 0
+            first = work.first_window if number == work.first_pass else 0
+            work.begin_pass(sums, number, first)
+            sums.begin_at(first * context)
             observer = Observer(sums)
             is_head = sums.head is not None
             with open_runtime(
@@ -232,10 +222,11 @@ def calibrate(
                             sums.head.add_logits(logits)
                     if progress is not None:
                         progress(number * len(windows) + i + 1, len(calibration.passes) * len(windows))
-                    work.save(sums, number, i + 1, is_last=i + 1 == len(windows))
+                    work.reached(i + 1, is_last=i + 1 == len(windows))
             sums.check_tokens(windows.size)
+            sums.free_room()
             layout.put(work.unfinished, _finished(sums, frequency, is_last=number + 1 == len(calibration.passes)))
-            work.close_pass(number)
+            work.close_pass()
         check_unchanged(files)
         work.finish()
     return calibration
@@ -286,17 +277,20 @@ def _sums_of(run: Pass, row_group: npt.NDArray[np.int32], n_group: int) -> Momen
     if run.head is not None:
         share = Share(run.head.key, run.head.k, min(run.head.first, n_group), min(run.head.stop, n_group))
         sums = np.zeros((share.stop - share.first, share.k, share.k), np.float32)
-        head = HeadSums(row_group, share, sums, np.zeros(len(row_group)), np.zeros(1, np.int64), np.zeros((2, share.k)))
+        counts = np.zeros(2 + len(sums), np.int64)
+        head = HeadSums(row_group, share, sums, np.zeros(len(row_group)), np.zeros((2, share.k)), counts)
     return MomentSums({share.key: share for share in run.shares}, run.last_layer, head)
 
 
 def _finished(sums: MomentSums, frequency: npt.NDArray[np.int64], *, is_last: bool) -> Iterator[Piece]:
-    """Means, and the counts of whole arrays: those of experts that came in parts are put part by part."""
+    """Means, and the counts of whole arrays: those of experts that came in parts are put part by part.
+
+    The sums stay as they are, for an interrupt to save.
+    """
     for key, share in sums.shares.items():
         for i, count in enumerate(sums.counts[key]):
             yield key + INPUT + COUNT, share.first + i, np.array(count)
-            sums.sums[key][i] /= max(int(count), 1)
-            yield key + INPUT, share.first + i, sums.sums[key][i]
+            yield key + INPUT, share.first + i, sums.sums[key][i] / np.float32(max(int(count), 1))
             yield key + ROUNDING, share.first + i, sums.rounding[key][i].reshape(-1) / max(int(count), 1)
     if sums.head is None:
         return
@@ -311,101 +305,3 @@ def _finished(sums: MomentSums, frequency: npt.NDArray[np.int64], *, is_last: bo
         yield "head/variance", None, head.variance / tokens
         yield "head/frequency", None, frequency / frequency.sum()
         yield HEAD_ROUNDING, 0, head.rounding.reshape(-1) / tokens
-
-
-class _Work:
-    """Unfinished work on disk: the file as far as it is, and the sums of the pass that is being run."""
-
-    def __init__(self, out: Path, run: Mapping[str, Any], save_seconds: float) -> None:
-        self._place = check_target(out)
-        self.unfinished, self._state = hidden_beside(out, "unfinished"), hidden_beside(out, "state")
-        self._run, self._save_seconds = run, save_seconds
-        self.first_pass = self.first_window = 0
-        self._saved, self._cost = time.monotonic(), 0.0
-
-    @contextmanager
-    def begun(self, layout: Layout, resume: bool) -> Iterator[None]:
-        """Keeps other runs away, and what was saved where the block ends too early; what cannot be taken up goes."""
-        with holding(self.unfinished):
-            try:
-                self._begin(layout, resume)
-                yield
-            except BaseException:
-                if not self._state.exists():
-                    self.unfinished.unlink(missing_ok=True)
-                else:
-                    offer_resume(f"what was saved is in {self._state}; the same command with --resume goes on from it")
-                raise
-
-    def _begin(self, layout: Layout, resume: bool) -> None:
-        """Finds out where to begin; a new file unless an unfinished one is to be taken up."""
-        if resume and self._state.exists() and self.unfinished.exists():
-            stated = self._read("run")
-            self.first_pass, self.first_window = int(stated.pop("pass")), int(stated.pop("window"))
-            if stated != self._run:
-                differs = ", ".join(key for key in self._run if stated.get(key) != self._run[key])
-                raise EvalError(
-                    f"{self._state}: was begun with other settings ({differs}); delete it, or repeat the same command"
-                )
-            return
-        self._state.unlink(missing_ok=True)  # first: with a new file it would stand for sums that are not there
-        layout.create(self.unfinished)
-
-    def load(self, sums: MomentSums) -> int:
-        """Fills the sums of the first pass; the window to go on with."""
-        if self.first_window:
-            with np.load(self._state, allow_pickle=False) as arrays:
-                for name, array in _arrays(sums).items():
-                    array[...] = arrays[name]
-        return self.first_window
-
-    def save(self, sums: MomentSums, number: int, window: int, *, is_last: bool) -> None:
-        now = time.monotonic()
-        if is_last or now - self._saved < max(self._save_seconds, _SAVED_SHARE * self._cost):
-            return
-        self._write(number, window, _arrays(sums))
-        self._saved = time.monotonic()
-        self._cost = self._saved - now if self._save_seconds else 0.0
-
-    def close_pass(self, number: int) -> None:
-        """The pass is in the file; from now on begin with the next one."""
-        with open(self.unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        self._write(number + 1, 0, {})
-
-    def finish(self) -> None:
-        with open(self.unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        put_in_place([(self.unfinished, self._place)])
-        self._state.unlink(missing_ok=True)
-
-    def _write(self, number: int, window: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        run = json.dumps({**self._run, "pass": number, "window": window})
-        with replacing(self._state, is_result=False) as temporary, open(temporary, "wb") as file:
-            np.savez(file, run=np.array(run), **arrays)  # type: ignore[arg-type]
-
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            if self._state.stat().st_size > _MAX_STATE_BYTES:
-                raise ValueError("too large")
-            with open_regular(self._state, EvalError) as file, np.load(file, allow_pickle=False) as arrays:
-                stated = json.loads(str(arrays[name]))
-            if not isinstance(stated, dict) or not {"pass", "window"} <= stated.keys():
-                raise ValueError("says nothing of a run")
-            return stated
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            raise EvalError(
-                f"{self._state}: not the state of unfinished statistics ({type(error).__name__}); delete it"
-            ) from error
-
-
-def _arrays(sums: MomentSums) -> dict[str, npt.NDArray[Any]]:
-    """Everything that a pass has summed, by name."""
-    arrays: dict[str, npt.NDArray[Any]] = {f"sums {key}": array for key, array in sums.sums.items()}
-    arrays |= {f"counts {key}": array for key, array in sums.counts.items()}
-    arrays |= {f"rounding {key}": array for key, array in sums.rounding.items()}
-    arrays |= {f"seen {key}": array for key, array in sums.tokens.items()}
-    if sums.head is not None:
-        arrays |= {"head": sums.head.sums, "variance": sums.head.variance, "tokens": sums.head.tokens}
-        arrays["head rounding"] = sums.head.rounding
-    return arrays

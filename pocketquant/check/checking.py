@@ -31,7 +31,8 @@ def check_gguf(path: Path | str, source: Model | None = None, *, progress: Progr
         progress: called with steps done and steps in all.
 
     Raises:
-        SourceError: the header cannot be read, or shards are missing or do not belong together.
+        SourceError: the header cannot be read, shards are missing or do not belong together, or the file or the source
+            cannot be read to its end, or was changed meanwhile.
     """
     original = contents_of_model(source) if source else None
     return _check(contents_of_gguf(Path(path)), original, progress)

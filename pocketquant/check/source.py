@@ -16,7 +16,7 @@ from pocketquant.architectures.table import TensorRule
 from pocketquant.check.contents import Contents, Entry
 from pocketquant.check.findings import ERROR, WARNING, Comparison, Finding
 from pocketquant.check.structure import is_mtp, rules_by_name
-from pocketquant.errors import SourceError
+from pocketquant.errors import WeightError
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.model import Role
 
@@ -42,6 +42,9 @@ def compare_tensors(
         comparisons: one is added for each tensor.
         notes: what was not compared is added here.
         progress: called with tensors done and tensors in all.
+
+    Raises:
+        SourceError: either one cannot be read any more, or was changed meanwhile.
     """
     rules = rules_by_name(source, source.table) if source.table else {}
     for name in source.entries:
@@ -79,7 +82,7 @@ def _compare(
             where = slice(start, stop) if by_rows and not is_list else slice(None)
             to = "ij,ij->i" if by_rows and not is_list else "ij,ij->j"
             along_order[:, where] += [np.einsum(to, part, part) for part in (theirs, lost)]
-    except SourceError as error:
+    except WeightError as error:
         yield Finding(ERROR, "unreadable", entry.name, str(error), "mend the source")
         return
     if emptied and len(emptied) < entry.n_rows:

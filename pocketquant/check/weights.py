@@ -17,7 +17,7 @@ from pocketquant.architectures.table import TensorRule
 from pocketquant.check.contents import Contents, Entry
 from pocketquant.check.findings import ERROR, WARNING, Finding
 from pocketquant.check.structure import rules_by_name
-from pocketquant.errors import SourceError
+from pocketquant.errors import WeightError
 from pocketquant.formats import F32Array
 from pocketquant.model import Role
 
@@ -53,7 +53,7 @@ class _Scan:
 
 
 def check_weights(contents: Contents, progress: Progress | None = None) -> Iterator[Finding]:
-    """Reads every tensor once."""
+    """Reads every tensor once; SourceError where one cannot be read any more."""
     rules = rules_by_name(contents, contents.table) if contents.table else {}
     same: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     norms: dict[str, dict[str, F32Array]] = {}
@@ -61,7 +61,7 @@ def check_weights(contents: Contents, progress: Progress | None = None) -> Itera
     for i, (name, entry) in enumerate(contents.entries.items(), start=1):
         try:
             scan = _scan(entry)
-        except SourceError as error:  # an opened checkpoint's rows refuse what is not finite
+        except WeightError as error:  # an opened checkpoint's rows refuse what is not finite
             advice = "save or download the checkpoint again"
             yield Finding(ERROR, "unreadable", name, str(error), advice)
             continue

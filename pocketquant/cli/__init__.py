@@ -18,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler and sys.argv[0]
 
 import atexit
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -41,10 +42,11 @@ _SAME_SECONDS = 1.0
 """Two signals within this time are one: a terminal sends it to both processes, and the watcher hands it on."""
 
 _UNCHANGED = "interrupted; nothing was replaced"
-_FAULT = 70
-"""EX_SOFTWARE of sysexits.h."""
+_IMPORT_SECONDS = 0.7
+"""How long an interrupt waits for the end of an import that it came in."""
 
 _interrupted_at: float | None = None
+_waiting_since: float | None = None
 
 
 class Interrupted(BaseException):
@@ -52,9 +54,17 @@ class Interrupted(BaseException):
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    """Interrupts the work; a second signal ends the process at once, and the watcher tidies up."""
-    global _interrupted_at
+    """Interrupts the work; a second signal ends the process at once, and the watcher tidies up.
+
+    Libraries take what is raised in an import for something that is missing, and some go on without it.
+    """
+    global _interrupted_at, _waiting_since
     now = time.monotonic()
+    if _interrupted_at is None and _is_importing(frame):
+        _waiting_since = _waiting_since or now
+        if now - _waiting_since < _IMPORT_SECONDS:
+            _raise_soon()
+            return
     if _interrupted_at is None:
         _interrupted_at = now
         raise Interrupted
@@ -69,9 +79,21 @@ def _raise_again(unraisable: UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
         return
     _interrupted_at = None
+    _raise_soon()
+
+
+def _raise_soon() -> None:
     timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
     timer.daemon = True
     timer.start()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main() -> None:
@@ -82,7 +104,7 @@ def main() -> None:
     for argument in arguments:
         note_name(argument)
     if not is_debug:
-        watching.stay_child()
+        _become_child()
     streams.open_streams()
     try:
         code = _run(arguments, is_debug)
@@ -93,6 +115,14 @@ def main() -> None:
     code = streams.finish(code, started)
     note_end()
     raise SystemExit(code)
+
+
+def _become_child() -> None:
+    try:
+        watching.stay_child()
+    except (OSError, RuntimeError) as error:  # too few files or processes; nothing more can be imported, perhaps
+        sys.stderr.write(f"error: no process can be started here ({error}); raise this one's limits: ulimit -n, -u\n")
+        os._exit(2)
 
 
 def _ignore_interrupts() -> None:
@@ -122,6 +152,8 @@ def _run(arguments: list[str], is_debug: bool) -> int:
     except Exception as error:
         if is_debug:
             raise
+        if _interrupted_at is not None:  # a library made something else of the interrupt
+            return _say_interrupted(is_json="--json" in arguments)
         return _say_error(error, is_json="--json" in arguments)
 
 
@@ -147,34 +179,21 @@ def _can_be_written(folder: str) -> bool:
 
 
 def _say_interrupted(*, is_json: bool) -> int:
-    from pocketquant.files.interrupts import files_in_place, resume_hint
+    from pocketquant.files.interrupts import files_in_place, how_to_go_on
 
     done = files_in_place()
     said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED
-    hint = resume_hint()
-    return _say(f"{said}\n{hint}" if hint else said, "Interrupted", 128 + signal.SIGINT, is_json=is_json)
+    return _say(f"{said}\n{how_to_go_on()}", "Interrupted", 128 + signal.SIGINT, is_json=is_json)
 
 
 def _say_error(error: Exception, *, is_json: bool) -> int:
+    from pocketquant import failures
+
     if isinstance(error, PocketquantError):  # a document, where one was asked for, was printed already
-        return _say(str(error), "", 2, is_json=False)
-    kind, code = type(error).__name__, 2
-    if isinstance(error, MemoryError):
-        message = "memory ran out; `pocketquant doctor` shows how much is free, --threads 1 needs least"
-    elif isinstance(error, OSError | ImportError):
-        place = f"{name}: " if (name := getattr(error, "filename", None)) else ""
-        what = getattr(error, "strerror", None) or str(error)
-        advice = "`pocketquant doctor` examines this machine"
-        if isinstance(error, ImportError):
-            advice = "the installation is damaged: pip install --force-reinstall pocketquant"
-        message = f"{place}{what}; {advice}"
-    else:
-        code = _FAULT
-        message = (
-            f"a fault of pocketquant itself, please report it: {kind}: {str(error)[:200]}\n"
-            "the same command with --debug shows where"
-        )
-    return _say(message, kind, code, is_json=is_json)
+        note = failures.note_on_limits(error)
+        return _say(f"{error}\n{note}" if note else str(error), "", 2, is_json=False)
+    message, code = failures.describe(error)
+    return _say(message, type(error).__name__, code, is_json=is_json)
 
 
 def _say(message: str, kind: str, code: int, *, is_json: bool) -> int:
@@ -186,6 +205,8 @@ def _say(message: str, kind: str, code: int, *, is_json: bool) -> int:
             print_json_error(message, kind, code)
     except Exception:  # what shows errors is broken itself, or has no file descriptor left to be loaded with
         print(f"error: {message}", file=sys.stderr)
+        if is_json:
+            print(json.dumps(watching.error_document(message, kind, code)))
     return code
 
 

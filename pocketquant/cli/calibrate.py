@@ -135,6 +135,7 @@ def _collect_both(gguf: Path, task: _Task) -> None:
     from pocketquant.calibration.statistics import fingerprint, open_statistics
     from pocketquant.calibration.statistics_run import cut_texts
     from pocketquant.calibration.statistics_writing import merge_statistics
+    from pocketquant.files.interrupts import resumable
     from pocketquant.files.replacing import hidden_beside
     from pocketquant.gguf_file.opening import open_gguf
 
@@ -147,7 +148,8 @@ def _collect_both(gguf: Path, task: _Task) -> None:
         is_done = (made.texts, made.model_sha256) == (texts, fingerprint(model))
     if not is_done:
         _collect_inputs(gguf, task, inputs)
-    with step_progress("gradients", quiet=task.quiet) as advance:
+    how = f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
+    with resumable(inputs, how), step_progress("gradients", quiet=task.quiet) as advance:
         collect_curvature(
             model,
             windows,

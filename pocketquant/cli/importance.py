@@ -25,26 +25,30 @@ def make_matrix(
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.calibration.imatrix import collect_importance
     from pocketquant.calibration.importance import write_sums
+    from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import hidden_beside, refuse_overwriting
 
     refuse_overwriting([out], [gguf, text, mtp])
     state = hidden_beside(out, "unfinished")
-    with holding(state), step_progress(out.name, quiet=quiet) as advance:
-        sums, calibration = collect_importance(
-            gguf,
-            text,
-            mtp=mtp,
-            context=context,
-            chunks=chunks,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            seed=seed,
-            state=state,
-            resume=resume,
-            progress=advance,
-        )
-    write_sums(sums, out)
+    how = f"finished windows are kept in {state}; the same command with --resume goes on from there"
+    with holding(state), resumable(state, how):
+        with step_progress(out.name, quiet=quiet) as advance:
+            sums, calibration = collect_importance(
+                gguf,
+                text,
+                mtp=mtp,
+                context=context,
+                chunks=chunks,
+                threads=threads,
+                gpu_layers=gpu_layers,
+                seed=seed,
+                state=state,
+                resume=resume,
+                progress=advance,
+            )
+        write_sums(sums, out)
+        state.unlink(missing_ok=True)
     summary = {
         "out": str(out),
         "entries": len(sums.sums),

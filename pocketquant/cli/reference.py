@@ -20,6 +20,7 @@ def make_pack(
     with_head: bool,
     threads: int | None,
     gpu_layers: int,
+    resume: bool,
     dry_run: bool,
     json: bool,
     quiet: bool,
@@ -45,7 +46,7 @@ def make_pack(
             print_json(asdict(plan), of="plan")
         return
     with step_progress(out.name, quiet=quiet) as advance:
-        pack = make_reference(model, texts, out, settings, progress=advance)
+        pack = make_reference(model, texts, out, settings, resume=resume, progress=advance)
     header, nbytes = pack.header, out.stat().st_size
     floor = header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"

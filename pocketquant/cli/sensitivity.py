@@ -98,7 +98,7 @@ def _running(task: _Task) -> Iterator[Runs]:
     """Runs of the source; what they need on disk is deleted at the end, the results only where all went well."""
     from pocketquant.convert.sources import open_model
     from pocketquant.eval.compare import compare
-    from pocketquant.files.interrupts import offer_resume
+    from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding, work_folder
     from pocketquant.files.reading import sha256_of
     from pocketquant.files.replacing import check_target, hidden_beside
@@ -123,18 +123,15 @@ def _running(task: _Task) -> Iterator[Runs]:
         return report.metrics.kld.mean
 
     conditions = {"texts": [sha256_of(path) for path in task.texts], "context": task.context, "chunks": task.chunks}
+    how = f"finished runs are kept in {state}; the same command with --resume goes on from there"
     with holding(check_target(task.out)), work_folder(check_target(task.out)) as folder:
         if not task.resume:
             state.unlink(missing_ok=True)
-        try:
+        with resumable(state, how):
             planned, reference = plan(open_model(task.source), open_recipe("f32")), folder / "reference.gguf"
             with byte_progress("converting", planned.file_bytes, quiet=task.quiet) as advance:
                 write(planned, reference, threads=task.threads, on_bytes=advance)
             yield Runs(reference, folder / "work.gguf", judge, state, conditions)
-        except BaseException:
-            if state.exists():
-                offer_resume(f"finished runs are kept in {state}; the same command with --resume goes on from there")
-            raise
         state.unlink(missing_ok=True)
 
 

@@ -20,7 +20,7 @@ from types import FrameType
 
 from pocketquant import __version__
 from pocketquant.activity import LastSeen, last_seen, note_end, share
-from pocketquant.files.interrupts import ENDING
+from pocketquant.files.interrupts import ENDING, STARTS_ANEW
 
 HANDED_ON = tuple(number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN)
 """What asks a run to end, but for what whoever started it has it ignore, as `nohup` does."""
@@ -117,14 +117,21 @@ def _tell(code: int, seen: LastSeen) -> int:
         lines.append(f"  these were finished before: {one_line(', '.join(map(str, seen.placed)))}")
     else:
         lines.append("  nothing was replaced")
+    ways_on = [how for place, how in seen.ways_on if place.exists()]
+    lines.append(f"  {one_line(ways_on[0]) if ways_on else STARTS_ANEW}")
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         print("\n".join(lines), file=sys.stderr, flush=True)
     if "--json" in sys.argv:
-        error = {"kind": "Crash", "message": "\n".join(lines), "exit_code": BROKEN}
         with contextlib.suppress(OSError, AttributeError):
-            print(json.dumps({"schema": "pocketquant.error/1", "version": __version__, "error": error}), flush=True)
+            print(json.dumps(error_document("\n".join(lines), "Crash", BROKEN)), flush=True)
     return BROKEN
+
+
+def error_document(message: str, kind: str, exit_code: int) -> dict[str, object]:
+    """What --json prints of an error where the modules that print documents are not to be had."""
+    error = {"kind": kind, "message": message, "exit_code": exit_code}
+    return {"schema": "pocketquant.error/1", "version": __version__, "error": error}
 
 
 def _meaning(number: int, last_words: str) -> str:
@@ -147,6 +154,10 @@ def _advice(number: int, seen: LastSeen) -> str:
             "if it does not help, build the library here: "
             "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
         )
+    from pocketquant.failures import note_on_memory
+
+    if number in (0, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) and (note := note_on_memory()):
+        return note
     is_memory = not seen.last_words or re.search("mem|alloc", seen.last_words)
     if number == signal.SIGKILL or (number == signal.SIGABRT and is_memory):
         return (

@@ -22,7 +22,7 @@ from pocketquant.convert.mapping import is_same_data
 from pocketquant.convert.quantized.numbers import floats
 from pocketquant.convert.quantized.tensor import Reads
 from pocketquant.convert.safetensors import CheckpointTensor, RangeFile, StoredTensor
-from pocketquant.errors import SourceError, listing
+from pocketquant.errors import SourceError, WeightError, listing
 from pocketquant.formats import F32Array
 
 HEAD = "lm_head"
@@ -91,7 +91,7 @@ def matrices(change: LowRank, reads: Reads, start: int, stop: int, expert: int =
     else:
         left, right = floats(b[start:stop], change.b.dtype), floats(a, change.a.dtype)
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        raise SourceError(
+        raise WeightError(
             f"{change.a.file}: {change.module}: non-finite number in its A or B matrix; the adapter is broken"
         )
     return left, right

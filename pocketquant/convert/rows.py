@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pocketquant.architectures.table import ElementWise
 from pocketquant.convert.safetensors import CheckpointTensor
-from pocketquant.errors import SourceError
+from pocketquant.errors import WeightError
 from pocketquant.formats import FORMATS, F32Array, U8Array
 from pocketquant.formats.plain import is_finite
 
@@ -80,7 +80,7 @@ class CheckpointRows:
         if self.each is not None:
             values = self.each(values)
             if not is_finite(values, "F32"):
-                raise SourceError(f"{self._place(start, stop)}: too large for its transform ({self.each.__name__})")
+                raise WeightError(f"{self._place(start, stop)}: too large for its transform ({self.each.__name__})")
         return values
 
     def _words(self, start: int, stop: int) -> npt.NDArray[np.generic]:
@@ -96,7 +96,7 @@ class CheckpointRows:
             words = words[:, self.cols_order]
         words = np.ascontiguousarray(words)
         if not is_finite(words, self.stored_tensor.dtype):
-            raise SourceError(
+            raise WeightError(
                 f"{self._place(start, stop)}: non-finite weight (infinity or NaN); the checkpoint is broken: "
                 "download or save it again"
             )

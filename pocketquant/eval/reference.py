@@ -17,36 +17,25 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
-from pocketquant.eval.packs.pack import Floor, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
-from pocketquant.eval.packs.pack_error import FloorMeter
+from pocketquant.eval.packs.kept_rows import StateKeeper, TopKeeper, fitting_codings
+from pocketquant.eval.packs.pack import I32Array, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.packs.replay import open_pack
-from pocketquant.eval.packs.states import (
-    Head,
-    StateCatcher,
-    codings_for,
-    decode_states,
-    encode_states,
-    measure_codings,
-    row_bytes,
-)
-from pocketquant.eval.packs.top_k import check_top, decode_top, encode_top, row_dtype
+from pocketquant.eval.packs.states import Head, StateCatcher, row_bytes
+from pocketquant.eval.packs.top_k import check_top, row_dtype
+from pocketquant.eval.packs.unfinished import UnfinishedPack
 from pocketquant.extras import list_versions
 from pocketquant.files.reading import states_of
-from pocketquant.files.replacing import replacing
 from pocketquant.files.unchanged import check_unchanged
-from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats import F32Array
 from pocketquant.gguf_file.identity import FileIdentity, identify, identify_model
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.texts.conversations import render_chat
-from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
+from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, digest_of_tokens, read_text
 
 MAX_FLOOR = 1e-6
 """A pack whose mean divergence from its reference is this many nats or more is refused."""
-
-MAX_SHARE = 0.02
-"""The coding of a stored state takes at most this share of the logits in llama-perplexity's base file."""
 
 _MEASURED = 1024
 """About the number of positions that the floor is measured at; they are spread over all windows."""
@@ -112,6 +101,7 @@ class PackSettings:
         with_head: whether the pack gets a copy of the output matrix. One made from a checkpoint always has it.
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
+        save_seconds: least time between two savings of an unfinished pack.
     """
 
     context: int = 512
@@ -121,6 +111,7 @@ class PackSettings:
     with_head: bool = False
     threads: int | None = None
     gpu_layers: int = 0
+    save_seconds: float = 60.0
 
 
 def plan_reference(model: str | Path, texts: Sequence[Text], settings: PackSettings) -> ReferencePlan:
@@ -135,6 +126,8 @@ def make_reference(
     out: str | Path,
     settings: PackSettings,
     *,
+    resume: bool = False,
+    is_result: bool = True,
     progress: Progress | None = None,
 ) -> Pack:
     """Runs a reference over texts and keeps what later comparisons need.
@@ -142,63 +135,79 @@ def make_reference(
     Args:
         model: a GGUF in full precision, or the folder of a checkpoint.
         texts: the texts, as for `compare`.
-        out: the pack to write.
+        out: the pack to write; unfinished work lies beside it as `.NAME.unfinished` and `.NAME.state`.
         settings: how the pack is made.
+        resume: go on where an interrupted run was saved; the pack is the same to the last byte.
+        is_result: as in `put_in_place`.
         progress: told after each window.
 
     Raises:
-        EvalError: something cannot be read or run, or what the pack gives back is further from the reference than
-            `MAX_FLOOR`.
+        EvalError: something cannot be read or run, the unfinished work is of another run, or what the pack gives back
+            is further from the reference than `MAX_FLOOR`.
         OutputError: the pack cannot be written; an earlier one stays.
         SourceError: model or text was changed during the run.
     """
     files = states_of(model, *(text.path for text in texts))
     with _open_run(model, texts, settings) as run:
         cuts = _cut(run.runtime, texts, model, settings)
-        keeper = _TopKeeper(run.runtime.n_vocab, settings.top) if settings.top else _StateKeeper(run.head)
-        with replacing(Path(out)) as temporary, PackWriter(temporary) as writer:
-            _write_rows(writer, run, keeper, cuts, settings, progress)
-            if not settings.top and (settings.with_head or not run.tells_head):
-                for piece in run.head.stored_bytes():
-                    writer.add("head", piece)
-            floor = keeper.floor()
-            if floor.kld_mean >= MAX_FLOOR:
-                raise EvalError(
-                    f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
-                    f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
-                )
-            writer.finish(_header(run, keeper, texts, cuts, settings, floor))
+        settings = replace(settings, with_head=not settings.top and (settings.with_head or not run.tells_head))
+        keeper = TopKeeper(run.runtime.n_vocab, settings.top) if settings.top else StateKeeper(run.head)
+        windows = np.concatenate([corpus.windows for corpus in cuts])
+        versions = list_versions() | dict(run.runtime.versions)
+        stated = _state_run(run, windows, cuts[0].first_scored, settings, versions)
+        work = UnfinishedPack(Path(out), stated, settings.save_seconds)
+        with work.begun(resume=resume):
+            with PackWriter(work.path) as writer:
+                _write_rows(writer, work, run, keeper, cuts, progress)
+                if settings.with_head:
+                    for piece in run.head.stored_bytes():
+                        writer.add("head", piece)
+                header = _header(run, keeper, texts, cuts, settings, versions)
+                if header.floor.kld_mean >= MAX_FLOOR:
+                    raise EvalError(
+                        f"{model}: the pack would be {header.floor.kld_mean:g} nats from the reference itself, more "
+                        f"than {MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by "
+                        "side"
+                    )
+                writer.finish(header)
             check_unchanged(files)
+            work.finish(is_result=is_result)
     return read_pack(out)
 
 
 def _write_rows(
     writer: PackWriter,
+    work: UnfinishedPack,
     run: ReferenceRun,
-    keeper: _TopKeeper | _StateKeeper,
+    keeper: TopKeeper | StateKeeper,
     cuts: Sequence[Corpus],
-    settings: PackSettings,
     progress: Progress | None,
 ) -> None:
-    """Writes the tokens of all windows, and a row for each scored position."""
+    """Writes the tokens of all windows, and a row for each scored position, from the first window without any."""
     windows, first = np.concatenate([corpus.windows for corpus in cuts]), cuts[0].first_scored
     stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
     writer.add("tokens", windows.astype("<i4").view(np.uint8))
-    for done, window in enumerate(windows, start=1):
-        for start, states, logits in run.groups(window[:-1].tolist(), first, states=not settings.top):
+    if work.windows:
+        keeper.take_up(work.kept)
+    work.take_up(writer)
+    if progress is not None:
+        progress(work.windows, len(windows))
+    for done, window in enumerate(windows[work.windows :], start=work.windows + 1):
+        for start, states, logits in run.groups(window[:-1].tolist(), first, states=isinstance(keeper, StateKeeper)):
             after = window[start + 1 : start + 1 + len(logits)]
             writer.add("rows", keeper.keep(states, logits, after, is_measured=(done - 1) % stride == 0))
         if progress is not None:
             progress(done, len(windows))
+        work.reached(done, keeper.state(), is_last=done == len(windows))
 
 
 def _header(
     run: ReferenceRun,
-    keeper: _TopKeeper | _StateKeeper,
+    keeper: TopKeeper | StateKeeper,
     texts: Sequence[Text],
     cuts: Sequence[Corpus],
     settings: PackSettings,
-    floor: Floor,
+    versions: Mapping[str, str],
 ) -> PackHeader:
     return PackHeader(
         kind="top" if settings.top else "states",
@@ -217,9 +226,24 @@ def _header(
         coding=keeper.coding,
         head=None if settings.top else run.head.identify(),
         top=settings.top,
-        floor=floor,
-        versions=list_versions() | dict(run.runtime.versions),
+        floor=keeper.floor(),
+        versions=versions,
     )
+
+
+def _state_run(
+    run: ReferenceRun, windows: I32Array, first: int, settings: PackSettings, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that the rows of a pack depend on."""
+    return {
+        "model": asdict(run.identity),
+        "tokens": digest_of_tokens(windows),
+        "context": windows.shape[1],
+        "first": first,
+        "top": settings.top,
+        "head": settings.with_head,
+        "versions": dict(versions),
+    }
 
 
 def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window: int) -> int:
@@ -229,13 +253,6 @@ def base_file_bytes(n_vocab: int, n_window: int, context: int, scored_per_window
     """
     row = 2 * (2 * ((n_vocab + 1) // 2) + 4)
     return 8 + 3 * 4 + 4 * n_window * context + n_window * scored_per_window * row
-
-
-def fitting_codings(n_embd: int, n_vocab: int) -> tuple[str, ...]:
-    """The codings of a state within `MAX_SHARE`; all codings if none is, as with small vocabularies."""
-    every = codings_for(n_embd)
-    limit = MAX_SHARE * 2 * n_vocab
-    return tuple(coding for coding in every if row_bytes(coding, n_embd) <= limit) or every
 
 
 def describe_reference(path: str | Path) -> dict[str, Any] | None:
@@ -308,52 +325,6 @@ class _GgufRun:
         for start, logits in self.runtime.logits(tokens, first=first):
             caught = self.catcher.take(len(logits), self.head.n_embd) if states and self.catcher else None
             yield start, caught, logits
-
-
-class _StateKeeper:
-    """Stores hidden states, in the coding that reproduces the logits of the first group best."""
-
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._meter = FloorMeter()
-        self.coding = ""
-
-    @property
-    def row_bytes(self) -> int:
-        return row_bytes(self.coding, self._head.n_embd)
-
-    def keep(self, states: F32Array | None, logits: F32Array, after: Any, *, is_measured: bool) -> U8Array:
-        assert states is not None
-        if not self.coding:
-            means = measure_codings(self._head, states, logits)
-            self.coding = min(fitting_codings(self._head.n_embd, self._head.n_vocab), key=lambda name: means[name])
-        coded = encode_states(self.coding, states)
-        if is_measured:
-            given = self._head.logits(decode_states(self.coding, coded, self._head.n_embd))
-            self._meter.add(logits, lambda _: given)
-        return coded
-
-    def floor(self) -> Floor:
-        return self._meter.floor()
-
-
-class _TopKeeper:
-    """Stores the most likely tokens, and measures the share of a divergence that they show."""
-
-    def __init__(self, n_vocab: int, top: int) -> None:
-        check_top(top, n_vocab)
-        self._n_vocab, self._top = n_vocab, top
-        self._meter = FloorMeter()
-        self.coding, self.row_bytes = "", row_dtype(n_vocab, top).itemsize
-
-    def keep(self, states: F32Array | None, logits: F32Array, after: Any, *, is_measured: bool) -> U8Array:
-        coded = encode_top(logits, after, self._top)
-        if is_measured:
-            self._meter.add(logits, decode_top(coded, after, self._n_vocab, self._top).completed)
-        return coded
-
-    def floor(self) -> Floor:
-        return self._meter.floor()
 
 
 @contextmanager

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pocketquant.errors import SourceError
+from pocketquant.errors import OutputError, SourceError
+from pocketquant.files.interrupts import resumable
+from pocketquant.files.leftovers import holding, work_folder
 from pocketquant.files.reading import sha256_of
 from pocketquant.files.replacing import replacing
 from pocketquant.files.small import read_json
 
 _UNFINISHED = ".unfinished"
 """Ending of an importance matrix's state; see `collect_importance`."""
+
+
+@contextmanager
+def unfinished_work(out: Path, name: str) -> Iterator[tuple[Path, Path]]:
+    """Two hidden folders inside `out`, which no other run disturbs meanwhile; what of all this stays empty goes.
+
+    Args:
+        out: made if missing.
+        name: of the first folder, which a later run takes up; it begins with a dot.
+
+    Returns:
+        That folder, and one for what no later run needs, which is gone afterwards.
+
+    Raises:
+        OutputError: they cannot be made or written, or another run has them.
+    """
+    made_out, folder = not out.exists(), out / name
+    how = f"what is finished is kept in {folder}; the same command goes on from there, and removes what is not"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with holding(folder), resumable(folder, how):
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise OutputError(f"{folder}: is no folder, and unfinished work is kept in one of that name; remove it")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            try:
+                with work_folder(out / name.removeprefix(".")) as passing:
+                    yield folder, passing
+            finally:
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        if made_out:
+            with suppress(OSError):
+                out.rmdir()
 
 
 class Finished:
@@ -51,17 +89,13 @@ class Finished:
                 self._known[key] = stated
         self._remove_all_but({f"{key}.json" for key in self._known} | {state.name})
 
-    def tidy(self) -> bool:
-        """Removes what is not finished, and the folder if nothing is; whether anything stays."""
+    def tidy(self) -> None:
+        """Removes what is not finished."""
         keys = [path.stem for path in self.folder.glob("*.json")]
         found = {key: stated for key in keys if (stated := self._read(key)) is not None}
         self._known = {key: stated for key, stated in found.items() if (self.folder / stated["file"]).is_file()}
         states = {path.name for path in self.folder.glob(f"*{_UNFINISHED}")}
         self._remove_all_but({f"{key}.json" for key in self._known} | states)
-        if not self._known and not states:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return False
-        return True
 
     def _remove_all_but(self, kept: set[str]) -> None:
         kept = kept | {str(stated["file"]) for stated in self._known.values()}

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pocketquant.activity import note_placed
+from pocketquant.activity import note_placed, note_ways_on
 from pocketquant.errors import OutputError, listing
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a run to end."""
 
 _placed: dict[Path, None] = {}  # in the order in which they came
+_ways_on: dict[object, tuple[Path, str]] = {}  # of the blocks of `resumable` that run, the outermost first
 _resuming: list[str] = []
+
+STARTS_ANEW = "nothing of the unfinished work is kept; the same command starts anew"
+"""What to tell whoever interrupted a run that cannot be resumed, or has nothing yet to be resumed from."""
 
 
 def offer_resume(how: str) -> None:
@@ -24,9 +28,38 @@ def offer_resume(how: str) -> None:
     _resuming[:] = [how]
 
 
-def resume_hint() -> str | None:
-    """What to tell whoever interrupted the run: a sentence on what is kept and how to go on, None if nothing is."""
-    return _resuming[0] if _resuming else None
+def how_to_go_on() -> str:
+    """What to tell whoever interrupted the run: a sentence on what is kept and how to go on, or `STARTS_ANEW`."""
+    return _resuming[0] if _resuming else STARTS_ANEW
+
+
+@contextmanager
+def resumable(place: Path, how: str) -> Iterator[Callable[[str], None]]:
+    """Says how to go on from a run that an interrupt, a crash or a kill ends within the block.
+
+    Args:
+        place: what unfinished work is kept in; nothing is said unless it is there then.
+        how: the sentence. Of blocks within one another, the outermost one's counts.
+
+    Returns:
+        A function that puts another sentence in its place, one that knows how much is kept.
+    """
+    block = object()
+
+    def say(how: str) -> None:
+        _ways_on[block] = (place, how)
+        note_ways_on(list(_ways_on.values()))
+
+    say(how)
+    try:
+        yield say
+    except BaseException:
+        if place.exists():
+            offer_resume(_ways_on[block][1])
+        raise
+    finally:
+        del _ways_on[block]
+        note_ways_on(list(_ways_on.values()))
 
 
 def put_in_place(moves: Iterable[tuple[Path, Path]], *, is_result: bool = True) -> None:

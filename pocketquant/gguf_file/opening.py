@@ -13,7 +13,7 @@ from pocketquant.architectures import architecture_named
 from pocketquant.architectures.foreign import foreign_layout
 from pocketquant.architectures.gguf_names import MOST_BLOCKS, block_kinds, missing_names, rules_by_name
 from pocketquant.architectures.table import ATTENTION, MODEL, TensorRule
-from pocketquant.errors import ArchitectureError, SourceError, listing
+from pocketquant.errors import ArchitectureError, WeightError, listing
 from pocketquant.files.reading import read_at
 from pocketquant.files.unchanged import FileState
 from pocketquant.formats import F32Array, U8Array
@@ -50,7 +50,7 @@ class GgufRows:
 
     def _check_finite(self, finite: bool, start: int, stop: int) -> None:
         if not finite:
-            raise SourceError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
+            raise WeightError(f"{self.path}: {self.tensor.name}: non-finite weight in rows {start} to {stop - 1}")
 
 
 def read_rows(path: Path, tensor: Placed, start: int, stop: int, state: FileState | None = None) -> U8Array:

@@ -3,7 +3,8 @@
 Everything is made in a hidden folder inside the target and moved into place at the end. An interrupt before that
 changes nothing that was there, and one meanwhile waits until all files are in place. What an interrupted or killed run
 had finished, the next one takes up if it is asked for the same, and the files are the same to the last byte; all else
-that was left behind it removes. The full-precision reference lives only as long as the evaluation needs it.
+that was left behind it removes. The full-precision reference lives only as long as the evaluation needs it, in a folder
+of its own that goes when the run ends, however it ends.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from typing import Any
 
 from pocketquant import __version__
 from pocketquant.errors import OutputError, listing
-from pocketquant.files.finished import Finished
-from pocketquant.files.interrupts import offer_resume, put_in_place
-from pocketquant.files.leftovers import holding
+from pocketquant.files.finished import Finished, unfinished_work
+from pocketquant.files.interrupts import put_in_place
 from pocketquant.files.replacing import check_target
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import identify
@@ -87,7 +87,7 @@ def make_release(
     out, means = Path(out), Means(threads, gpu_layers, bars or Bars(), run)
     list_outputs(release, out)
     keys = keys_of(release)
-    with _making(out) as folder:
+    with _making(out) as (folder, passing):
         done = Finished(folder)
         wanted = [
             *zip(keys.variants, release.variants, strict=True),
@@ -98,7 +98,7 @@ def make_release(
         state = folder / f"{keys.importance}.unfinished"
         done.forget_all_but(named, state)
         _check_space(folder, release.disk_bytes - sum(done.nbytes(*one) for one in named))
-        reference = folder / release.reference.name
+        reference = passing / release.reference.name
         n_measured = len(release.variants)
         needed = [key for key, _ in wanted[:n_measured]] + ([keys.importance] if release.calibrating else [])
         if not all(done.has(key) for key in needed):
@@ -191,32 +191,19 @@ def list_outputs(release: Release, out: Path) -> list[Path]:
 
 
 @contextmanager
-def _making(out: Path) -> Iterator[Path]:
-    """The hidden folder inside `out` that everything is made in; afterwards what is finished stays there, if anything.
-
-    What runs that were killed left goes, but for what they had finished.
-    """
-    made_out, folder = not out.exists(), out / FOLDER
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with holding(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            try:
-                yield folder
-            except BaseException as error:
-                # an interrupt, or a disk that is full: the same command can end well; else it fails again
-                is_passing = not isinstance(error, Exception) or isinstance(error, OutputError | OSError)
-                if is_passing and Finished(folder).tidy():
-                    offer_resume(f"what is finished is kept in {folder}; the same command goes on from there")
-                elif not is_passing:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        if made_out and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+def _making(out: Path) -> Iterator[tuple[Path, Path]]:
+    """The folders of `unfinished_work`; after an interrupt what is finished stays in the first one, if anything."""
+    with unfinished_work(out, FOLDER) as (folder, passing):
+        try:
+            yield folder, passing
+        except BaseException as error:
+            # an interrupt, or a disk that is full: the same command can end well; else it fails again
+            if not isinstance(error, Exception) or isinstance(error, OutputError | OSError):
+                Finished(folder).tidy()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

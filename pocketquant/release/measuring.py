@@ -66,14 +66,14 @@ def calibrate(
     """Makes the importance matrix in `folder`, and plans every file again with it.
 
     Unfinished sums are kept in `state`, and taken up from there. The multi-token-prediction block's part of the matrix
-    needs the block in full precision; that file is gone afterwards.
+    needs the block in full precision; that file lies beside the reference and is gone afterwards.
     """
     calibrating = release.calibrating
     assert calibrating is not None
     is_written = calibrating.text == SELF
     block = None
     if release.reference_block:
-        block = folder / release.reference_block.name
+        block = reference.with_name(release.reference_block.name)
         write_variant(release.reference_block, block, means, "reference block")
     with means.bars.steps("calibrate") as advance:
         sums, calibration = collect_importance(
@@ -91,6 +91,8 @@ def calibrate(
     if block:
         block.unlink()
     write_sums(sums, folder / calibrating.name, is_result=False)
+    if state:
+        state.unlink(missing_ok=True)
     return plan_again(release, importance_of(sums, calibrating.name)), calibration
 
 

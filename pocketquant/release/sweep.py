@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from pocketquant import __version__
 from pocketquant.errors import OutputError, SourceError
 from pocketquant.eval.reference import PackSettings, make_reference
 from pocketquant.eval.report.html.sheet import find_front
-from pocketquant.files.interrupts import offer_resume
-from pocketquant.files.leftovers import holding
+from pocketquant.files.finished import unfinished_work
+from pocketquant.files.interrupts import put_in_place
 from pocketquant.files.replacing import replacing
 from pocketquant.files.small import read_json
 from pocketquant.gguf_file.identity import identify
@@ -124,32 +123,31 @@ def run_sweep(
         EvalError: a file cannot be evaluated; what is finished stays.
     """
     out, means = Path(out), means or Means()
-    folder = out / _FOLDER
     missing = sweep.missing(out)
-    _prepare(folder, sweep.disk_bytes if missing else 0)
-    with holding(folder), _resumable(folder):
-        return _run(sweep, folder, out, missing, means, command)
-
-
-@contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if any(folder.glob("*.json")) or any(folder.glob("*.gguf")):
-            offer_resume(f"what is finished is kept in {folder}; the same command goes on from there")
-        raise
+    _check_space(out, sweep.disk_bytes if missing else 0)
+    with unfinished_work(out, _FOLDER) as (folder, passing):
+        try:
+            return _run(sweep, folder, passing, out, missing, means, command)
+        except BaseException:
+            _drop_unmeasured(sweep, folder)
+            raise
 
 
 def _run(
-    sweep: Sweep, folder: Path, out: Path, missing: Sequence[Variant], means: Means, command: Sequence[str]
+    sweep: Sweep,
+    folder: Path,
+    passing: Path,
+    out: Path,
+    missing: Sequence[Variant],
+    means: Means,
+    command: Sequence[str],
 ) -> dict[str, Any]:
     release = sweep.release
     matrix = folder / f"{sweep.importance_key}-imatrix.gguf"
     pack = sweep.pack or folder / f"{sweep.reference_key}.pqref"
     needs_matrix = bool(sweep.importance_key)
     if missing and not (pack.exists() and (matrix.exists() or not needs_matrix)):
-        _make_reference(sweep, folder, pack, matrix, means)
+        _make_reference(sweep, passing / release.reference.name, pack, matrix, means)
     if needs_matrix and matrix.exists() and release.calibrating:
         named = replace(read_importance(matrix), file=release.calibrating.name)
         release = plan_again(release, named)
@@ -187,33 +185,32 @@ def _run(
     return result
 
 
-def _make_reference(sweep: Sweep, folder: Path, pack: Path, matrix: Path, means: Means) -> None:
+def _make_reference(sweep: Sweep, reference: Path, pack: Path, matrix: Path, means: Means) -> None:
     """Writes the reference, keeps what it says about the texts and which inputs matter, deletes it."""
     release = sweep.release
-    reference = folder / release.reference.name
     write_variant(release.reference, reference, means, "reference")
-    try:
-        if sweep.importance_key and not matrix.exists() and release.calibrating:
-            calibrate(release, reference, folder, means)
-            os.replace(folder / release.calibrating.name, matrix)
-        if not pack.exists():
-            with means.bars.steps("reference") as advance:
-                make_reference(
-                    reference,
-                    release.texts,
-                    pack,
-                    PackSettings(
-                        release.context,
-                        release.chunks,
-                        release.positions,
-                        with_head=True,
-                        threads=means.threads,
-                        gpu_layers=means.gpu_layers,
-                    ),
-                    progress=advance,
-                )
-    finally:
-        reference.unlink(missing_ok=True)
+    if sweep.importance_key and not matrix.exists() and release.calibrating:
+        calibrate(release, reference, matrix.parent, means, matrix.with_suffix(".unfinished"))
+        os.replace(matrix.with_name(release.calibrating.name), matrix)
+    if not pack.exists():
+        with means.bars.steps("reference") as advance:
+            make_reference(
+                reference,
+                release.texts,
+                pack,
+                PackSettings(
+                    release.context,
+                    release.chunks,
+                    release.positions,
+                    with_head=True,
+                    threads=means.threads,
+                    gpu_layers=means.gpu_layers,
+                ),
+                resume=True,
+                is_result=False,
+                progress=advance,
+            )
+    reference.unlink()
 
 
 def _drop_files(sweep: Sweep, folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
@@ -222,6 +219,13 @@ def _drop_files(sweep: Sweep, folder: Path, measured: Mapping[str, Mapping[str, 
     for entry in measured.values():
         if entry["file"] not in kept:
             (folder / entry["file"]).unlink(missing_ok=True)
+
+
+def _drop_unmeasured(sweep: Sweep, folder: Path) -> None:
+    """Deletes the files that a later run would write again."""
+    for key, variant in zip(sweep.keys, sweep.release.variants, strict=True):
+        if _read(folder, key) is None:
+            (folder / variant.name).unlink(missing_ok=True)
 
 
 def _names_to_keep(sweep: Sweep, entries: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -236,7 +240,7 @@ def _put_in_place(variant: Variant, folder: Path, out: Path, entry: Mapping[str,
     """The measured file, where the user finds it; made again if it is not there any more."""
     path = out / variant.name
     if (folder / variant.name).exists():
-        os.replace(folder / variant.name, path)
+        put_in_place([(folder / variant.name, path)])
     elif not _is_there(out, entry):
         write_variant(variant, path, means)
     if not _is_there(out, entry):
@@ -249,15 +253,14 @@ def _is_there(out: Path, entry: Mapping[str, Any]) -> bool:
     return path.exists() and bool(identify(path).sha256 == digest)
 
 
-def _prepare(folder: Path, needed_bytes: int) -> None:
+def _check_space(out: Path, needed_bytes: int) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
     if free < needed_bytes:
         raise OutputError(
-            f"{folder.parent}: the sweep takes up to {needed_bytes:,} bytes of disk and {free:,} are left; free some "
+            f"{out}: the sweep takes up to {needed_bytes:,} bytes of disk and {free:,} are left; free some "
             "space, write elsewhere, or keep no files"
         )
 

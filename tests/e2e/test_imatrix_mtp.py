@@ -186,6 +186,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Pa
             resume=True, save_seconds=0, progress=stop,
         )  # fmt: skip
         write_sums(sums, tmp_path / out)
+        (tmp_path / "state").unlink(missing_ok=True)
 
     collect("whole.gguf")
     with pytest.raises(Stop):

@@ -69,30 +69,87 @@ def test_imatrix_keeps_the_old_matrix_and_what_is_done(
     run(*arguments)
     whole = out.read_bytes()
     out.write_bytes(b"good")
-    run_until("pocketquant.llama.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
+    early = run_until("pocketquant.llama.observing:InputSums.add", 12, number, *arguments)
+    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert names(tmp_path) == ["m.gguf"]
+    interrupted = run_until("pocketquant.llama.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
     assert out.read_bytes() == b"good"
+    assert names(tmp_path) == [".m.gguf.unfinished", "m.gguf"]
+    killed = run_until("pocketquant.llama.observing:InputSums.add", 5, signal.SIGKILL, *arguments, "--resume", code=2)
+    for said in (interrupted.stderr, killed.stderr):
+        assert f"finished windows are kept in {tmp_path}/.m.gguf.unfinished; the same command with --resume" in said
     assert names(tmp_path) == [".m.gguf.unfinished", "m.gguf"]
     run(*arguments, "--resume")
     assert out.read_bytes() == whole
     assert names(tmp_path) == ["m.gguf"]
 
 
-@pytest.mark.parametrize(
-    ("command", "number"), [("reference", signal.SIGINT), ("reference", signal.SIGTERM), ("calibrate", signal.SIGTERM)]
-)
-def test_no_half_of_a_run_is_taken_for_a_whole(
-    command: str, number: signal.Signals, demo_gguf: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, []), (signal.SIGTERM, ["--top-k", 16])])
+def test_a_reference_goes_on_with_whole_windows(
+    number: signal.Signals, options: list[object], demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Interrupted in the first of six windows, the third and the fifth, and then within the file's own header."""
     out, model = tmp_path / "out", demo_gguf("f32")
+    arguments = ["reference", model, "--text", TEXT, *SMALL, "--out", out, *options]
+    run(*arguments)
+    whole = out.read_bytes()
     out.write_bytes(b"good")
-    callback, call = {
-        "reference": ("pocketquant.eval.packs.states:StateCatcher.see", 100),
-        "calibrate": ("pocketquant.calibration.hessian:MomentSums.add", 40),
-    }[command]
-    result = run_until(callback, call, number, command, model, "--text", TEXT, *SMALL, "--out", out)
-    assert "interrupted" in result.stderr
-    assert "llama-cpp-python" not in result.stderr
+    add, left = "pocketquant.eval.packs.pack:PackWriter.add", [".out.state", ".out.unfinished", "out"]
+    early = run_until(add, 2, number, *arguments)
+    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
+    for where, call in ((add, 4), (add, 4), ("pocketquant.eval.packs.pack:PackWriter.finish", 1)):
+        cut = run_until(where, call, number, *arguments, "--resume")
+        assert f"finished windows are kept in {tmp_path}/.out.unfinished; the same command with --resume" in cut.stderr
+        assert (out.read_bytes(), names(tmp_path)) == (b"good", left)
+    assert "other settings (tokens)" in run(*arguments, "--resume", "--chunks", 5, code=2).stderr
+    assert (out.read_bytes(), names(tmp_path)) == (b"good", left)
+    run(*arguments, "--resume")
+    assert out.read_bytes() == whole
+    assert names(tmp_path) == ["out"]
+
+
+def test_rows_that_are_not_those_that_were_saved_are_refused(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    out, unfinished = tmp_path / "out", tmp_path / ".out.unfinished"
+    arguments = ["reference", demo_gguf("f32"), "--text", TEXT, *SMALL, "--out", out]
+    run_until("pocketquant.eval.packs.pack:PackWriter.add", 4, signal.SIGINT, *arguments)
+    data = bytearray(unfinished.read_bytes())
+    data[-1] ^= 1
+    unfinished.write_bytes(data[:-9])
+    assert "holds other rows than were saved" in run(*arguments, "--resume", code=2).stderr
+    (tmp_path / ".out.state").write_text('{"run": {}}')
+    assert "not the state of an unfinished reference pack" in run(*arguments, "--resume", code=2).stderr
+    run(*arguments)
+    assert names(tmp_path) == ["out"]
+
+
+def test_calibrate_keeps_all_that_it_had_summed(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    """Interrupted in the middle of a window's layers, twice, then of its logits, and when its sums are put in the file:
+    each time the next run goes on from there, and the bytes are those of a run that was left alone."""
+    out, model = tmp_path / "out", demo_gguf("f32")
+    arguments = ["calibrate", model, "--text", TEXT, *SMALL, "--out", out, "--threads", 1]
+    run(*arguments)
+    whole = out.read_bytes()
+    out.write_bytes(b"good")
+    kept = f"what was done is kept in {tmp_path}/.out.state; the same command with --resume goes on from there"
+    early = run_until("pocketquant.llama.runtime:open_runtime", 1, signal.SIGINT, *arguments)
+    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
+    for number, (where, call) in enumerate(
+        (
+            ("pocketquant.calibration.hessian:MomentSums.add", 10),
+            ("pocketquant.calibration.hessian:MomentSums.add", 40),
+            ("pocketquant.calibration.hessian:_fold_softmax", 2),
+            ("pocketquant.calibration.hessian:HeadSums.add_logits", 2),
+            ("pocketquant.calibration.saved_sums:SavedSums.close_pass", 1),
+        )
+    ):
+        cut = run_until(where, call, SIGNALS[number % 2], *arguments, *(["--resume"] if number else []))
+        assert kept in cut.stderr
+        assert (out.read_bytes(), names(tmp_path)) == (b"good", [".out.state", ".out.unfinished", "out"])
+    run(*arguments, "--resume")
+    assert out.read_bytes() == whole
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_killed_run_leaves_no_model_for_good(tmp_path: Path) -> None:
@@ -122,6 +179,55 @@ def test_make_goes_on_with_what_is_finished(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+def test_make_that_is_killed_leaves_no_full_precision_behind(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["make", checkpoint_dir(), "--recipe", "q8_0", "--calibrate-chunks", 2, *SMALL, "--out", out]
+    killed = run_until("pocketquant.release.make:measure_variant", 1, signal.SIGKILL, *arguments, code=2)
+    assert f"what is finished is kept in {out}/.making; the same command goes on from there" in killed.stderr
+    assert names(out) == [".making"]
+    assert {path.name for path in (out / ".making").glob("*.gguf")} == {
+        "pocket-demo-3.8M-Q8_0.gguf",
+        "pocket-demo-3.8M-imatrix.gguf",
+    }
+    assert "finished before" not in killed.stderr
+
+
+def test_an_interrupted_sweep_names_results_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["sweep", checkpoint_dir(), "-r", "q8_0", "-r", "q4_0", "--imatrix", "none", *SMALL, "--out", out]
+    early = run_until("pocketquant.release.sweep:write_variant", 1, signal.SIGINT, *arguments)
+    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert names(tmp_path) == []
+    interrupted = run_until("pocketquant.release.sweep:measure_variant", 2, signal.SIGINT, *arguments)
+    assert f"nothing was replaced\nwhat is finished is kept in {out}/.sweep; the same command" in interrupted.stderr
+    assert names(out) == [".sweep"]
+    assert len(list((out / ".sweep").glob("*.json"))) == len(list((out / ".sweep").glob("*.gguf"))) == 1
+    killed = run_until("pocketquant.release.sweep:write_reports", 1, signal.SIGKILL, *arguments, code=2)
+    placed = killed.stderr.split("these were finished before: ")[1].splitlines()[0]
+    assert sorted(placed.split(", ")) == [str(path) for path in sorted(out.glob("*.gguf"))]
+
+
+def test_a_full_disk_leaves_no_folder_behind(tmp_path: Path) -> None:
+    program = (
+        "import collections, shutil, sys, pocketquant.cli\n"
+        "shutil.disk_usage = lambda path: collections.namedtuple('Usage', 'total used free')(9, 9, 0)\n"
+        "pocketquant.cli.main()\n"
+    )
+    for command in ("sweep", "make"):
+        arguments = [command, checkpoint_dir(), "-r", "q8_0", "--imatrix", "none", "--out", tmp_path / "out"]
+        done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+        assert (done.returncode, names(tmp_path)) == (2, []), done.stderr
+        assert "bytes of disk" in done.stderr
+
+
+@pytest.mark.parametrize(("command", "name"), [("make", ".making"), ("sweep", ".sweep")])
+def test_a_file_where_the_hidden_folder_goes_is_named(command: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    result = run(command, checkpoint_dir(), "-r", "q8_0", "--imatrix", "none", *SMALL, "--out", tmp_path, code=2)
+    assert f"{tmp_path}/{name}: is no folder" in result.stderr
+    assert (names(tmp_path), (tmp_path / name).read_bytes()) == ([name], b"mine")
+
+
 def test_make_takes_nothing_up_that_was_made_otherwise(tmp_path: Path) -> None:
     arguments = ["make", checkpoint_dir(), "--recipe", "q8_0", "--imatrix", "none", *SMALL]
     run_until("pocketquant.release.measuring:write_reports", 1, signal.SIGINT, *arguments, "--out", tmp_path / "out")
@@ -135,17 +241,22 @@ def test_make_takes_nothing_up_that_was_made_otherwise(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("command", ["calibrate", "imatrix", "sweep", "make"])
+@pytest.mark.parametrize("command", ["calibrate", "imatrix", "reference", "sweep", "make"])
 def test_a_second_run_with_the_same_out_is_refused_at_once(
     command: str, demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out, model = tmp_path / "out", demo_gguf("f32")
     held = {
         "imatrix": tmp_path / ".out.unfinished",
+        "reference": tmp_path / ".out.unfinished",
         "sweep": out / ".sweep",
         "make": out / ".making",
     }.get(command, out)
-    more = {"imatrix": ["--text", TEXT], "sweep": ["-r", "q8_0", "--imatrix", "none"]}.get(command, [])
+    more = {
+        "imatrix": ["--text", TEXT],
+        "reference": ["--text", TEXT],
+        "sweep": ["-r", "q8_0", "--imatrix", "none"],
+    }.get(command, [])
     held.parent.mkdir(exist_ok=True)
     with holding(held):
         before = names(held.parent)

@@ -15,6 +15,9 @@ import pytest
 
 COMMAND = [sys.executable, "-m", "pocketquant"]
 SCRIPT = [str(Path(sys.executable).with_name("pocketquant"))]
+INTERRUPTED = (
+    "error: interrupted; nothing was replaced\nnothing of the unfinished work is kept; the same command starts anew"
+)
 SLOW = """
 import time
 from pocketquant.cli import watching, main
@@ -107,7 +110,7 @@ def test_an_interrupt_while_modules_are_imported_is_no_traceback(number: signal.
     process.send_signal(number)
     _, talk = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert talk.strip() == "error: interrupted; nothing was replaced"
+    assert talk.strip() == INTERRUPTED
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
@@ -151,7 +154,7 @@ def test_a_terminal_that_is_closed_interrupts() -> None:
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGHUP)
     _, talk = process.communicate(timeout=20)
-    assert (process.returncode, talk.strip()) == (130, "error: interrupted; nothing was replaced")
+    assert (process.returncode, talk.strip()) == (130, INTERRUPTED)
 
 
 def test_help_that_stdout_cannot_take_is_no_traceback(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,34 @@ from pocketquant.check import ERROR, WARNING, check_gguf, check_model
 from pocketquant.check.contents import CHUNK_WEIGHTS, Entry
 from pocketquant.cli.findings import check_file_or_source
 from pocketquant.convert.vision import open_vision
+from pocketquant.errors import SourceError
 from pocketquant.formats import FORMATS
 from pocketquant.model import Value
 
 # ---------------------------------------------------------------- nothing to find
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "file"])
+@pytest.mark.parametrize("fate", ["gone", "shorter", "unreadable"])
+def test_what_cannot_be_read_any_more_is_no_finding(what: str, fate: str, realistic: Path, tmp_path: Path) -> None:
+    """The comparison cannot be made, so nothing is said of the file: an error with exit code 2."""
+    source = Path(shutil.copytree(realistic, tmp_path / "c"))
+    model, out = open_model(source), tmp_path / "m.gguf"
+    write(plan(model, open_recipe("q8_0")), out)
+    victim = out if what == "file" else source / "model.safetensors"
+    n_tensors = len(model.tensors)
+
+    def lose(done: int, _: int) -> None:
+        if done != n_tensors + 5:
+            return
+        victim.rename(tmp_path / "moved")
+        if fate == "shorter":
+            victim.write_bytes((tmp_path / "moved").read_bytes()[:-4096])
+        elif fate == "unreadable":
+            victim.mkdir()
+
+    with pytest.raises(SourceError, match=victim.name):
+        check_gguf(out, model, progress=lose)
 
 
 @pytest.mark.parametrize("recipe", ["f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "pocket_4bit"])

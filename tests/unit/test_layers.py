@@ -12,7 +12,7 @@ import pocketquant
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"escaping"},
-    {"errors", "activity", "extras", "machine"},
+    {"errors", "activity", "extras", "failures", "machine"},
     {"formats"},
     {"files"},
     {"model"},

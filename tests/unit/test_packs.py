@@ -13,6 +13,7 @@ from pack_maker import reseal
 
 from pocketquant.errors import EvalError
 from pocketquant.eval.metrics import score_rows
+from pocketquant.eval.packs.kept_rows import fitting_codings
 from pocketquant.eval.packs.pack import (
     MAGIC,
     Floor,
@@ -28,7 +29,7 @@ from pocketquant.eval.packs.pack_error import FloorMeter
 from pocketquant.eval.packs.replay import open_pack
 from pocketquant.eval.packs.states import CODINGS, Head, decode_states, encode_states, row_bytes
 from pocketquant.eval.packs.top_k import check_top, decode_top, encode_top, row_dtype
-from pocketquant.eval.reference import base_file_bytes, fitting_codings
+from pocketquant.eval.reference import base_file_bytes
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.gguf_file.identity import FileIdentity
 from pocketquant.model import Role, Tensor

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pocketquant.convert.quantized.numbers import bit_fields, floats
 from pocketquant.convert.quantized.tensor import DequantizedTensor, Reads, check_shape, part, result_dtype
 from pocketquant.convert.safetensors import StoredTensor
-from pocketquant.errors import SourceError
+from pocketquant.errors import SourceError, WeightError
 from pocketquant.formats import F32Array
 
 _PARTS = ("packed", "scale", "shape", "zero_point", "g_idx")
@@ -56,7 +56,7 @@ class PackedIntRows:
             if (given >= 0).all():
                 columns = given.astype(np.intp)
                 if columns.max() >= self.n_groups:
-                    raise SourceError(f"{self.group_of.file}: {self.group_of.name}: names a group beyond the scales")
+                    raise WeightError(f"{self.group_of.file}: {self.group_of.name}: names a group beyond the scales")
         if self.zero is None:
             values -= np.float32(1 << (self.bits - 1))
         else:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pocketquant.convert.quantized.numbers import bit_fields, floats
 from pocketquant.convert.quantized.tensor import DequantizedTensor, Reads, check_shape, part, result_dtype
 from pocketquant.convert.safetensors import StoredTensor
-from pocketquant.errors import SourceError
+from pocketquant.errors import SourceError, WeightError
 from pocketquant.formats import F32Array
 
 _AWQ_PLACE = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -75,7 +75,7 @@ class TransposedRows:
             return np.arange(n_in) // (n_in // n_groups)
         groups = self.reads.words(self.group_of).view("<i4").astype(np.intp)
         if groups.min() < 0 or groups.max() >= n_groups:
-            raise SourceError(f"{self.group_of.file}: {self.group_of.name}: names a group beyond the {n_groups} scales")
+            raise WeightError(f"{self.group_of.file}: {self.group_of.name}: names a group beyond the {n_groups} scales")
         return groups
 
     def _columns(self, words: npt.NDArray[np.generic], start: int, stop: int) -> npt.NDArray[np.uint8]:

@@ -175,7 +175,10 @@ class Pack:
 
 
 class PackWriter:
-    """Writes the sections of a pack in order, each in as many pieces as one likes, and then its header."""
+    """Writes the sections of a pack in order, each in as many pieces as one likes, and then its header.
+
+    A file that is there is written over, so that what another writer had put there can be taken up.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -184,7 +187,7 @@ class PackWriter:
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> PackWriter:
-        self._file = open(self._path, "wb")
+        self._file = open(self._path, "r+b" if self._path.exists() else "w+b")
         self._file.write(bytes(_FRONT.size))
         return self
 
@@ -199,6 +202,33 @@ class PackWriter:
         self._digest.update(piece)
         section = self._sections[name]
         self._sections[name] = replace(section, nbytes=section.nbytes + len(piece), sha256=self._digest.hexdigest())
+
+    def take_up(self, name: str, nbytes: int) -> str:
+        """Begins the section `name` with bytes that are there already; what lies behind them goes.
+
+        Returns:
+            Their SHA-256, in hexadecimal digits; of fewer bytes, where the file ends before.
+        """
+        assert self._file is not None
+        self._digest, start = hashlib.sha256(), self._file.tell()
+        left = nbytes
+        while left and (piece := self._file.read(min(left, _PIECE))):
+            self._digest.update(piece)
+            left -= len(piece)
+        self._file.seek(start + nbytes - left)
+        self._file.truncate()
+        self._sections[name] = Section(start, nbytes - left, self._digest.hexdigest())
+        return self._digest.hexdigest()
+
+    def written(self, name: str) -> tuple[int, str]:
+        """Bytes of a section so far, and their SHA-256 in hexadecimal digits."""
+        section = self._sections[name]
+        return section.nbytes, section.sha256
+
+    def flush(self) -> None:
+        """Has the file hold all that was added; OSError where it cannot."""
+        if self._file is not None and not self._file.closed:
+            self._file.flush()
 
     def finish(self, header: PackHeader) -> None:
         """Writes the header; nothing may be added after it.
@@ -217,6 +247,7 @@ class PackWriter:
         data = json.dumps({**asdict(header), "sections": sections}, sort_keys=True, separators=(",", ":")).encode()
         offset = self._file.tell()
         self._file.write(data)
+        self._file.truncate()
         self._file.seek(0)
         self._file.write(_FRONT.pack(MAGIC, offset, len(data), hashlib.sha256(data).digest()))
 

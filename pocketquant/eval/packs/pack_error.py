@@ -7,11 +7,13 @@ the pack misses is about the share that the pack misses of a quantized file's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pocketquant.errors import EvalError
 from pocketquant.eval.metrics import Positions, score_rows
 from pocketquant.eval.packs.pack import Floor
 from pocketquant.formats import F32Array
@@ -45,6 +47,27 @@ class FloorMeter:
         self._is_misleading |= bool((own["is_finite_model"] != own["is_finite_reference"]).any())
         for kept, scored in ((self._own, own), (self._whole, whole), (self._seen, seen)):
             kept.append(np.maximum(scored["kld_nats"][is_finite], 0.0))
+
+    def state(self) -> dict[str, Any]:
+        """All that was measured, for JSON; `take_up` goes on from it, to the same floor."""
+        lists = {name: np.concatenate([*kept, np.zeros(0)]).tolist() for name, kept in self._lists().items()}
+        return {**lists, "groups": self._n_group, "is_misleading": self._is_misleading}
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what another one had measured.
+
+        Raises:
+            EvalError: it is none of that.
+        """
+        try:
+            for name, kept in self._lists().items():
+                kept[:] = [np.array(state[name], np.float64).reshape(-1)]
+            self._n_group, self._is_misleading = int(state["groups"]), bool(state["is_misleading"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvalError(f"what was saved of the pack's floor cannot be read ({error}); begin anew") from error
+
+    def _lists(self) -> dict[str, list[npt.NDArray[np.float64]]]:
+        return {"own": self._own, "whole": self._whole, "seen": self._seen}
 
     def floor(self) -> Floor:
         """What was found; infinitely far where the pack and the reference differ in which positions are finite."""
