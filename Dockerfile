@@ -7,7 +7,8 @@
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
-# The compiler is not pinned: Debian keeps only the newest of a release. cmake and ninja come with the build from PyPI.
+# Not pinned: Debian keeps only the newest of a release. cmake and ninja come with the build, from PyPI. python3-venv is
+# for a BASE whose Python is Debian's own; the official image uses its own Python all the same.
 # hadolint ignore=DL3008
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends g++ python3-venv && \
@@ -36,8 +37,7 @@ RUN apt-get update && \
 COPY --from=build /opt/pocketquant /opt/pocketquant
 # Compiled kernels and the trial of llama.cpp's are kept in /cache: a volume there saves ten seconds of each start.
 ENV PATH="/opt/pocketquant/bin:${PATH}" \
-    XDG_CACHE_HOME=/cache \
-    PYTHONUNBUFFERED=1
+    XDG_CACHE_HOME=/cache
 LABEL org.opencontainers.image.title="pocketquant" \
       org.opencontainers.image.description="Qwen3.5 checkpoints in, small GGUF files out, with the numbers of what quantization cost" \
       org.opencontainers.image.licenses="Apache-2.0"

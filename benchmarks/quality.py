@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,10 @@ from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.gguf_file.writing import write
 from pocketquant.model import Model, Plan
 from pocketquant.quant import open_recipe, plan
-from pocketquant.quant.allocation import Target, plan_to_target
+from pocketquant.quant.choosing import Choice, Target
 from pocketquant.quant.loss_table import LossTable, read_figures, write_losses
 from pocketquant.quant.prediction import predict_losses
-from pocketquant.quant.rounding.encoding import STEPS, rounding_metadata, with_rounding
-from pocketquant.quant.rounding.rows import Rounding
+from pocketquant.quant.rounding.encoding import STEPS
 from pocketquant.quant.sensitivity import Sensitivity
 from pocketquant.texts.corpus import Text
 
@@ -114,29 +113,25 @@ class Bench:
 def plan_ours(bench: Bench, nbytes: int, steps: str, gradients: bool) -> Plan:
     """The file of at most so many bytes that is predicted to lose least when rounded by these steps."""
     table = bench.table(steps, gradients)
+    choice = Choice(target=Target(nbytes), figures=table, device=bench.device)
     if steps == "none":
-        return plan_to_target(bench.model, Target(nbytes), table, bench.importance, device=bench.device).plan
-    options = _options(steps, gradients)
-    extra = rounding_metadata(bench.statistics, options)
-    made = plan_to_target(bench.model, Target(nbytes), table, None, extra, device=bench.device)
-    return with_rounding(made.plan, bench.statistics, options)
-
-
-def _options(steps: str, gradients: bool) -> Rounding:
-    return STEPS[steps if gradients or steps != "two-sided" else "descent"]
+        return plan(bench.model, choice, bench.importance)
+    steps = steps if gradients or steps != "two-sided" else "descent"
+    return plan(bench.model, replace(choice, statistics=bench.statistics, steps=steps))
 
 
 def plan_with_prior(bench: Bench, nbytes: int) -> Plan:
     """The same without any statistics or runs of this model."""
-    figures = read_figures(bench.sensitivity)
-    return plan_to_target(bench.model, Target(nbytes), figures, bench.importance, device=bench.device).plan
+    choice = Choice(target=Target(nbytes), figures=read_figures(bench.sensitivity), device=bench.device)
+    return plan(bench.model, choice, bench.importance)
 
 
 def plan_recipe(bench: Bench, recipe: str, steps: str) -> Plan:
     """A recipe's types in our own rounding."""
     if steps == "none":
         return plan(bench.model, open_recipe(recipe), bench.importance)
-    return with_rounding(plan(bench.model, open_recipe(recipe)), bench.statistics, STEPS[steps])
+    choice = Choice(open_recipe(recipe), statistics=bench.statistics, steps=steps, keep_types=True)
+    return plan(bench.model, choice)
 
 
 def score(bench: Bench, path: Path, kind: str) -> dict[str, Any]:

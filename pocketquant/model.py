@@ -16,15 +16,19 @@ The words for dimensions, used in tables, docstrings and errors:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pocketquant.files.reading import digest_file
 from pocketquant.files.unchanged import FileState
 from pocketquant.formats import F32Array, QuantFormat, U8Array
 
@@ -133,6 +137,7 @@ class Model:
         sizes: the dimension words above -> numbers.
         notes: what was left out or changed on the way in, for people.
         files: the files that it was opened from, as they were then.
+        origin: what tells weights that no local file of `files` holds from others: addresses, commits and ETags.
     """
 
     architecture: str
@@ -141,6 +146,7 @@ class Model:
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
     files: tuple[FileState, ...] = ()
+    origin: tuple[str, ...] = ()
 
     @property
     def n_weights(self) -> int:
@@ -193,6 +199,24 @@ class RowEncoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """How well a plan meets the size that was asked for, and what it is predicted to lose.
+
+    Attributes:
+        target: the size, in words.
+        fill: the part of it that the plan uses.
+        predicted_loss: KL divergence in nats a token, of all tensors together.
+        least_loss: no plan within the target is predicted to lose less; equal to `predicted_loss` but for problems
+            made to be hard.
+    """
+
+    target: str
+    fill: float
+    predicted_loss: float
+    least_loss: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """An output file, decided.
 
@@ -201,6 +225,8 @@ class Plan:
         importance: tensor name -> f32[n_cols] (or f32[n_expert, n_cols]) used in rounding.
         rounding: tensor name -> who encodes it, where not the format's own encoder does.
         files: the files that it is made from, as they were when they were opened; `pipeline` compares them at the end.
+        origin: as the model's.
+        allocation: how well it meets a size that was asked for; None where a recipe decided the types.
     """
 
     metadata: Mapping[str, Value]
@@ -209,6 +235,27 @@ class Plan:
     importance: Mapping[str, F32Array]
     rounding: Mapping[str, RowEncoder] = field(default_factory=dict)
     files: tuple[FileState, ...] = ()
+    origin: tuple[str, ...] = ()
+    allocation: Allocation | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that shapes the file's bytes: plans with one digest become one file.
+
+        That is the header, which says every type, how the rounding was done and by which version; the importance; and
+        the files that it is made from, statistics among them, told apart by samples of their content, wherever they
+        lie. Reads up to 16 MiB of each file once.
+
+        Raises:
+            SourceError: a file cannot be read any more.
+        """
+        shaped_by = [
+            hashlib.sha256(self.header).hexdigest(),
+            {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.importance.items()},
+            sorted(digest_file(state.path) for state in self.files),
+            self.origin,
+        ]
+        return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()
 
     @property
     def file_bytes(self) -> int:
@@ -233,6 +280,7 @@ def padded(nbytes: int) -> int:
 
 __all__ = [
     "ALIGNMENT",
+    "Allocation",
     "Model",
     "Plan",
     "PlannedTensor",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import numpy.typing as npt
 
 from pocketquant.calibration.importance import ImportanceSums
 from pocketquant.errors import EvalError, listing
-from pocketquant.files.reading import states_of
+from pocketquant.files.reading import digest_file, states_of
 from pocketquant.files.replacing import replacing
 from pocketquant.files.small import open_regular
 from pocketquant.files.small import read_text as read_utf8
@@ -225,18 +224,6 @@ def cut_windows(path: str | Path, runtime: Runtime, context: int, chunks: int | 
     if runtime.bos is not None:
         windows[:, 0] = runtime.bos
     return Calibration(Path(path).name, windows)
-
-
-def digest_file(path: Path) -> str:
-    """Digest of a file's size and of 256 pieces of it: enough to tell one model from another, whatever its size."""
-    piece = 1 << 16
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(str(size).encode())
-        for i in range(256):
-            file.seek(max(size - piece, 0) * i // 255)
-            digest.update(file.read(piece))
-    return digest.hexdigest()
 
 
 class _Kept:

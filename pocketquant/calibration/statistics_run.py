@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.calibration.hessian import MAX_GROUPS, HeadSums, MomentSums, Share, group_rows
-from pocketquant.calibration.imatrix import SELF, SELF_CHUNKS, cut_windows, digest_file, read_text, sample_windows
+from pocketquant.calibration.imatrix import SELF, SELF_CHUNKS, cut_windows, read_text, sample_windows
 from pocketquant.calibration.saved_sums import SavedSums
 from pocketquant.calibration.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
 from pocketquant.calibration.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
 from pocketquant.errors import ArchitectureError, EvalError
-from pocketquant.files.reading import states_of
+from pocketquant.files.reading import digest_file, states_of
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.opening import open_unfused
 from pocketquant.llama.observing import Observer

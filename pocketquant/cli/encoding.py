@@ -25,7 +25,7 @@ from pocketquant.cli.options import (
     Threads,
 )
 from pocketquant.cli.planning import Request, run
-from pocketquant.cli.sizing import Sizing, read_sizing
+from pocketquant.cli.sizing import Deciding
 
 
 def convert(
@@ -51,7 +51,7 @@ def convert(
         Request(
             source,
             out,
-            Sizing(type.lower()),
+            Deciding(recipe=type.lower()),
             chat_template=chat_template,
             adapter=adapter,
             mtp=mtp,
@@ -120,20 +120,18 @@ def quantize(
         Request(
             source,
             out,
-            read_sizing(
-                recipe,
-                target_size,
-                target_bpw,
-                sensitivity,
-                explain,
-                stats=stats,
-                rounding=rounding,
+            Deciding(
+                recipe=recipe,
+                target_size=target_size,
+                target_bpw=target_bpw,
+                sensitivity=sensitivity,
+                explain=explain,
                 device=device,
                 keep_types=keep_types,
+                imatrix=imatrix,
+                stats=stats,
+                rounding=rounding,
             ),
-            imatrix=imatrix,
-            stats=stats,
-            rounding=rounding,
             chat_template=chat_template,
             adapter=adapter,
             mtp=mtp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,10 +27,10 @@ from pocketquant.cli.options import (
     Stats,
     Threads,
 )
-from pocketquant.cli.planning import encoding_on, open_source, read_rounding
+from pocketquant.cli.planning import encoding_on, open_source
 from pocketquant.cli.report import command_words
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
-from pocketquant.cli.sizing import choice_of
+from pocketquant.cli.sizing import Deciding, read_choices
 
 
 def make(
@@ -81,6 +82,7 @@ def make(
     from pocketquant.release.make import (
         DEFAULT_RECIPES,
         Bars,
+        Settings,
         calibration_text,
         list_outputs,
         make_release,
@@ -93,24 +95,25 @@ def make(
         raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
     if reference_type not in ("f32", "bf16"):
         raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
-    names, rounded = recipe or DEFAULT_RECIPES, read_rounding(stats, rounding)
-    release = plan_release(
-        source,
-        recipes=[choice_of(name, None, None, None, stats, rounding, rounded) for name in names] if stats else names,
-        text=read_texts(text) if text else None,
+    matrix = None if imatrix in (None, "none") else Path(imatrix)
+    shared = Deciding(imatrix=matrix, stats=stats, rounding=rounding)
+    settings = Settings(
+        texts=tuple(read_texts(text)) if text else (),
         context=context,
         chunks=chunks,
         positions=positions,
-        imatrix=None if imatrix in (None, "none") else Path(imatrix),
         calibrate=(calibrate or calibration_text()) if imatrix is None else None,
         calibrate_chunks=calibrate_chunks,
         reference_type=reference_type,
-        parts=open_source(source, chat_template, keep_source, adapter, mtp, mmproj),
         mmproj=mmproj,
         split_bytes=parse_size(split_max_size) if split_max_size else None,
     )
+    choices = read_choices([replace(shared, recipe=name) for name in recipe or DEFAULT_RECIPES])
+    parts = open_source(source, chat_template, keep_source, adapter, mtp, mmproj)
+    with step_progress("predicting", quiet=quiet) as advance:
+        release = plan_release(source, choices, settings, parts=parts, progress=advance)
     made_from = [source, imatrix, stats, calibrate, chat_template, adapter, *(recipe or [])]
-    read = [*made_from, *(each.path for each in release.texts)]
+    read = [*made_from, *(each.path for each in release.settings.texts)]
     refuse_overwriting(list_outputs(release, out), read, makes_folder=True)
     for note in release.model.notes:
         say(f"note: {note}", quiet=quiet)

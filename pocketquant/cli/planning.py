@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pocketquant.cli.screen import byte_progress, print_json, print_lines, print_table, say, size
-from pocketquant.cli.sizing import Sizing, explain_plan, plan_sized, print_explanation
+from pocketquant.cli.screen import byte_progress, print_json, print_lines, print_table, say, size, step_progress
+from pocketquant.cli.sizing import Deciding, print_explanation, read_choice, say_allocation
 
 if TYPE_CHECKING:
     from pocketquant.convert.sources import Parts
     from pocketquant.gguf_file.writing import Run
-    from pocketquant.model import Plan
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,7 @@ class Request:
 
     source: str
     out: Path | None
-    sizing: Sizing
-    imatrix: Path | None = None
-    stats: Path | None = None
-    rounding: str | None = None
+    deciding: Deciding
     chat_template: Path | None = None
     adapter: Path | None = None
     mtp: str = "sidecar"
@@ -48,16 +44,12 @@ def run(request: Request) -> None:
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.gguf_file.shards import parse_size
     from pocketquant.gguf_file.writing import write_together
-    from pocketquant.quant import open_recipe, read_importance
+    from pocketquant.quant import explain, with_figures
     from pocketquant.quant.planning import importance_gaps
-    from pocketquant.release.outputs import all_files, default_mmproj_recipe, plan_outputs
+    from pocketquant.release.outputs import all_files, plan_outputs
 
-    quiet, sizing = request.quiet, request.sizing
-    made_from = [
-        request.source,
-        sizing.recipe.removeprefix("from:"),
-        *(request.imatrix, request.stats, sizing.sensitivity, request.chat_template, request.adapter),
-    ]
+    quiet = request.quiet
+    made_from = [request.source, *request.deciding.files, request.chat_template, request.adapter]
     if request.out:
         refuse_overwriting([request.out], made_from)
     if request.scheduler and request.threads:
@@ -66,26 +58,21 @@ def run(request: Request) -> None:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
     if quiet:  # the hub's client draws bars of its own
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    importance = read_importance(request.imatrix) if request.imatrix else None
-    rounded = read_rounding(request.stats, request.rounding)
+    choice = read_choice(request.deciding)
     parts = open_source(
         request.source, request.chat_template, request.keep_source, request.adapter, request.mtp, request.mmproj
     )
     for note in parts.model.notes:
         say(f"note: {note}", quiet=quiet)
     out = request.out or Path("model.gguf")
-    recipe = open_recipe(sizing.recipe)
-    outputs = plan_outputs(
-        parts,
-        out,
-        recipe,
-        lambda model: rounded(plan_sized(model, sizing, importance, quiet=quiet)),
-        request.mmproj or default_mmproj_recipe(recipe.name),
-        parse_size(request.split_max_size) if request.split_max_size else None,
-        importance,
-    )
+    if choice.is_allocated or request.deciding.explain:
+        with step_progress("predicting", quiet=quiet) as advance:
+            choice = with_figures(parts.model, choice, advance)
+    split_bytes = parse_size(request.split_max_size) if request.split_max_size else None
+    outputs = plan_outputs(parts, out, choice, request.mmproj, split_bytes)
     planned = outputs[0].plan
-    gaps = importance_gaps(planned) if importance else ()
+    say_allocation(planned, quiet=quiet)
+    gaps = importance_gaps(planned) if choice.importance else ()
     for gap in gaps:
         say(f"note: {gap}", quiet=quiet)
     entries = [
@@ -105,8 +92,9 @@ def run(request: Request) -> None:
         ],
         "tensors": entries,
     }
-    explanation = explain_plan(planned, parts.model, sizing)
-    if explanation:
+    explanation = None
+    if request.deciding.explain and choice.figures is not None:
+        explanation = explain(planned, parts.model, choice.figures, choice.device)
         summary["explain"] = explanation.to_json()
     files = all_files(outputs)
     if request.out:
@@ -134,23 +122,6 @@ def run(request: Request) -> None:
             print_lines(f"{path.name}: {part.file_bytes:,} bytes, {len(part.tensors)} tensors")
     if explanation:
         print_explanation(explanation)
-
-
-def read_rounding(stats: Path | None, steps: str | None) -> Callable[[Plan], Plan]:
-    """What `--stats` and `--rounding` make of a plan."""
-    if stats is None:
-        if steps not in (None, "none"):
-            raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
-        return lambda planned: planned
-    from pocketquant.calibration.statistics import open_statistics
-    from pocketquant.quant.rounding.encoding import STEPS, with_rounding
-
-    if steps == "none":
-        return lambda planned: planned
-    if steps is not None and steps not in STEPS:
-        raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")
-    statistics, options = open_statistics(stats), STEPS[steps or "two-sided"]
-    return lambda planned: with_rounding(planned, statistics, options)
 
 
 @contextmanager

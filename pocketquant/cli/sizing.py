@@ -1,187 +1,151 @@
-"""`quantize --target-size` and `--explain`, and `recipe list` and `recipe show`."""
+"""Options that decide a file's types and rounding, what was decided in words, and `recipe list` and `recipe show`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pocketquant.cli.group import Commands
-from pocketquant.cli.screen import print_json, print_lines, print_table, say, step_progress
+from pocketquant.cli.options import RoundingSteps, Stats
+from pocketquant.cli.screen import print_json, print_lines, print_table, say
 
 if TYPE_CHECKING:
-    from pocketquant.model import Model, Plan, Value
-    from pocketquant.quant import Importance, Sensitivity
-    from pocketquant.quant.allocation import Target
+    from pocketquant.model import Plan
+    from pocketquant.quant import Choice, Target
     from pocketquant.quant.explain import Change, Explanation
-    from pocketquant.quant.loss_table import LossTable
-    from pocketquant.quant.rounding import Rounding
-    from pocketquant.release.planning import Choice, Rounder
-
-DEFAULT_RECIPE = "pocket_4bit"
-POCKET = ("pocket_4bit", "pocket_5bit", "pocket_8bit")
-"""Recipes that are a size: statistics choose better types within their bytes."""
 
 
 @dataclass(frozen=True)
-class Sizing:
-    """What decides the formats: a recipe, or a target with figures to predict with; and whether to explain them.
+class Deciding:
+    """Options that decide a file's types and how its weights are rounded."""
 
-    Attributes:
-        stats, rounding: as `quantize` has them; they predict what the rounding will lose.
-        device: what the file is for.
-        keep_types: take a recipe's types as they are, though statistics could choose better ones.
-    """
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="Built-in recipe, a TOML file, or from:FILE.gguf for another file's types; default: pocket_4bit.",
+        ),
+    ] = None
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", metavar="SIZE", help="Least predicted loss in a file of 2.95GB, 700MB, 1.5GiB."),
+    ] = None
+    target_bpw: Annotated[
+        float | None, typer.Option("--target-bpw", metavar="BITS", help="The same for bits per weight: 4.8.")
+    ] = None
+    sensitivity: Annotated[
+        Path | None, typer.Option("--sensitivity", metavar="FILE", help="Measured sensitivities to predict with.")
+    ] = None
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what each role takes, loses, and would lose in the next type.")
+    ] = False
+    device: Annotated[
+        str, typer.Option("--device", metavar="phone|any", help="Types to choose from: those fast on phones, or all.")
+    ] = "phone"
+    keep_types: Annotated[
+        bool, typer.Option("--keep-types", help="A pocket recipe's own types, though --stats could choose better ones.")
+    ] = False
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
+    ] = None
+    stats: Stats = None
+    rounding: RoundingSteps = None
 
-    recipe: str
-    target: Target | None = None
-    sensitivity: Path | None = None
-    explain: bool = False
-    stats: Path | None = None
-    rounding: str | None = None
-    device: str = "phone"
-    keep_types: bool = False
+    @property
+    def files(self) -> list[Path | str | None]:
+        """What must not be written over."""
+        recipe = self.recipe.removeprefix("from:") if self.recipe else None
+        return [recipe, self.imatrix, self.stats, self.sensitivity]
 
 
-def read_sizing(
-    recipe: str | None,
-    target_size: str | None,
-    target_bpw: float | None,
-    sensitivity: Path | None,
-    explain: bool,
-    *,
-    stats: Path | None = None,
-    rounding: str | None = None,
-    device: str = "phone",
-    keep_types: bool = False,
-) -> Sizing:
-    """Checks what the options say together."""
+def read_choice(given: Deciding) -> Choice:
+    """Checks what the options say together, and opens the files that they name."""
+    return read_choices([given])[0]
+
+
+def read_choices(options: Sequence[Deciding]) -> list[Choice]:
+    """A choice for each; a file that several of them name is opened once."""
+    from pocketquant.calibration.statistics import open_statistics
+    from pocketquant.quant import Choice, open_recipe, read_importance
+    from pocketquant.quant.choosing import DEFAULT_RECIPE
+    from pocketquant.quant.loss_table import read_figures
+
+    opened: dict[tuple[str, Path], Any] = {}
+
+    def read(what: str, path: Path | None, how: Callable[[Path], Any]) -> Any:
+        if path is None:
+            return None
+        if (what, path) not in opened:
+            opened[what, path] = how(path)
+        return opened[what, path]
+
+    targets = [_check_options(given) for given in options]
+    return [
+        Choice(
+            recipe=open_recipe(given.recipe or DEFAULT_RECIPE),
+            target=target,
+            importance=read("importance", given.imatrix, read_importance),
+            statistics=read("statistics", given.stats, open_statistics),
+            steps=given.rounding or Choice.steps,
+            figures=read("figures", given.sensitivity, read_figures),
+            device=given.device,
+            keep_types=given.keep_types,
+        )
+        for given, target in zip(options, targets, strict=True)
+    ]
+
+
+def _check_options(given: Deciding) -> Target | None:
+    """Checks what the options say together; gives the target that they name."""
+    from pocketquant.quant.allocation import DEVICES
+    from pocketquant.quant.choosing import NO_STEPS
+    from pocketquant.quant.rounding.encoding import STEPS
+
+    target = _read_target(given)
+    if given.sensitivity is not None and target is None and given.stats is None and not given.explain:
+        raise typer.BadParameter("goes with --target-size, --target-bpw or --explain", param_hint="--sensitivity")
+    if given.device not in DEVICES:
+        raise typer.BadParameter(f"{' or '.join(DEVICES)}", param_hint="--device")
+    if given.stats is None and given.rounding not in (None, NO_STEPS):
+        raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
+    if given.rounding not in (None, NO_STEPS, *STEPS):
+        raise typer.BadParameter(f"{NO_STEPS}, {', '.join(STEPS)}", param_hint="--rounding")
+    return target
+
+
+def _read_target(given: Deciding) -> Target | None:
     from pocketquant.gguf_file.shards import parse_size
-    from pocketquant.quant.allocation import DEVICES, Target
+    from pocketquant.quant import Target
 
-    given = {"--recipe": recipe, "--target-size": target_size, "--target-bpw": target_bpw}
-    used = [name for name, value in given.items() if value is not None]
+    options = {"--recipe": given.recipe, "--target-size": given.target_size, "--target-bpw": given.target_bpw}
+    used = [name for name, value in options.items() if value is not None]
     if len(used) > 1:
         raise typer.BadParameter(f"{' and '.join(used)} both decide the types: give one", param_hint=used[1])
-    if sensitivity is not None and target_size is None and target_bpw is None and stats is None and not explain:
-        raise typer.BadParameter("goes with --target-size, --target-bpw or --explain", param_hint="--sensitivity")
-    if device not in DEVICES:
-        raise typer.BadParameter(f"{' or '.join(DEVICES)}", param_hint="--device")
-    target = None
-    if target_size is not None:
-        target = Target(file_bytes=parse_size(target_size))
-    elif target_bpw is not None:
-        target = Target(bits_per_weight=target_bpw)
-    return Sizing(recipe or DEFAULT_RECIPE, target, sensitivity, explain, stats, rounding, device, keep_types)
+    if given.target_size is not None:
+        return Target(file_bytes=parse_size(given.target_size))
+    return None if given.target_bpw is None else Target(bits_per_weight=given.target_bpw)
 
 
-def plan_sized(model: Model, sizing: Sizing, importance: Importance | None, *, quiet: bool) -> Plan:
-    """The plan that the options ask for; says how near it comes to a target, and what is not certain."""
-    from pocketquant.quant import open_recipe, plan
-    from pocketquant.quant.allocation import CLOSE_ENOUGH, Target, plan_to_target
+def say_allocation(planned: Plan, *, quiet: bool) -> None:
+    """How near a plan comes to a size that was asked for, and what is not certain."""
+    from pocketquant.quant.allocation import CLOSE_ENOUGH
 
-    target, name = sizing.target, None
-    if target is None and (sizing.stats is None or sizing.keep_types or sizing.recipe not in POCKET):
-        return plan(model, open_recipe(sizing.recipe), importance)
-    extra = _rounding_metadata(sizing)
-    if target is None:
-        size = plan(model, open_recipe(sizing.recipe), importance, extra).file_bytes
-        target, name = Target(file_bytes=size), sizing.recipe
-    figures = read_predictions(model, sizing, quiet=quiet)
-    made = plan_to_target(model, target, figures, importance, extra, device=sizing.device, recipe_name=name)
-    line = f"{100 * made.fill:.2f} % of {target}, predicted loss {made.predicted_loss:.5f} nats a token"
+    made = planned.allocation
+    if made is None:
+        return
+    line = f"{100 * made.fill:.2f} % of {made.target}, predicted loss {made.predicted_loss:.5f} nats a token"
     if made.fill < 1 - CLOSE_ENOUGH:
         line += "; the formats allow no plan that is nearer and loses less"
     if made.least_loss < made.predicted_loss:
         gap = 1 - made.least_loss / made.predicted_loss
         line += f"; the search ended early: a plan that loses up to {100 * gap:.2g} % less may exist"
     say(line, quiet=quiet)
-    return made.plan
-
-
-def choice_of(
-    recipe: str | None,
-    target_size: str | None,
-    target_bpw: float | None,
-    sensitivity: Path | None,
-    stats: Path | None,
-    rounding: str | None,
-    rounded: Rounder,
-) -> Choice:
-    """What plans one file, as `quantize` does with the same options."""
-    from pocketquant.quant import open_recipe
-    from pocketquant.release.planning import Choice
-
-    is_target = recipe is None
-    sizing = read_sizing(
-        recipe, target_size, target_bpw, sensitivity if is_target else None, False, stats=stats, rounding=rounding
-    )
-
-    def plan_it(model: Model, importance: Importance | None) -> Plan:
-        return rounded(plan_sized(model, sizing, importance, quiet=True))
-
-    return Choice(open_recipe(sizing.recipe), plan_it)
-
-
-def _rounding_metadata(sizing: Sizing) -> Mapping[str, Value]:
-    """What the rounding will add to the file's metadata, so that the size is decided with it."""
-    if sizing.stats is None or sizing.rounding == "none":
-        return {}
-    from pocketquant.calibration.statistics import open_statistics
-    from pocketquant.quant.rounding.encoding import rounding_metadata
-
-    return rounding_metadata(open_statistics(sizing.stats), _rounding(sizing))
-
-
-def read_predictions(model: Model, sizing: Sizing, *, quiet: bool) -> Sensitivity | LossTable:
-    """What to predict with: the file that was named, else the statistics, else what comes with the package."""
-    from pocketquant.quant.loss_table import LossTable, read_figures
-    from pocketquant.quant.prediction import predict_losses
-
-    figures = read_figures(sizing.sensitivity)
-    if sizing.stats is None or isinstance(figures, LossTable):
-        return figures
-    from pocketquant.calibration.statistics import fingerprint, open_statistics
-
-    key = (sizing, fingerprint(model))
-    if key in _predicted:
-        return _predicted[key]
-    options = None if sizing.rounding == "none" else _rounding(sizing)
-    with step_progress("predicting", quiet=quiet) as advance:
-        _predicted[key] = predict_losses(
-            model,
-            open_statistics(sizing.stats),
-            rounding=options,
-            sensitivity=figures,
-            activations=True,
-            progress=advance,
-        )
-    return _predicted[key]
-
-
-_predicted: dict[tuple[Sizing, str], LossTable] = {}
-"""A plan and its explanation take the same; making one can take hours."""
-
-
-def _rounding(sizing: Sizing) -> Rounding:
-    from pocketquant.quant.rounding.encoding import STEPS
-
-    steps = sizing.rounding or "two-sided"
-    if steps not in STEPS:
-        raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")
-    return STEPS[steps]
-
-
-def explain_plan(planned: Plan, model: Model, sizing: Sizing) -> Explanation | None:
-    """The explanation, if it was asked for."""
-    from pocketquant.quant.explain import explain
-
-    if not sizing.explain:
-        return None
-    return explain(planned, model, read_predictions(model, sizing, quiet=True), sizing.device)
 
 
 def print_explanation(explanation: Explanation) -> None:
@@ -244,17 +208,3 @@ def show_recipe(
     from pocketquant.quant.recipe_text import format_recipe
 
     print(format_recipe(open_recipe(name)), end="")
-
-
-__all__ = [
-    "DEFAULT_RECIPE",
-    "POCKET",
-    "Sizing",
-    "choice_of",
-    "explain_plan",
-    "plan_sized",
-    "print_explanation",
-    "read_predictions",
-    "read_sizing",
-    "recipe_app",
-]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pocketquant.cli.planning import encoding_on, open_source, read_rounding
+from pocketquant.cli.planning import encoding_on, open_source
 from pocketquant.cli.report import command_words
 from pocketquant.cli.screen import byte_progress, print_json, say, size, step_progress
-from pocketquant.cli.sizing import choice_of
+from pocketquant.cli.sizing import Deciding, read_choices
 
 
 def sweep(
@@ -85,7 +86,7 @@ def sweep(
     """Measure several recipes or sizes against one reference; an interrupted sweep goes on where it was."""
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.release.measuring import REPORTS, Bars, Means, to_markdown
-    from pocketquant.release.planning import calibration_text, plan_release
+    from pocketquant.release.planning import Settings, calibration_text, plan_release
     from pocketquant.release.sweep import KEEP, plan_sweep, run_sweep
     from pocketquant.texts.embedded import read_texts
 
@@ -95,30 +96,30 @@ def sweep(
         raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
     if keep not in KEEP:
         raise typer.BadParameter(" or ".join(KEEP), param_hint="--keep")
-    rounded = read_rounding(stats, rounding)
-    options: list[tuple[str | None, str | None, float | None]] = [(name, None, None) for name in recipe or []]
-    options += [(None, wanted, None) for wanted in target_size or []]
-    options += [(None, None, bits) for bits in target_bpw or []]
+    matrix = None if imatrix in (None, "none") else Path(imatrix)
+    shared = Deciding(imatrix=matrix, stats=stats, rounding=rounding)
+    sized = replace(shared, sensitivity=sensitivity)
+    options = [replace(shared, recipe=name) for name in recipe or []]
+    options += [replace(sized, target_size=wanted) for wanted in target_size or []]
+    options += [replace(sized, target_bpw=bits) for bits in target_bpw or []]
     if not options:
         raise typer.BadParameter("name what to compare: --recipe, --target-size or --target-bpw", param_hint="--recipe")
-    choices = [choice_of(*option, sensitivity, stats, rounding, rounded) for option in options]
-    release = plan_release(
-        source,
-        recipes=choices,
-        text=read_texts(text) if text else None,
+    settings = Settings(
+        texts=tuple(read_texts(text)) if text else (),
         context=context,
         chunks=chunks,
         positions=positions,
-        imatrix=None if imatrix in (None, "none") else Path(imatrix),
         calibrate=(calibrate or calibration_text()) if imatrix is None else None,
         calibrate_chunks=calibrate_chunks,
         reference_type=reference_type,
-        parts=open_source(source, None, keep_source, adapter, "drop", "none"),
     )
+    parts = open_source(source, None, keep_source, adapter, "drop", "none")
+    with step_progress("predicting", quiet=quiet) as advance:
+        release = plan_release(source, read_choices(options), settings, parts=parts, progress=advance)
     made_from = [source, imatrix, stats, calibrate, sensitivity, reference, adapter, *(recipe or [])]
     written = [out / name for name in (*(each.name for each in release.variants), *REPORTS)]
-    refuse_overwriting(written, [*made_from, *(each.path for each in release.texts)], makes_folder=True)
-    planned = plan_sweep(release, pack=reference, keep=keep, statistics=stats)
+    refuse_overwriting(written, [*made_from, *(each.path for each in release.settings.texts)], makes_folder=True)
+    planned = plan_sweep(release, pack=reference, keep=keep)
     missing = planned.missing(out)
     for variant in release.variants:
         known = "to measure" if variant in missing else "measured already"

@@ -117,7 +117,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
         **read_tokenizer(folder, sizes["n_vocab"], config, notes),
     }
     files = (*snapshot.files, *(adapter.files if adapter is not None else ()))
-    return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files)
+    return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files, snapshot.origin)
 
 
 def _refuse_adapter_inside(snapshot: Snapshot, adapter: Adapter | None) -> None:

@@ -71,7 +71,7 @@ def named_snapshot(
         link = Path(temporary) / name
         link.symlink_to(folder.resolve(), target_is_directory=True)
         try:
-            yield Snapshot(link, weights, entries)
+            yield Snapshot(link, weights, entries, origin=tuple(repr(weights[name]) for name in sorted(weights)))
         except Exception as error:
             if error.args and isinstance(error.args[0], str) and str(link) in error.args[0]:
                 error.args = (error.args[0].replace(str(link), label), *error.args[1:])

@@ -25,6 +25,7 @@ class Snapshot:
         entries: names of everything in the folder or repository, from `list_entries` or `top_level`.
         is_one_file: the source was one safetensors file by its name, so nobody asked for others beside it.
         files: all local files, as they were when the folder was opened.
+        origin: what tells the weights of a repository from others; a local folder's `files` do.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Snapshot:
     entries: tuple[str, ...] = ()
     is_one_file: bool = False
     files: tuple[FileState, ...] = ()
+    origin: tuple[str, ...] = ()
 
 
 def local_snapshot(path: Path) -> Snapshot:

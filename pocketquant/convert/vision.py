@@ -131,7 +131,7 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
     settings = {**vision_config, **read_pixel_scaling(folder)}
     described = describe_folder(folder, sum(prod(tensor.shape) for tensor in tensors), notes)
     metadata = model_metadata(QWEN35_VISION, settings, sizes, described) | {"general.type": Value("str", "mmproj")}
-    return Model(QWEN35_VISION.name, metadata, tensors, sizes, tuple(notes), source.files)
+    return Model(QWEN35_VISION.name, metadata, tensors, sizes, tuple(notes), source.files, source.origin)
 
 
 def read_pixel_scaling(folder: Path) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ of a signal.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def sha256_of(path: Path) -> str:
     with open_regular(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's size and of 256 pieces of it: enough to tell one model from another, whatever its size."""
+    piece = 1 << 16
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(256):
+            file.seek(max(size - piece, 0) * i // 255)
+            digest.update(file.read(piece))
     return digest.hexdigest()
 
 

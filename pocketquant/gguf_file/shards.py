@@ -71,9 +71,7 @@ def split_plan(plan: Plan, target: Path, max_bytes: int | None) -> list[tuple[Pl
         for item in items[start:stop]:
             tensors.append(replace(item, offset=offset))
             offset += padded(item.nbytes)
-        shards.append(
-            Plan(metadata, tuple(tensors), encode_header(metadata, tensors), plan.importance, plan.rounding, plan.files)
-        )
+        shards.append(replace(plan, metadata=metadata, tensors=tuple(tensors), header=encode_header(metadata, tensors)))
     return list(zip(shards, shard_paths(target, len(shards)), strict=True))
 
 

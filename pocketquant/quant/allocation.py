@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from pocketquant.architectures.qwen35_mtp import MTP_LEAST
-from pocketquant.calibration.importance import Importance
 from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS, offered_formats
-from pocketquant.model import Model, Plan, Role, Tensor, Value, padded
+from pocketquant.model import Allocation, Model, Plan, Role, Tensor, Value, padded
+from pocketquant.quant.applying import apply_recipe
+from pocketquant.quant.choosing import Choice, Target
 from pocketquant.quant.knapsack import MOST_LOSS, select
 from pocketquant.quant.loss_table import LossTable
-from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
-from pocketquant.quant.sensitivity import Prediction, Sensitivity, read_sensitivity
+from pocketquant.quant.sensitivity import Prediction, read_sensitivity
 
 FORMATS_ON_OFFER = tuple(item.name for item in offered_formats())
 """By ascending size. By figures of other models, IQ4_NL is offered only where a row does not fit the others."""
@@ -45,27 +45,6 @@ CLOSE_ENOUGH = 0.005
 
 
 @dataclass(frozen=True)
-class Target:
-    """What the user asks for, one of the two: bytes of the whole file, or bits per weight of its tensors."""
-
-    file_bytes: int | None = None
-    bits_per_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.file_bytes is None) == (self.bits_per_weight is None):
-            raise RecipeError("give one target: a size or bits per weight")
-        if (self.file_bytes or self.bits_per_weight or 0) <= 0:
-            raise RecipeError(f"a target of {self}: must be above 0")
-
-    def __str__(self) -> str:
-        return f"{self.bits_per_weight:g} bits per weight" if self.file_bytes is None else f"{self.file_bytes:,} bytes"
-
-    @property
-    def recipe_name(self) -> str:
-        return f"target-{self.bits_per_weight:g}bpw" if self.file_bytes is None else f"target-{self.file_bytes}"
-
-
-@dataclass(frozen=True)
 class Options:
     """The formats that one place can have, by ascending size, with the bytes and the predicted loss of each."""
 
@@ -73,30 +52,6 @@ class Options:
     formats: tuple[str, ...]
     nbytes: tuple[int, ...]
     loss: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """A plan made to a target.
-
-    Attributes:
-        predicted_loss: nats a token, of all tensors together.
-        least_loss: no plan within the target is predicted to lose less; equal to `predicted_loss` but for problems
-            made to be hard.
-    """
-
-    target: Target
-    recipe: Recipe
-    plan: Plan
-    predicted_loss: float
-    least_loss: float
-
-    @property
-    def fill(self) -> float:
-        """The part of the target that the plan uses."""
-        if self.target.file_bytes is not None:
-            return self.plan.file_bytes / self.target.file_bytes
-        return self.plan.bits_per_weight / (self.target.bits_per_weight or 1)
 
 
 def list_options(model: Model, prediction: Prediction | LossTable, device: str = "phone") -> list[Options]:
@@ -146,49 +101,57 @@ def _bytes(tensor: Tensor, name: str) -> int:
 
 
 def plan_to_target(
-    model: Model,
-    target: Target,
-    sensitivity: Sensitivity | LossTable | None = None,
-    importance: Importance | None = None,
-    metadata_extra: Mapping[str, Value] | None = None,
-    device: str = "phone",
-    recipe_name: str | None = None,
-) -> Allocation:
-    """Plans the file that loses least, by prediction, among those that are not larger than the target.
+    model: Model, choice: Choice, metadata_extra: Mapping[str, Value] | None = None, recipe_name: str | None = None
+) -> Plan:
+    """Plans the file that loses least, by prediction, among those that are not larger than the choice's target.
 
     Args:
         model: the opened source.
-        target: bytes of the whole file, header and alignment included; or bits per weight, counting the alignment.
-        sensitivity: the table to predict with; None for the one that comes with the package.
-        importance, metadata_extra: as for `plan`. What the file's rounding adds to the metadata
+        choice: its target is bytes of the whole file, header and alignment included, or bits per weight, counting the
+            alignment; its figures are what is predicted with, None for the table that comes with the package.
+        metadata_extra: keys to add to the model's own. What the file's rounding adds
             (`rounding.encoding.rounding_metadata`) belongs here, so that the size is decided with it.
-        device: one of `DEVICES`.
         recipe_name: what the file says it was made by; None for one that says the target.
+
+    Returns:
+        The plan, which says in `allocation` how near it comes; its weights are not yet rounded by statistics.
 
     Raises:
         RecipeError: the target is beyond what the formats reach (the range is named), roles without a sensitivity, or
-            what `plan` raises.
+            what `apply_recipe` raises.
     """
+    target, importance = choice.target, choice.importance
+    if target is None:
+        raise RecipeError("the choice names no size to plan for")
     name = recipe_name or target.recipe_name
-    prediction = (sensitivity or read_sensitivity()).predict(model)
-    options = list_options(model, prediction, device)
+    prediction = (choice.figures or read_sensitivity()).predict(model)
+    options = list_options(model, prediction, choice.device)
     if not options:
         raise RecipeError("the model has no tensor whose type could be chosen")
     # All plans have one name and so one length of header, but for the keys of an importance matrix, which nothing
     # uses where no tensor is quantized; the smallest plan has them.
-    smallest = plan(model, _recipe(model, name, target, options, [0] * len(options)), importance, metadata_extra)
+    least = _recipe(model, name, target, options, [0] * len(options))
+    smallest = apply_recipe(model, least, importance, metadata_extra)
     kept = sum(padded(item.nbytes) for item in smallest.tensors if item.tensor.keep_f32)
     budget = _budget(model, target, len(smallest.header), kept, options)
-    if "arm" not in FORMATS[_SMALLEST].fast_on and device == "phone":
+    if "arm" not in FORMATS[_SMALLEST].fast_on and choice.device == "phone":
         options = _without_smallest(model, options, budget)
 
     total = sum(max(option.loss) for option in options)
     unit = total / (MOST_LOSS - 2 * len(options)) or 1.0
     found = select([o.nbytes for o in options], [[round(x / unit) for x in o.loss] for o in options], budget)
     recipe = _recipe(model, name, target, options, found.choices)
-    planned = plan(model, recipe, importance, metadata_extra)
+    planned = apply_recipe(model, recipe, importance, metadata_extra)
     loss = sum(option.loss[i] for option, i in zip(options, found.choices, strict=True))
-    return Allocation(target, recipe, planned, loss, loss * (found.lower_bound / found.loss if found.loss else 1.0))
+    least_loss = loss * (found.lower_bound / found.loss if found.loss else 1.0)
+    return replace(planned, allocation=Allocation(str(target), _fill(planned, target), loss, least_loss))
+
+
+def _fill(planned: Plan, target: Target) -> float:
+    """The part of the target that a plan uses."""
+    if target.file_bytes is not None:
+        return planned.file_bytes / target.file_bytes
+    return planned.bits_per_weight / (target.bits_per_weight or 1)
 
 
 def _without_smallest(model: Model, options: list[Options], budget: int) -> list[Options]:

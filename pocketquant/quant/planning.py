@@ -1,24 +1,25 @@
-"""Model + Recipe -> Plan: the whole output file, decided and checked before a byte of it is written."""
+"""Model + Choice -> Plan: the whole output file, decided and checked before a byte of it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from pocketquant import __version__
-from pocketquant.calibration.importance import Importance, check_importance, unfused
-from pocketquant.errors import RecipeError, listing
-from pocketquant.formats import FORMATS, QuantFormat, unwritten_advice
-from pocketquant.gguf_file.header import encode_header
-from pocketquant.model import Model, Plan, PlannedTensor, Tensor, Value, padded
-from pocketquant.quant.recipe import Recipe, choose_formats
-
-QUANTIZATION_VERSION = 2
-"""GGML's version of the block layouts (GGML_QNT_VERSION); llama.cpp writes it into every file, quantized or not."""
+from pocketquant.calibration.importance import Importance
+from pocketquant.model import Model, Plan, Value
+from pocketquant.quant.allocation import plan_to_target
+from pocketquant.quant.applying import apply_recipe
+from pocketquant.quant.choosing import Choice, Target, as_choice
+from pocketquant.quant.loss_table import LossTable
+from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.recipe import Recipe
+from pocketquant.quant.rounding.encoding import rounding_metadata, with_rounding
+from pocketquant.quant.sensitivity import read_sensitivity
 
 
 def plan(
     model: Model,
-    recipe: Recipe,
+    choice: Choice | Recipe,
     importance: Importance | None = None,
     metadata_extra: Mapping[str, Value] | None = None,
 ) -> Plan:
@@ -26,44 +27,67 @@ def plan(
 
     Args:
         model: the opened source.
-        recipe: which format each tensor gets.
-        importance: weights of the squared rounding error, from `read_importance`.
+        choice: what decides the types and the rounding; a recipe is the short form of one that says nothing else.
+        importance: weights of the squared rounding error, from `read_importance`, in place of the choice's own.
         metadata_extra: keys to add to the model's own, or to put in their place.
 
     Returns:
-        Every tensor's format, size, offset and reason, and the finished header.
+        Every tensor's format, size, offset and reason, and the finished header. Where a size decided the types, its
+        `allocation` says how near it was met, what the file is predicted to lose, and what is not certain of that.
 
     Raises:
-        RecipeError: the importance matrix is of another model, the recipe asks for formats that are only read, or the
-            source is quantized already and would have to be rounded a second time.
+        RecipeError: the importance matrix, the statistics or the figures are of another model, the recipe asks for
+            formats that are only read, the source is quantized already and would have to be rounded a second time, or
+            the target is beyond what the formats reach.
     """
-    if importance is not None:
-        importance = unfused(importance, model)
-        check_importance(importance, model)
-    choices = choose_formats(model, recipe, importance is not None)
-    _refuse_second_rounding(choices)
-    _refuse_unwritten(choices)
+    choice = as_choice(choice, importance)
+    extra = metadata_extra or {}
+    if choice.is_allocated:
+        planned = _allocated(model, choice, extra)
+    else:
+        planned = apply_recipe(model, choice.recipe, choice.importance, extra)
+    if choice.rounding is None or choice.statistics is None:
+        return planned
+    return with_rounding(planned, choice.statistics, choice.rounding)
 
-    planned: list[PlannedTensor] = []
-    offset = 0
-    for tensor, format, reason in choices:
-        if importance is not None and format.block_len > 1 and tensor.name not in importance.weights:
-            reason += "; no importance for it in the matrix"
-        nbytes = tensor.n_rows * format.row_bytes(tensor.n_cols)
-        planned.append(PlannedTensor(tensor, format, offset, nbytes, reason))
-        offset = padded(offset + nbytes)
 
-    quantized = {item.tensor.name for item in planned if item.format.block_len > 1}
-    used = {name: array for name, array in importance.weights.items() if name in quantized} if importance else {}
-    metadata = dict(model.metadata)
-    metadata["general.quantization_version"] = Value("u32", QUANTIZATION_VERSION)
-    metadata["general.file_type"] = Value("u32", recipe.file_type)
-    metadata["pocketquant.version"] = Value("str", __version__)
-    metadata["pocketquant.recipe"] = Value("str", recipe.name)
-    if importance is not None and used:
-        metadata.update(_describe_importance(importance))
-    metadata.update(metadata_extra or {})
-    return Plan(metadata, tuple(planned), encode_header(metadata, planned), used, files=model.files)
+def _allocated(model: Model, choice: Choice, extra: Mapping[str, Value]) -> Plan:
+    """The plan that is predicted to lose least within the target, or within the bytes of the recipe."""
+    if choice.rounding is not None and choice.statistics is not None:
+        extra = {**rounding_metadata(choice.statistics, choice.rounding), **extra}  # so that the size counts it
+    name = None
+    if choice.target is None:
+        nbytes = apply_recipe(model, choice.recipe, choice.importance, extra).file_bytes
+        choice, name = replace(choice, target=Target(file_bytes=nbytes)), choice.recipe.name
+    return plan_to_target(model, with_figures(model, choice), extra, recipe_name=name)
+
+
+def with_figures(model: Model, choice: Choice, progress: Callable[[int, int], None] | None = None) -> Choice:
+    """The same choice with all that it predicts losses with, which takes hours where statistics of a large model do.
+
+    A plan and its explanation, and choices that differ in their sizes alone, can share the figures.
+
+    Args:
+        model: the one that is planned.
+        choice: what decides the file.
+        progress: called with tensors done and tensors in all, where statistics predict.
+
+    Raises:
+        RecipeError: the statistics are of another model.
+    """
+    if isinstance(choice.figures, LossTable):
+        return choice
+    if choice.statistics is None:
+        return replace(choice, figures=choice.figures or read_sensitivity())
+    table = predict_losses(
+        model,
+        choice.statistics,
+        rounding=choice.rounding,
+        sensitivity=choice.figures,
+        activations=True,
+        progress=progress,
+    )
+    return replace(choice, figures=table)
 
 
 def importance_gaps(planned: Plan) -> tuple[str, ...]:
@@ -83,42 +107,3 @@ def importance_gaps(planned: Plan) -> tuple[str, ...]:
         f"the importance matrix has no entries for {len(blind)} of {len(weighted)} matrices of the blocks{where}: they "
         f"are rounded without importance ({names})",
     )
-
-
-def _refuse_second_rounding(choices: list[tuple[Tensor, QuantFormat, str]]) -> None:
-    # F32 holds every format's values exactly, so a quantized tensor may become F32, but nothing else.
-    offenders = [
-        f"{tensor.name}: stored as {tensor.dtype}, would become {format.name}"
-        for tensor, format, _ in choices
-        if tensor.dtype in FORMATS and FORMATS[tensor.dtype].block_len > 1 and format.name not in (tensor.dtype, "F32")
-    ]
-    if offenders:
-        raise RecipeError(
-            f"{len(offenders)} tensor(s) of the source are quantized already; rounding them twice loses quality.\n"
-            f"{listing(offenders)}\nStart from the checkpoint or from a GGUF in F32, F16 or BF16."
-        )
-
-
-def _refuse_unwritten(choices: list[tuple[Tensor, QuantFormat, str]]) -> None:
-    # A tensor that is stored so already is copied.
-    offenders = [
-        f"{tensor.name}: would become {format.name} ({reason})"
-        for tensor, format, reason in choices
-        if not format.written and format.name != tensor.dtype
-    ]
-    if offenders:
-        raise RecipeError(
-            f"{len(offenders)} tensor(s) would become formats that can be read but not written; {unwritten_advice()}.\n"
-            f"{listing(offenders)}"
-        )
-
-
-def _describe_importance(importance: Importance) -> dict[str, Value]:
-    """The keys that llama.cpp's llama-quantize writes (tools/quantize/quantize.cpp, b10359)."""
-    described = {"quantize.imatrix.file": Value("str", importance.file)}
-    if importance.datasets:
-        described["quantize.imatrix.dataset"] = Value("str", importance.datasets[0])
-    described["quantize.imatrix.entries_count"] = Value("u32", len(importance.weights))
-    if importance.n_chunks:
-        described["quantize.imatrix.chunks_count"] = Value("u32", importance.n_chunks)
-    return described

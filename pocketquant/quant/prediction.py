@@ -29,8 +29,8 @@ from pocketquant.formats import FORMATS, F32Array, offered_formats
 from pocketquant.formats.activations import FINE
 from pocketquant.gguf_file.writing import encode_rows
 from pocketquant.model import Model, Role, RowEncoder, Tensor
+from pocketquant.quant.applying import apply_recipe
 from pocketquant.quant.loss_table import LossTable
-from pocketquant.quant.planning import plan
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding
@@ -117,7 +117,7 @@ def predict_losses(
 
 def _encoders(model: Model, statistics: Statistics, options: Rounding) -> Mapping[str, RowEncoder]:
     """Who rounds each tensor, whatever its format; a plan in Q8_0 has one for every tensor of whole blocks."""
-    planned = plan(model, Recipe("probe", "every tensor in one format", 7, FORMATS["Q8_0"]))
+    planned = apply_recipe(model, Recipe("probe", "every tensor in one format", 7, FORMATS["Q8_0"]))
     return with_rounding(planned, statistics, options).rounding
 
 

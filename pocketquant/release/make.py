@@ -43,6 +43,7 @@ from pocketquant.release.planning import (
     DEFAULT_RECIPES,
     Calibrating,
     Release,
+    Settings,
     calibration_text,
     plan_again,
     plan_release,
@@ -52,7 +53,7 @@ SCHEMA = "pocketquant.make/1"
 FOLDER = ".making"
 """Inside the target: where files are until all are finished."""
 
-__all__ = ["DEFAULT_RECIPES", "Bars", "calibration_text", "make_release", "plan_release", "to_markdown"]
+__all__ = ["DEFAULT_RECIPES", "Bars", "Settings", "calibration_text", "make_release", "plan_release", "to_markdown"]
 
 
 def make_release(
@@ -152,7 +153,7 @@ def _put_all_in_place(release: Release, result: dict[str, Any], folder: Path, ou
     reports = write_reports(result, folder)
     made = [release.calibrating.name] if release.calibrating else []
     files = [*release.variants, *release.sidecars]
-    kept = [name for variant in files for name in _split(folder / variant.name, release.split_bytes)]
+    kept = [name for variant in files for name in _split(folder / variant.name, release.settings.split_bytes)]
     names = [*kept, *made, *reports]
     sums = "".join(f"{identify(folder / name).sha256}  {name}\n" for name in names)
     (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
@@ -179,7 +180,7 @@ def list_outputs(release: Release, out: Path) -> list[Path]:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is no folder; give the name of one")
     kept = [*release.variants, *release.sidecars]
-    files = [path for each in kept for _, path in split_plan(each.plan, out / each.name, release.split_bytes)]
+    files = [path for each in kept for _, path in split_plan(each.plan, out / each.name, release.settings.split_bytes)]
     names = [*([release.calibrating.name] if release.calibrating else []), *REPORTS, "SHA256SUMS"]
     files += [out / name for name in names]
     links = [str(path) for path in files if path.is_symlink()]

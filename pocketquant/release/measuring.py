@@ -80,7 +80,7 @@ def calibrate(
             reference,
             calibrating.text,
             mtp=block,
-            context=release.context,
+            context=release.settings.context,
             chunks=calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
             threads=means.threads,
             gpu_layers=means.gpu_layers,
@@ -102,12 +102,12 @@ def measure_variant(release: Release, variant: Variant, path: Path, reference: P
         report = compare(
             path,
             reference,
-            release.texts,
-            context=release.context,
-            chunks=release.chunks,
+            release.settings.texts,
+            context=release.settings.context,
+            chunks=release.settings.chunks,
             threads=means.threads,
             gpu_layers=means.gpu_layers,
-            positions=release.positions,
+            positions=release.settings.positions,
             progress=advance,
         )
     errors = weight_errors(open_gguf(path), release.model)
@@ -148,7 +148,7 @@ def describe_importance(release: Release, calibration: Calibration | None) -> di
     text = release.calibrating.text
     return described | {
         "windows": len(calibration.windows),
-        "context": release.context,
+        "context": release.settings.context,
         "tokens": calibration.windows.size,
         "tokens_sha256": calibration.sha256,
         "text": None if text == SELF else asdict(identify(text)),

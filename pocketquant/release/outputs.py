@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,8 @@ from pocketquant.calibration.importance import importance_of_block
 from pocketquant.convert.mtp import sidecar_path
 from pocketquant.convert.sources import Parts
 from pocketquant.gguf_file.shards import check_whole, split_plan
-from pocketquant.model import Model, Plan
-from pocketquant.quant import Importance, Recipe, open_recipe, plan
-
-PlanModel = Callable[[Model], Plan]
+from pocketquant.model import Plan
+from pocketquant.quant import Choice, open_recipe, plan
 
 
 @dataclass(frozen=True)
@@ -42,39 +40,42 @@ def default_mmproj_recipe(recipe: str) -> str:
 
 
 def plan_outputs(
-    parts: Parts,
-    out: Path,
-    recipe: Recipe,
-    plan_model: PlanModel,
-    mmproj: str,
-    split_bytes: int | None,
-    importance: Importance | None = None,
+    parts: Parts, out: Path, choice: Choice, mmproj: str | None = None, split_bytes: int | None = None
 ) -> tuple[Output, ...]:
     """Plans the model's file and those beside it.
 
     Args:
         parts: the opened source.
         out: path of the model's file.
-        recipe: the model's, for the block in the sidecar as well.
-        plan_model: plans the model itself, with whatever importance or target size there is.
-        mmproj: recipe of the vision tower; "none" leaves the tower out.
+        choice: what decides the model's file.
+        mmproj: recipe of the vision tower; None for the one that goes with the choice's recipe, "none" for no tower.
         split_bytes: largest file; None for no limit. llama.cpp reads the vision tower from one file alone.
-        importance: for the block in the sidecar, where it has entries for it.
 
     Raises:
         OutputError: a tensor, or the whole vision tower, is larger than `split_bytes`.
         RecipeError: a recipe is unknown or cannot be applied.
     """
-    tower_recipe = None if mmproj == "none" else open_recipe(mmproj)  # a wrong name is one for a text-only model, too
-    planned = plan_model(parts.model)
-    outputs = [Output("model", out, planned, tuple(split_plan(planned, out, split_bytes)))]
+    planned = plan(parts.model, choice)
+    model = Output("model", out, planned, tuple(split_plan(planned, out, split_bytes)))
+    return (model, *plan_sidecars(parts, out, choice, mmproj, split_bytes))
+
+
+def plan_sidecars(
+    parts: Parts, out: Path, choice: Choice, mmproj: str | None = None, split_bytes: int | None = None
+) -> tuple[Output, ...]:
+    """Plans the files beside the model's: `mmproj-NAME` and `mtp-NAME`, the latter by the choice's recipe, and by its
+    importance where that has entries for the block. Arguments and errors as `plan_outputs`.
+    """
+    wanted = mmproj or default_mmproj_recipe(choice.recipe.name)
+    tower_recipe = None if wanted == "none" else open_recipe(wanted)  # a wrong name is one for a text-only model, too
+    outputs = []
     if parts.vision is not None and tower_recipe is not None:
         tower, path = plan(parts.vision, tower_recipe), mmproj_path(out)
         check_whole("vision tower", path, tower.file_bytes, split_bytes)
         outputs.append(Output("mmproj", path, tower, ((tower, path),)))
     if parts.mtp is not None:
-        known = None if importance is None else importance_of_block(importance, parts.mtp)
-        block, path = plan(parts.mtp, recipe, known), sidecar_path(out)
+        known = None if choice.importance is None else importance_of_block(choice.importance, parts.mtp)
+        block, path = plan(parts.mtp, choice.recipe, known), sidecar_path(out)
         outputs.append(Output("mtp", path, block, tuple(split_plan(block, path, split_bytes))))
     return tuple(outputs)
 

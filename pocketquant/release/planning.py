@@ -19,32 +19,46 @@ from pocketquant.gguf_file.header import file_name
 from pocketquant.gguf_file.shards import check_whole, split_plan
 from pocketquant.llama.library import require_runtime
 from pocketquant.model import Model, Plan
-from pocketquant.quant import Importance, Recipe, open_recipe, plan, read_importance
+from pocketquant.quant import Choice, Importance, Recipe, plan, with_figures
+from pocketquant.quant.choosing import as_choice
 from pocketquant.quant.planning import importance_gaps
-from pocketquant.release.outputs import default_mmproj_recipe, plan_outputs
+from pocketquant.release.outputs import plan_sidecars
 from pocketquant.texts.corpus import Text, read_text
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")
 
-Rounder = Callable[[Plan], Plan]
-
 
 @dataclass(frozen=True)
-class Choice:
-    """One output that is asked for.
+class Settings:
+    """What a release is asked to be, besides the choices that decide its files.
 
     Attributes:
-        recipe: of the files beside it; and of itself, where nothing else decides its types.
-        plan: model and importance -> its plan.
+        texts: what to measure on; empty for the embedded evaluation text.
+        context: tokens in a window.
+        chunks: most windows of each text to score; None for all.
+        positions: measure whole windows, for the numbers by position.
+        calibrate: the text to make an importance matrix from: a file, or "self" for a text that the model writes; None
+            makes none. `calibration_text()` is what the command takes.
+        calibrate_chunks: most windows of it; None for the default.
+        reference_type: recipe of the reference: f32, or bf16 where memory is short.
+        mmproj: recipe of the vision tower; None for the one that goes with the first file.
+        split_bytes: largest file to keep; None for no limit. Files are measured whole and split afterwards.
     """
 
-    recipe: Recipe
-    plan: Callable[[Model, Importance | None], Plan]
+    texts: tuple[Text, ...] = ()
+    context: int = 512
+    chunks: int | None = None
+    positions: bool = False
+    calibrate: Path | str | None = None
+    calibrate_chunks: int | None = None
+    reference_type: str = "f32"
+    mmproj: str | None = None
+    split_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One file to make."""
+    """One file to make: its recipe's name, its own name, its plan, and what decided that."""
 
     recipe: str
     name: str
@@ -76,11 +90,9 @@ class Release:
         sidecars: the vision tower's and the multi-token-prediction block's file, where the source has them.
         reference: full precision, for the evaluation; made and deleted again.
         reference_block: the block beside it, for the importance matrix; None where none is made or the source has none.
-        texts: what to measure on.
-        positions: measure whole windows, for the numbers by position.
-        importance: a matrix that was given; None if one is made, or none used.
+        settings: what was asked for; with its texts, embedded ones too.
+        importance: the matrix that the choices name; None if one is made, or none used.
         calibrating: how to make one; the variants are then planned for a stand-in, which costs the same bytes.
-        mmproj: the vision tower's recipe; None for the one that goes with the first file.
     """
 
     source: str
@@ -89,14 +101,9 @@ class Release:
     sidecars: tuple[Variant, ...]
     reference: Variant
     reference_block: Variant | None
-    texts: tuple[Text, ...]
-    context: int
-    chunks: int | None
-    positions: bool = False
+    settings: Settings
     importance: Importance | None = None
     calibrating: Calibrating | None = None
-    mmproj: str | None = None
-    split_bytes: int | None = None
 
     @property
     def model(self) -> Model:
@@ -116,7 +123,7 @@ class Release:
         """Free disk that making everything at once needs."""
         shards = (
             0
-            if self.split_bytes is None
+            if self.settings.split_bytes is None
             else max(variant.plan.file_bytes for variant in (*self.variants, *self.sidecars))
         )
         return self.kept_bytes + self.reference_bytes + shards
@@ -135,113 +142,123 @@ class Release:
 
 def plan_release(
     source: Path | str,
+    choices: Sequence[Choice | Recipe | str] = DEFAULT_RECIPES,
+    settings: Settings | None = None,
     *,
-    recipes: Sequence[str | Choice] = DEFAULT_RECIPES,
-    text: Path | Sequence[Text] | None = None,
-    context: int = 512,
-    chunks: int | None = None,
-    positions: bool = False,
-    imatrix: Path | None = None,
-    calibrate: Path | str | None = None,
-    calibrate_chunks: int | None = None,
-    reference_type: str = "f32",
     parts: Parts | None = None,
-    mmproj: str | None = None,
-    split_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Release:
-    """Opens the source and plans every file; reads no weights, writes nothing.
+    """Opens the source and plans every file; reads no weights but for predictions, writes nothing.
 
     Args:
         source: as `open_model`.
-        recipes: names or TOML files, or what plans a file otherwise; one output each.
-        text: what to measure on, a file or several texts; None for the embedded evaluation text.
-        context: tokens in a window.
-        chunks: most windows of each text to score; None for all.
-        positions: measure whole windows, for the numbers by position.
-        imatrix: importance matrix for the quantized files.
-        calibrate: without one, the text to make one from: a file, or "self" for a text that the model writes. None for
-            no importance; `calibration_text()` is what the command takes.
-        calibrate_chunks: most windows of it.
-        reference_type: recipe of the reference: f32, or bf16 where memory is short.
+        choices: what decides each file; a recipe or its name is the short form of a choice.
+        settings: what else is asked for.
         parts: the source, opened otherwise than `open_parts(source)` does: with an adapter, say. The weights are read
             several times, so open a repository on a hub with `keep_source`.
-        mmproj: recipe of the vision tower; None for the first recipe's companion.
-        split_bytes: largest file to keep; None for no limit. Files are measured whole and split afterwards.
+        progress: called with tensors done and tensors in all, where losses are predicted from statistics.
 
     Raises:
         EvalError: a text cannot be read, or the same one is to calibrate and to measure on.
         OutputError: a tensor, or a file that runtimes do not read in shards, is larger than `split_bytes`.
-        RecipeError: two of the files would have one name.
+        RecipeError: two of the files would have one name, or the choices name several importance matrices.
     """
     require_runtime()
-    texts = _texts(text)
-    for path in (*(each.path for each in texts), *([calibrate] if calibrate not in (None, SELF) else [])):
-        read_text(path)  # before hours of work
+    settings = settings or Settings()
+    settings = replace(settings, texts=settings.texts or (_embedded_text(),))
+    _check_texts(settings)
     parts = parts or open_parts(source)
-    model = parts.model
-    importance, calibrating = read_importance(imatrix) if imatrix else None, None
-    planned_for = importance
-    if imatrix is None and calibrate is not None:
-        if calibrate != SELF and (same := [each.path for each in texts if _is_same(each.path, Path(calibrate))]):
-            raise EvalError(f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is")
-        name = file_name(model.metadata, "imatrix").replace("-IMATRIX.gguf", "-imatrix.gguf")  # no type of numbers
-        calibrating = Calibrating(calibrate, calibrate_chunks, name)
-        planned_for = _stand_in(parts, calibrating)
-    choices = [each if isinstance(each, Choice) else choose(open_recipe(each)) for each in recipes]
-    variants = tuple(plan_variant(model, choice, planned_for) for choice in choices)
-    _refuse_one_name(variants)
-    sidecars = _sidecars(parts, variants[0], mmproj, split_bytes, planned_for)
+    wanted = _with_shared_figures(parts.model, [as_choice(each) for each in choices], progress)
+    importance, calibrating = _common_importance(wanted, settings), _calibrating(parts.model, settings)
+    planned_for = _stand_in(parts, calibrating) if calibrating else importance
+    variants, sidecars = _plan_files(parts, wanted, settings, planned_for)
     if calibrating and not any(variant.plan.importance for variant in (*variants, *sidecars)):
         calibrating = planned_for = None  # nothing is rounded in blocks, or all of it by statistics
-        variants = tuple(plan_variant(model, choice, None) for choice in choices)
-        sidecars = _sidecars(parts, variants[0], mmproj, split_bytes, None)
+        variants, sidecars = _plan_files(parts, wanted, settings, None)
     if calibrating and planned_for:
-        check_whole("importance matrix", Path(calibrating.name), _least_bytes(planned_for), split_bytes)
+        check_whole("importance matrix", Path(calibrating.name), _least_bytes(planned_for), settings.split_bytes)
     for variant in variants:
-        split_plan(variant.plan, Path(variant.name), split_bytes)  # refuses what cannot be split
+        split_plan(variant.plan, Path(variant.name), settings.split_bytes)  # refuses what cannot be split
     if importance:
         gaps = dict.fromkeys(gap for variant in variants for gap in importance_gaps(variant.plan))
-        parts = replace(parts, model=replace(model, notes=(*model.notes, *gaps)))
-    full = choose(open_recipe(reference_type))
-    reference = plan_variant(model, full, None)
+        parts = replace(parts, model=replace(parts.model, notes=(*parts.model.notes, *gaps)))
+    full = as_choice(settings.reference_type)
+    reference = plan_variant(parts.model, full)
     block = None
     if calibrating and parts.mtp is not None:
-        block = replace(plan_variant(parts.mtp, full, None), name=f"mtp-{reference.name}")
-    return Release(
-        source=str(source),
-        parts=parts,
-        variants=variants,
-        sidecars=sidecars,
-        reference=reference,
-        reference_block=block,
-        texts=texts,
-        context=context,
-        chunks=chunks,
-        positions=positions,
-        importance=importance,
-        calibrating=calibrating,
-        mmproj=mmproj,
-        split_bytes=split_bytes,
-    )
+        block = replace(plan_variant(parts.mtp, full), name=f"mtp-{reference.name}")
+    return Release(str(source), parts, variants, sidecars, reference, block, settings, importance, calibrating)
 
 
 def plan_again(release: Release, importance: Importance) -> Release:
     """The same with the importance matrix that was made meanwhile."""
-    variants = tuple(plan_variant(release.model, variant.choice, importance) for variant in release.variants)
-    sidecars = _sidecars(release.parts, variants[0], release.mmproj, release.split_bytes, importance)
+    choices = [variant.choice for variant in release.variants]
+    variants, sidecars = _plan_files(release.parts, choices, release.settings, importance)
     return replace(release, variants=variants, sidecars=sidecars, importance=importance)
 
 
-def choose(recipe: Recipe) -> Choice:
-    """The output that a recipe decides."""
-    return Choice(recipe, lambda model, importance: plan(model, recipe, importance))
-
-
-def plan_variant(model: Model, choice: Choice, importance: Importance | None) -> Variant:
+def plan_variant(model: Model, choice: Choice) -> Variant:
     """Plans one file; it is named after the recipe that its metadata states."""
-    planned = choice.plan(model, importance)
+    planned = plan(model, choice)
     name = str(planned.metadata["pocketquant.recipe"].value)
     return Variant(name, file_name(model.metadata, name), planned, choice)
+
+
+def _plan_files(
+    parts: Parts, choices: Sequence[Choice], settings: Settings, importance: Importance | None
+) -> tuple[tuple[Variant, ...], tuple[Variant, ...]]:
+    """The models' files and, after the first of them, those beside it, all with one importance matrix."""
+    variants = tuple(plan_variant(parts.model, replace(choice, importance=importance)) for choice in choices)
+    _refuse_one_name(variants)
+    first = variants[0]
+    outputs = plan_sidecars(parts, Path(first.name), first.choice, settings.mmproj, settings.split_bytes)
+    sidecars = tuple(
+        Variant(str(output.plan.metadata["pocketquant.recipe"].value), output.path.name, output.plan, first.choice)
+        for output in outputs
+    )
+    return variants, sidecars
+
+
+def _with_shared_figures(
+    model: Model, choices: Sequence[Choice], progress: Callable[[int, int], None] | None
+) -> list[Choice]:
+    """The choices with what they predict with; one prediction, which can take hours, for all that want the same."""
+    ready: list[tuple[Choice, Choice]] = []
+    for choice in choices:
+        same = [done for asked, done in ready if _predicts_alike(asked, choice)]
+        if not choice.is_allocated:
+            done = choice
+        elif same:
+            done = replace(choice, figures=same[0].figures)
+        else:
+            done = with_figures(model, choice, progress)
+        ready.append((choice, done))
+    return [done for _, done in ready]
+
+
+def _predicts_alike(one: Choice, other: Choice) -> bool:
+    return one.is_allocated and all(
+        getattr(one, name) == getattr(other, name) for name in ("statistics", "rounding", "figures")
+    )
+
+
+def _common_importance(choices: Sequence[Choice], settings: Settings) -> Importance | None:
+    """The matrix of all choices; reports say one for all files."""
+    if not choices:
+        raise RecipeError("nothing to make: name a recipe or a size")
+    given = choices[0].importance
+    if any(choice.importance is not given for choice in choices):
+        raise RecipeError("the files of a release are rounded with one importance matrix; give every choice the same")
+    if given is not None and settings.calibrate is not None:
+        raise RecipeError("the choices have an importance matrix: leave it out, or the text to make one from")
+    return given
+
+
+def _calibrating(model: Model, settings: Settings) -> Calibrating | None:
+    if settings.calibrate is None:
+        return None
+    name = file_name(model.metadata, "imatrix").replace("-IMATRIX.gguf", "-imatrix.gguf")  # no type of numbers
+    return Calibrating(settings.calibrate, settings.calibrate_chunks, name)
 
 
 def calibration_text() -> Path:
@@ -249,15 +266,21 @@ def calibration_text() -> Path:
     return text_path("calibration")
 
 
-def _texts(given: Path | Sequence[Text] | None) -> tuple[Text, ...]:
-    if given is None or isinstance(given, Path):
-        path = given or text_path("evaluation")
-        return (Text(path.stem, path),)
-    return tuple(given)
+def _embedded_text() -> Text:
+    path = text_path("evaluation")
+    return Text(path.stem, path)
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+def _check_texts(settings: Settings) -> None:
+    """Reads all texts, before hours of work."""
+    paths, made_from = [each.path for each in settings.texts], settings.calibrate
+    for path in paths:
+        read_text(path)
+    if made_from is None or made_from == SELF:
+        return
+    read_text(made_from)
+    if same := [path for path in paths if path.resolve() == Path(made_from).resolve()]:
+        raise EvalError(f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is")
 
 
 def _refuse_one_name(variants: Sequence[Variant]) -> None:
@@ -265,26 +288,6 @@ def _refuse_one_name(variants: Sequence[Variant]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RecipeError(f"several files would be called {', '.join(twice)}; name each recipe once")
-
-
-def _sidecars(
-    parts: Parts, first: Variant, mmproj: str | None, split_bytes: int | None, importance: Importance | None
-) -> tuple[Variant, ...]:
-    """What lies beside the model, after the first variant: `mmproj-NAME` and `mtp-NAME`."""
-    recipe = first.choice.recipe
-    outputs = plan_outputs(
-        parts,
-        Path(first.name),
-        recipe,
-        lambda model: first.plan,
-        mmproj or default_mmproj_recipe(recipe.name),
-        split_bytes,
-        importance,
-    )
-    return tuple(
-        Variant(str(output.plan.metadata["pocketquant.recipe"].value), output.path.name, output.plan, first.choice)
-        for output in outputs[1:]
-    )
 
 
 def _stand_in(parts: Parts, calibrating: Calibrating) -> Importance:

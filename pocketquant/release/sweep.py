@@ -83,16 +83,13 @@ class Sweep:
         return max([*sizes, *([self.release.reference.plan.file_bytes] if needs_reference else [])])
 
 
-def plan_sweep(
-    release: Release, *, pack: Path | None = None, keep: str = "front", statistics: Path | None = None
-) -> Sweep:
+def plan_sweep(release: Release, *, pack: Path | None = None, keep: str = "front") -> Sweep:
     """Works out what each measurement depends on; reads parts of the source, writes nothing.
 
     Args:
         release: from `plan_release`; what lies beside the models is not made.
         pack: a reference pack of the same source, texts and settings; None makes one.
         keep: one of `KEEP`.
-        statistics: the file that the variants are rounded by, which their plans name and do not hold.
 
     Raises:
         OutputError: `keep` is none of them.
@@ -100,7 +97,7 @@ def plan_sweep(
     """
     if keep not in KEEP:
         raise OutputError(f"{keep}: files to keep are one of {', '.join(KEEP)}")
-    keys = keys_of(release, pack, statistics)
+    keys = keys_of(release, pack)
     return Sweep(release, keys.variants, keys.reference, keys.importance, pack, keep)
 
 
@@ -196,12 +193,12 @@ def _make_reference(sweep: Sweep, reference: Path, pack: Path, matrix: Path, mea
         with means.bars.steps("reference") as advance:
             make_reference(
                 reference,
-                release.texts,
+                release.settings.texts,
                 pack,
                 PackSettings(
-                    release.context,
-                    release.chunks,
-                    release.positions,
+                    release.settings.context,
+                    release.settings.chunks,
+                    release.settings.positions,
                     with_head=True,
                     threads=means.threads,
                     gpu_layers=means.gpu_layers,

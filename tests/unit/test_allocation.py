@@ -15,9 +15,11 @@ from pocketquant.calibration.statistics import fingerprint
 from pocketquant.errors import ArchitectureError, RecipeError, SourceError
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file.writing import write
-from pocketquant.model import Model, Role, Tensor, padded
+from pocketquant.model import Allocation, Model, Plan, Role, Tensor, padded
 from pocketquant.quant import (
+    Choice,
     Importance,
+    Recipe,
     Target,
     builtin_recipes,
     explain,
@@ -26,13 +28,12 @@ from pocketquant.quant import (
     parse_recipe,
     parse_sensitivity,
     plan,
-    plan_to_target,
     read_sensitivity,
 )
 from pocketquant.quant.allocation import list_options
 from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.prediction import PREDICTED
-from pocketquant.quant.recipe_text import check_types
+from pocketquant.quant.recipe_text import check_types, recipe_of_types
 from pocketquant.quant.sensitivity import UNTIED_EMBED
 
 TABLE = """
@@ -55,6 +56,16 @@ loss = [0.5]
 layers = [0, 1, 2, 3, 4]
 loss = [0.9, 0.1, 0.2, 0.4, 0.7]
 """
+
+
+def allocated(made: Plan) -> Allocation:
+    assert made.allocation is not None
+    return made.allocation
+
+
+def recipe_of(made: Plan) -> Recipe:
+    types = {(item.tensor.role, item.tensor.layer): item.format for item in made.tensors if not item.tensor.keep_f32}
+    return recipe_of_types(str(made.metadata["pocketquant.recipe"].value), "a plan's types", types, "as planned")
 
 
 def only(*tensors: tuple[str, Role, int | None], n_layer: int = 5, tied: bool = True) -> Model:
@@ -167,8 +178,8 @@ def test_types_without_a_figure_are_not_offered_and_not_explained() -> None:
     model = only(("token_embd", Role.EMBED, None), *((f"d{i}", Role.FFN_DOWN, i) for i in range(5)))
     offered = {option.formats for option in list_options(model, table.predict(model))}
     assert offered == {("Q4_K", "Q5_K", "Q6_K", "F16")}
-    made = plan_to_target(model, Target(bits_per_weight=5.0), table)
-    assert {item.format.name for item in made.plan.tensors} <= {"Q4_K", "Q5_K", "Q6_K"}
+    made = plan(model, Choice(target=Target(bits_per_weight=5.0), figures=table))
+    assert {item.format.name for item in made.tensors} <= {"Q4_K", "Q5_K", "Q6_K"}
     with pytest.raises(RecipeError, match="no figure for Q8_0; it has F32 F16 BF16 Q4_K Q5_K Q6_K"):
         explain(plan(model, open_recipe("q8_0")), model, table)
 
@@ -184,54 +195,54 @@ def test_files_fill_their_target_and_never_exceed_it(dimensions: Dimensions) -> 
     n_weights, previous = sum(prod(tensor.shape) for tensor in model.tensors), float("inf")
     for bits in (3.6, 4.3, 4.6, 5.0, 5.69, 6.5, 8.0, 10.0, 15.9):
         target = int(n_weights * bits / 8)
-        made = plan_to_target(model, Target(file_bytes=target))
-        assert 0.995 * target < made.plan.file_bytes <= target, bits
-        assert made.predicted_loss == made.least_loss < previous
-        previous = made.predicted_loss
+        made = plan(model, Choice(target=Target(file_bytes=target)))
+        assert 0.995 * target < made.file_bytes <= target, bits
+        assert allocated(made).predicted_loss == allocated(made).least_loss < previous
+        previous = allocated(made).predicted_loss
 
 
 def test_bits_per_weight_are_the_plans_own() -> None:
-    made = plan_to_target(build_model(QWEN35_4B), Target(bits_per_weight=4.8))
-    assert 4.8 * 0.999 < made.plan.bits_per_weight <= 4.8
-    assert made.fill == pytest.approx(made.plan.bits_per_weight / 4.8)
-    assert made.plan.metadata["pocketquant.recipe"].value == "target-4.8bpw"
+    made = plan(build_model(QWEN35_4B), Choice(target=Target(bits_per_weight=4.8)))
+    assert 4.8 * 0.999 < made.bits_per_weight <= 4.8
+    assert allocated(made).fill == pytest.approx(made.bits_per_weight / 4.8)
+    assert made.metadata["pocketquant.recipe"].value == "target-4.8bpw"
 
 
 def test_less_is_lost_than_by_any_recipe_of_the_same_size() -> None:
     model, table = build_model(QWEN35_4B), read_sensitivity()
     for name in ("pocket_4bit", "q4_k_m", "q4_k_s", "q5_k_m", "q6_k"):
         planned = plan(model, open_recipe(name))
-        made = plan_to_target(model, Target(file_bytes=planned.file_bytes), table)
-        assert made.predicted_loss < explain(planned, model, table).predicted_loss
+        made = plan(model, Choice(target=Target(file_bytes=planned.file_bytes), figures=table))
+        assert allocated(made).predicted_loss < explain(planned, model, table).predicted_loss
 
 
 def test_a_target_out_of_reach_names_the_range() -> None:
     model = build_model(Dimensions())
     with pytest.raises(RecipeError, match="cannot be reached") as caught:
-        plan_to_target(model, Target(file_bytes=1000))
+        plan(model, Choice(target=Target(file_bytes=1000)))
     words = str(caught.value).replace(",", "").split()
     least, most = (int(words[i]) for i in (words.index("from") + 1, words.index("to") + 1))
     for nbytes in (least, most):
-        assert plan_to_target(model, Target(file_bytes=nbytes)).plan.file_bytes == nbytes
+        assert plan(model, Choice(target=Target(file_bytes=nbytes))).file_bytes == nbytes
     for nbytes in (least - 1, int(most * 1.006)):
         with pytest.raises(RecipeError, match=f"{least:,} to {most:,} bytes"):
-            plan_to_target(model, Target(file_bytes=nbytes))
+            plan(model, Choice(target=Target(file_bytes=nbytes)))
     for bits in (2.0, 17.0):
         with pytest.raises(RecipeError, match="bits per weight cannot be reached"):
-            plan_to_target(model, Target(bits_per_weight=bits))
+            plan(model, Choice(target=Target(bits_per_weight=bits)))
 
 
 def test_slow_types_only_where_the_target_is_small() -> None:
     model = build_model(QWEN35_4B)
     for bits, has_q3_k in ((4.0, True), (4.5, True), (4.8, False), (5.7, False)):
-        made = plan_to_target(model, Target(bits_per_weight=bits))
-        assert ("Q3_K" in {item.format.name for item in made.plan.tensors}) is has_q3_k, bits
+        made = plan(model, Choice(target=Target(bits_per_weight=bits)))
+        assert ("Q3_K" in {item.format.name for item in made.tensors}) is has_q3_k, bits
 
 
 def test_where_a_target_stops_being_small_nothing_is_lost() -> None:
     model = build_model(QWEN35_4B)
-    below, above = (plan_to_target(model, Target(bits_per_weight=bits)).predicted_loss for bits in (4.745, 4.755))
-    assert above < below
+    below, above = (allocated(plan(model, Choice(target=Target(bits_per_weight=bits)))) for bits in (4.745, 4.755))
+    assert above.predicted_loss < below.predicted_loss
 
 
 @pytest.mark.parametrize("arguments", [{}, {"file_bytes": 1, "bits_per_weight": 1.0}, {"bits_per_weight": -1.0}])
@@ -244,8 +255,8 @@ def test_rows_that_fit_no_k_quant_get_what_fits() -> None:
     model = build_model(Dimensions(n_embd=320, n_ff=512))
     odd = Tensor("blk.0.attn_gate.weight", Role.DELTA_GATE, 0, (8, 72), "F32", RandomRows("x", 72))
     model = replace(model, tensors=tuple(odd if tensor.name == odd.name else tensor for tensor in model.tensors))
-    made = plan_to_target(model, Target(bits_per_weight=6.2))
-    types = {item.tensor.name: item.format.name for item in made.plan.tensors}
+    made = plan(model, Choice(target=Target(bits_per_weight=6.2)))
+    types = {item.tensor.name: item.format.name for item in made.tensors}
     assert types[odd.name] == "F16"
     wide = {types[t.name] for t in model.tensors if not t.keep_f32 and t.n_cols % 256 == 0}
     narrow = {types[t.name] for t in model.tensors if not t.keep_f32 and t.n_cols == 320}
@@ -267,8 +278,8 @@ def test_prediction_block_and_image_patches_keep_their_precision() -> None:
     assert offered[Role.FFN_DOWN, 4] == offered[Role.MTP_JOIN, 4] == ("Q5_K", "Q6_K", "Q8_0", "F16")
     assert offered[Role.VISION_PATCH, None] == ("F16",)
     assert offered[Role.FFN_DOWN, 3] == ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-    made = plan_to_target(model, Target(bits_per_weight=6.0))
-    types = {item.tensor.name: item.format.name for item in made.plan.tensors}
+    made = plan(model, Choice(target=Target(bits_per_weight=6.0)))
+    types = {item.tensor.name: item.format.name for item in made.tensors}
     assert types["v.patch_embd.weight"] == types["v.patch_embd.weight.1"] == "F16"
     assert types["blk.4.ffn_down.weight"] in ("Q5_K", "Q6_K", "Q8_0", "F16")
 
@@ -282,8 +293,8 @@ def test_a_prediction_block_is_offered_what_a_recipe_can_give_it() -> None:
     table = LossTable("test", fingerprint(model), losses)
     offered = {option.place: option.formats for option in list_options(model, table, "any")}
     assert offered[Role.FFN_DOWN, 4] == ("Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")
-    made = plan_to_target(model, Target(bits_per_weight=5.5), table, device="any")
-    types = {item.tensor.name: item.format for item in made.plan.tensors}
+    made = plan(model, Choice(target=Target(bits_per_weight=5.5), figures=table, device="any"))
+    types = {item.tensor.name: item.format for item in made.tensors}
     assert types[mtp.name].bits_per_weight >= FORMATS["Q5_K"].bits_per_weight
 
 
@@ -291,17 +302,17 @@ def test_the_header_that_an_importance_matrix_adds_is_counted() -> None:
     model = build_model(Dimensions())
     weights = {t.name: np.ones(t.n_cols, np.float32) for t in model.tensors if t.role is Role.FFN_UP}
     matrix = Importance(weights, "a-rather-long-name-of-a-matrix.gguf", ("text",), 4)
-    target = plan_to_target(model, Target(bits_per_weight=5.2), importance=matrix).plan.file_bytes
+    target = plan(model, Choice(target=Target(bits_per_weight=5.2), importance=matrix)).file_bytes
     for nbytes in range(target - 64, target + 64, 16):
-        assert plan_to_target(model, Target(file_bytes=nbytes), importance=matrix).plan.file_bytes <= nbytes
+        assert plan(model, Choice(target=Target(file_bytes=nbytes), importance=matrix)).file_bytes <= nbytes
 
 
 def test_a_thousand_tensors_in_moments() -> None:
     model = build_model(Dimensions(n_layer=120))
     assert sum(not tensor.keep_f32 for tensor in model.tensors) > 900
     started = time.perf_counter()
-    made = plan_to_target(model, Target(bits_per_weight=5.0))
-    assert made.predicted_loss == made.least_loss
+    made = plan(model, Choice(target=Target(bits_per_weight=5.0)))
+    assert allocated(made).predicted_loss == allocated(made).least_loss
     assert time.perf_counter() - started < 5  # 0.2 s on an idle core
 
 
@@ -310,27 +321,27 @@ def test_a_thousand_tensors_in_moments() -> None:
 
 def test_an_explanation_adds_up_and_its_changes_are_real() -> None:
     model, table = build_model(Dimensions(n_layer=8, n_v=4)), read_sensitivity()
-    made = plan_to_target(model, Target(bits_per_weight=5.0), table)
-    explained = explain(made.plan, model, table)
-    assert explained.predicted_loss == pytest.approx(made.predicted_loss)
+    made = plan(model, Choice(target=Target(bits_per_weight=5.0), figures=table))
+    explained = explain(made, model, table)
+    assert explained.predicted_loss == pytest.approx(allocated(made).predicted_loss)
     assert sum(share.loss_share for share in explained.roles) == pytest.approx(1)
-    decided = [item for item in made.plan.tensors if not item.tensor.keep_f32]
+    decided = [item for item in made.tensors if not item.tensor.keep_f32]
     assert sum(share.nbytes for share in explained.roles) == sum(item.nbytes for item in decided)
     assert sum(share.n_weights for share in explained.roles) == sum(prod(item.tensor.shape) for item in decided)
     budget = 5.0 * sum(prod(tensor.shape) for tensor in model.tensors) / 8
-    used = sum(padded(item.nbytes) for item in made.plan.tensors)
+    used = sum(padded(item.nbytes) for item in made.tensors)
     for share in explained.roles:
         assert sum(share.formats.values()) == sum(item.tensor.role.value == share.role for item in decided)
         for change in (share.cheaper, share.dearer):
             assert change is not None, share.role
             recipe = parse_recipe(
-                format_recipe(made.recipe).replace(
+                format_recipe(recipe_of(made)).replace(
                     "[[rules]]", f"[[rules]]\n{_rule(share.role, change.layer, change.after)}\n[[rules]]", 1
                 ),
                 "changed",
             )
             changed = plan(model, recipe)
-            assert changed.file_bytes == change.file_bytes == made.plan.file_bytes + change.nbytes
+            assert changed.file_bytes == change.file_bytes == made.file_bytes + change.nbytes
             loss = explain(changed, model, table).predicted_loss
             assert loss - explained.predicted_loss == pytest.approx(change.loss)
             assert (change.nbytes < 0) == (change.loss > 0) == (change is share.cheaper)
@@ -373,10 +384,10 @@ def test_the_types_of_another_file(recipe: str, tmp_path: Path) -> None:
 
 def test_types_of_a_target_are_kept_by_its_recipe(tmp_path: Path) -> None:
     model = build_model(Dimensions(n_layer=8))
-    made = plan_to_target(model, Target(bits_per_weight=5.3))
-    again = plan(model, parse_recipe(format_recipe(made.recipe), "text"))
-    assert [item.format for item in again.tensors] == [item.format for item in made.plan.tensors]
-    assert again.header == made.plan.header
+    made = plan(model, Choice(target=Target(bits_per_weight=5.3)))
+    again = plan(model, parse_recipe(format_recipe(recipe_of(made)), "text"))
+    assert [item.format for item in again.tensors] == [item.format for item in made.tensors]
+    assert again.header == made.header
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Model, Role, Tensor
-from pocketquant.quant.allocation import Target, list_options, plan_to_target
+from pocketquant.quant.allocation import list_options
+from pocketquant.quant.choosing import Choice, Target
 from pocketquant.quant.explain import explain
 from pocketquant.quant.loss_table import SCHEMA, LossTable, parse_losses, read_figures, write_losses
 from pocketquant.quant.measuring import list_groups
@@ -229,11 +230,12 @@ def test_each_expert_adds_by_its_tokens_and_an_unseen_one_nothing(tmp_path: Path
 def test_a_target_takes_the_table_and_says_its_sum(model: Model, statistics: Path) -> None:
     table = predict_losses(model, open_statistics(statistics), rounding=STEPS["search"])
     size = plan(model, open_recipe("q4_k_m")).file_bytes
-    made = plan_to_target(model, Target(size), table)
-    assert made.plan.file_bytes <= size
-    total = sum(table.loss(item.tensor, item.format.name) for item in made.plan.tensors)
-    assert made.predicted_loss == pytest.approx(total)
-    assert explain(made.plan, model, table).predicted_loss == pytest.approx(total)
+    made = plan(model, Choice(target=Target(size), figures=table))
+    assert made.file_bytes <= size
+    total = sum(table.loss(item.tensor, item.format.name) for item in made.tensors)
+    assert made.allocation is not None
+    assert made.allocation.predicted_loss == pytest.approx(total)
+    assert explain(made, model, table).predicted_loss == pytest.approx(total)
     recipe = plan(model, open_recipe("q4_k_m"))
     assert total < sum(table.loss(item.tensor, item.format.name) for item in recipe.tensors)
 
@@ -258,10 +260,11 @@ def test_where_activations_matter_a_scale_for_32_columns_wins(model: Model) -> N
     def types(device: str, *, counted: bool) -> set[str]:
         losses = {name: weights[name] + kernels[name] * counted for name in weights}
         table = LossTable("made up", fingerprint(model), dict.fromkeys(names, losses))
-        made = plan_to_target(model, Target(bits_per_weight=5.9), table, device=device)
-        total = sum(table.loss(item.tensor, item.format.name) for item in made.plan.tensors)
-        assert made.predicted_loss == pytest.approx(total)
-        return {item.format.name for item in made.plan.tensors if not item.tensor.keep_f32}
+        made = plan(model, Choice(target=Target(bits_per_weight=5.9), figures=table, device=device))
+        total = sum(table.loss(item.tensor, item.format.name) for item in made.tensors)
+        assert made.allocation is not None
+        assert made.allocation.predicted_loss == pytest.approx(total)
+        return {item.format.name for item in made.tensors if not item.tensor.keep_f32}
 
     assert types("any", counted=True) & {"Q5_0", "Q5_1"}
     assert not types("any", counted=True) & {"Q5_K", "Q6_K"}
@@ -284,7 +287,7 @@ def test_tables_survive_being_written(model: Model, statistics: Path, tmp_path: 
 def test_tables_of_another_model_are_refused(model: Model, statistics: Path, checkpoint: Path) -> None:
     table = predict_losses(model, open_statistics(statistics), rounding=None, formats=("Q4_K", "Q8_0"))
     with pytest.raises(RecipeError, match="another model"):
-        plan_to_target(open_model(checkpoint), Target(bits_per_weight=5.0), table)
+        plan(open_model(checkpoint), Choice(target=Target(bits_per_weight=5.0), figures=table))
 
 
 @pytest.mark.parametrize(

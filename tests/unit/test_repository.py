@@ -16,6 +16,8 @@ except ImportError:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
+AWAITED = {"docs/add-a-format.md"}
+"""Pages that others name already, and that are still to be written."""
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -70,3 +72,24 @@ def test_the_source_distribution_has_what_its_tests_read() -> None:
     included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     for name in ("CITATION.cff", "Dockerfile", ".dockerignore", ".github", "CHANGELOG.md", "Makefile", "tests"):
         assert f"/{name}" in included
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The names that a page's headings get: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    lost = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            if ":" in path or found in {(ROOT / name).resolve() for name in AWAITED}:
+                continue
+            if not found.exists() or (anchor and anchor not in anchors_of(found)):
+                lost.append(f"{page.relative_to(ROOT)}: {target}")
+    assert len(pages) > 20
+    assert not lost

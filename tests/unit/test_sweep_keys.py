@@ -9,20 +9,18 @@ import pytest
 from statistics_maker import make_statistics
 
 from pocketquant import open_model
-from pocketquant.cli.planning import read_rounding
-from pocketquant.cli.sizing import choice_of
-from pocketquant.demo import text_path
-from pocketquant.release.planning import plan_release
+from pocketquant.calibration.statistics import open_statistics
+from pocketquant.quant import Choice, open_recipe
+from pocketquant.release.planning import Settings, plan_release
 from pocketquant.release.sweep import plan_sweep
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 
 def keys_with(checkpoint: Path, stats: Path) -> tuple[str, ...]:
-    rounded = read_rounding(stats, None)
-    choice = choice_of("q4_0", None, None, None, stats, None, rounded)
-    release = plan_release(checkpoint, recipes=[choice], text=text_path("evaluation"), context=64, chunks=2)
-    return plan_sweep(release, statistics=stats).keys
+    choice = Choice(open_recipe("q4_0"), statistics=open_statistics(stats))
+    release = plan_release(checkpoint, [choice], Settings(context=64, chunks=2))
+    return plan_sweep(release).keys
 
 
 def test_another_file_of_statistics_is_measured_anew(checkpoint: Path, tmp_path: Path) -> None:
