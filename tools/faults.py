@@ -92,7 +92,13 @@ def cases(given: Path) -> list[Case]:
             (".m.toml.runs.json",),
             ("--resume",),
         ),
-        Case("reference", ["reference", f32, "--text", judge, *small, "--out", "m.pqref"], ["m.pqref"]),
+        Case(
+            "reference",
+            ["reference", f32, "--text", judge, *small, "--out", "m.pqref"],
+            ["m.pqref"],
+            (".m.pqref.unfinished", ".m.pqref.state"),
+            ("--resume",),
+        ),
         Case("eval", ["eval", q8, "--reference", f32, "--text", judge, "--context", "64", "--chunks", "20"], []),
         Case("smoke", ["smoke", q8, "--reference", f32, "--max-tokens", "8", "--out", "m.json"], ["m.json"]),
         Case(
@@ -190,6 +196,8 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
     else:
         found.counts["interrupt landed"] += 1
         found.answers.append(answered or 0.0)
+        if code == 130 and not any(words in said for words in (b"goes on", b"starts it anew")):
+            found.complain(case, f"{number.name}: says nothing of how to go on: {said.decode()[-400:]}")
         if code != 130 or answered is None:
             found.complain(case, f"{number.name}: exit code {code}: {said.decode()[-400:]}")
         elif answered > SECONDS:

@@ -130,9 +130,11 @@ def collect_importance(
             run_block = stack.enter_context(_running(block, sums, observer, context, threads))
         if str(text) != SELF:
             calibration = cut_windows(text, runtime, context, chunks)
+        kernels = dict(runtime.versions)
         kept = _Kept(state, {}, save_seconds)
         if state:
-            run = {"model": digest_file(Path(gguf)), "tokens": calibration.sha256, "context": context}
+            run: dict[str, Any] = {"model": digest_file(Path(gguf)), "tokens": calibration.sha256, "context": context}
+            run["kernels"] = kernels
             kept = _Kept(state, run if mtp is None else run | {"mtp": digest_file(Path(mtp))}, save_seconds)
         done, total = kept.load(sums) if resume else 0, len(calibration.windows)
         if progress is not None:
@@ -152,7 +154,7 @@ def collect_importance(
     if not sums.sums:
         raise EvalError(f"{gguf}: llama.cpp multiplied no weight of a block; the matrix would be empty")
     check_unchanged(files)
-    return ImportanceSums(sums.sums, sums.counts, context, (calibration.name,)), calibration
+    return ImportanceSums(sums.sums, sums.counts, context, (calibration.name,), kernels), calibration
 
 
 def _check_counts(sums: InputSums, n_window: int, context: int, block: Block | None) -> None:

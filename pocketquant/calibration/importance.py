@@ -28,10 +28,13 @@ from pocketquant.formats import FORMATS, F32Array
 from pocketquant.gguf_file.header import encode_table
 from pocketquant.gguf_file.reading import GgufTensor, read_header
 from pocketquant.gguf_file.tensors import fused_parts
+from pocketquant.llama.kernels import added_up
 from pocketquant.model import Model, Value, padded
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
+_KERNELS = "pocketquant.kernels."
+"""Before a version's name; llama.cpp passes keys over that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,14 @@ class ImportanceSums:
         counts: tensor name -> [1] or [n_expert], how many inputs were summed.
         context: tokens in a window of the text.
         datasets: names of the texts.
-        metadata: further keys for the file.
+        kernels: versions of the software that computed them; empty where nothing is known.
     """
 
     sums: Mapping[str, npt.NDArray[Any]]
     counts: Mapping[str, npt.NDArray[Any]]
     context: int
     datasets: tuple[str, ...] = ()
-    metadata: Mapping[str, Value] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_chunks(self) -> int:
@@ -120,7 +123,7 @@ def merge_sums(parts: Sequence[ImportanceSums], names: Sequence[str] = ()) -> Im
     if faults:
         raise RecipeError(f"importance matrices of different models cannot be merged:\n{listing(faults)}")
     datasets = tuple(dict.fromkeys(name for part in parts for name in part.datasets))
-    return ImportanceSums(sums, counts, parts[0].context, datasets)
+    return ImportanceSums(sums, counts, parts[0].context, datasets, added_up([part.kernels for part in parts]))
 
 
 def _is_same_text(one: ImportanceSums, other: ImportanceSums) -> bool:
@@ -146,7 +149,7 @@ def write_sums(sums: ImportanceSums, path: str | Path, *, is_result: bool = True
         "imatrix.datasets": Value("str[]", list(sums.datasets)),
         "imatrix.chunk_count": Value("u32", sums.n_chunks),
         "imatrix.chunk_size": Value("u32", sums.context),
-        **sums.metadata,
+        **{_KERNELS + key: Value("str", value) for key, value in sorted(sums.kernels.items())},
     }
     arrays: dict[str, F32Array] = {}
     for name in sorted(sums.sums):
@@ -224,6 +227,11 @@ def read_sums(path: str | Path) -> ImportanceSums:
         counts,
         int(size.value) if size is not None and size.kind == "u32" and size.value else 512,
         tuple(str(item) for item in datasets.value) if datasets is not None and datasets.kind == "str[]" else (),
+        {
+            key.removeprefix(_KERNELS): str(value.value)
+            for key, value in header.metadata.items()
+            if key.startswith(_KERNELS) and value.kind == "str"
+        },
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ class Statistics:
         texts: what was read.
         shared: tensor -> the tensor under whose name their common input stands.
         entries: name of an array -> where it is.
+        kernels: versions of the software that computed the inputs; empty where nothing is known.
         state: what the file was when it was opened; None where nobody compares.
     """
 
@@ -124,6 +125,7 @@ class Statistics:
     texts: tuple[Text, ...]
     shared: Mapping[str, str]
     entries: Mapping[str, Entry]
+    kernels: Mapping[str, str] = field(default_factory=dict)
     state: FileState | None = None
 
     def input(self, tensor: str, expert: int | None = None) -> F32Array | None:
@@ -293,7 +295,8 @@ def open_statistics(path: str | Path) -> Statistics:
     if faults:
         raise RecipeError(f"{path}: {len(faults)} fault(s) in the statistics\n{listing(faults)}")
     texts = tuple(Text(**text) for text in about["texts"])
-    return Statistics(path, about["tokens"], about["model"], texts, about["shared"], entries, state)
+    kernels = about.get("kernels", {})
+    return Statistics(path, about["tokens"], about["model"], texts, about["shared"], entries, kernels, state)
 
 
 def _no_statistics(path: Path, why: str) -> RecipeError:
@@ -315,6 +318,7 @@ def _read_about(path: Path, header: Any) -> dict[str, Any]:
             and about["tokens"] >= 0
             and all(isinstance(t, dict) and {key: type(value) for key, value in t.items()} == kinds for t in texts)
             and all(isinstance(name, str) for pair in about["shared"].items() for name in pair)
+            and all(isinstance(word, str) for pair in about.get("kernels", {}).items() for word in pair)
         )
         if not is_right:
             raise ValueError

@@ -183,8 +183,8 @@ def calibrate(
     if not any(tensor.role is Role.EMBED for tensor in model.tensors):
         raise ArchitectureError(f"{gguf}: holds no embedding; give the whole model")
     calibration = plan_calibration(model, memory_bytes=memory_bytes)
-    windows, about_texts = cut_texts(gguf, texts, context, chunks, threads, gpu_layers, seed)
-    about = About(windows.size, fingerprint(model), about_texts, calibration.shared)
+    windows, about_texts, kernels = _cut(gguf, texts, context, chunks, threads, gpu_layers, seed)
+    about = About(windows.size, fingerprint(model), about_texts, calibration.shared, kernels)
     frequency = np.bincount(windows.reshape(-1), minlength=calibration.n_vocab)
     row_group = group_rows(frequency, calibration.n_group)
     n_group = int(row_group.max()) + 1
@@ -242,6 +242,19 @@ def cut_texts(
     seed: int,
 ) -> tuple[npt.NDArray[np.int32], tuple[Text, ...]]:
     """Windows i32[n_window, context] of all texts, one after the other, and what they are; see `calibrate`."""
+    return _cut(gguf, texts, context, chunks, threads, gpu_layers, seed)[:2]
+
+
+def _cut(
+    gguf: str | Path,
+    texts: Sequence[str | Path],
+    context: int,
+    chunks: int | None,
+    threads: int | None,
+    gpu_layers: int,
+    seed: int,
+) -> tuple[npt.NDArray[np.int32], tuple[Text, ...], Mapping[str, str]]:
+    """The same, and the versions of what will compute; passes differ in their batches, which none of these is."""
     cut = []
     with open_runtime(gguf, context=context, threads=threads, gpu_layers=gpu_layers) as runtime:
         for text in texts:
@@ -252,7 +265,8 @@ def cut_texts(
     about = tuple(Text(part.name, part.windows.size, part.sha256) for part in cut)
     if len({text.sha256 for text in about}) < len(about):
         raise EvalError("the same text was given twice; it would count twice")
-    return np.concatenate([part.windows for part in cut]), about
+    kernels = {key: value for key, value in runtime.versions.items() if key != "llama_cpp_batch"}
+    return np.concatenate([part.windows for part in cut]), about, kernels
 
 
 def _lay_out(calibration: Calibration, about: About, n_group: int) -> Layout:

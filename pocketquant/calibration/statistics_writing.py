@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pocketquant.calibration.statistics import (
 from pocketquant.errors import OutputError, RecipeError, listing
 from pocketquant.files.replacing import replacing
 from pocketquant.formats import F32Array
+from pocketquant.llama.kernels import added_up
 
 MOMENTS = "head/moments"
 
@@ -50,6 +51,7 @@ class About:
     model_sha256: str
     texts: tuple[Text, ...]
     shared: Mapping[str, str]
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
         at += entries[name].nbytes
     texts = [asdict(text) for text in about.texts]
     words = {"tokens": about.tokens, "model": about.model_sha256, "texts": texts, "shared": dict(about.shared)}
+    if about.kernels:
+        words["kernels"] = dict(sorted(about.kernels.items()))
     metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(words, ensure_ascii=False)}
     text = json.dumps({"__metadata__": metadata, **stated}, ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
@@ -153,6 +157,7 @@ def merge_statistics(paths: Sequence[str | Path], out: str | Path) -> None:
         parts[0].model_sha256,
         tuple(dict.fromkeys(text for part in parts for text in part.texts)),
         {tensor: shared for part in parts for tensor, shared in part.shared.items()},
+        added_up([part.kernels for part in parts if part.tokens]),
     )
     write_statistics(out, about, arrays, _merged(parts, arrays))
 

@@ -58,6 +58,7 @@ def calibrate(
         if text or resume or curvature or dry_run:
             raise typer.BadParameter("runs no model, so it takes no other options", param_hint="--merge")
         merge_statistics(sources, out)
+        _say_kernels(sources, quiet=quiet)
         _report(out, json=json, quiet=quiet)
         return
     if len(sources) != 1:
@@ -200,6 +201,16 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         print_json(cost, of="plan")
 
 
+def _say_kernels(merged: list[str], *, quiet: bool) -> None:
+    from pocketquant.calibration.statistics import open_statistics
+    from pocketquant.llama.kernels import note_on_sum
+
+    opened = {name: open_statistics(name) for name in merged}
+    of_inputs = {name: statistics.kernels for name, statistics in opened.items() if statistics.tokens}
+    if of_inputs and (note := note_on_sum(of_inputs)):
+        say(f"note: {note}", quiet=quiet)
+
+
 def _report(out: Path, *, json: bool, quiet: bool) -> None:
     from pocketquant.calibration.statistics import open_statistics
 
@@ -211,6 +222,7 @@ def _report(out: Path, *, json: bool, quiet: bool) -> None:
         "tokens": statistics.tokens,
         "texts": [{"name": t.name, "tokens": t.tokens, "tokens_sha256": t.sha256} for t in statistics.texts],
         "model_sha256": statistics.model_sha256,
+        "kernels": dict(statistics.kernels),
         "curvature": statistics.has_outputs,
         "experts_without_input": statistics.n_unseen_experts,
     }

@@ -57,6 +57,7 @@ def make_matrix(
         "context": context,
         "tokens": calibration.windows.size,
         "tokens_sha256": calibration.sha256,
+        "kernels": dict(sums.kernels),
         "experts_without_input": sum(int((counts == 0).sum()) for counts in sums.counts.values()),
     }
     _report(summary, json=json, quiet=quiet)
@@ -66,16 +67,21 @@ def merge_matrices(files: list[Path], out: Path, *, json: bool, quiet: bool) -> 
     """Adds matrices up."""
     from pocketquant.calibration.importance import merge_sums, read_sums, write_sums
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.llama.kernels import note_on_sum
 
     refuse_overwriting([out], files)
-    sums = merge_sums([read_sums(path) for path in files], [str(path) for path in files])
+    parts = [read_sums(path) for path in files]
+    sums = merge_sums(parts, [str(path) for path in files])
     write_sums(sums, out)
+    if note := note_on_sum({str(path): part.kernels for path, part in zip(files, parts, strict=True)}):
+        say(f"note: {note}", quiet=quiet)
     summary = {
         "out": str(out),
         "entries": len(sums.sums),
         "datasets": list(sums.datasets),
         "windows": sums.n_chunks,
         "context": sums.context,
+        "kernels": dict(sums.kernels),
     }
     _report(summary, json=json, quiet=quiet)
 

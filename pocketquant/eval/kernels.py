@@ -1,4 +1,4 @@
-"""Whether two figures come from the same kernels of llama.cpp, and how far apart they may be if they do not.
+"""How far apart two figures from different kernels of llama.cpp may be.
 
 Kernels differ in how they round the inputs of a matrix product and in the order of their sums. It depends on AMX, on
 repacked weights, on AVX-512, on the batch size and on flash attention. So one file has slightly different figures on
@@ -7,20 +7,6 @@ different kernels, and no text is long enough to tell that from a better or wors
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-NAMES = {
-    "llama_cpp_features": "what llama.cpp was compiled for",
-    "llama_cpp_extra_kernels": "whether its extra kernels are used",
-    "llama_cpp_batch": "tokens in a batch",
-    "llama_cpp_flash_attention": "flash attention",
-}
-"""Key of a report's versions -> what it says, in words."""
-
-_OF_THE_PROCESSOR = {"AMX", "CPU", "CPU_REPACK"}
-"""Buffers of weights that differ between types of one machine, too; the keys above say which a machine has."""
 
 FLOOR = {
     "kld_mean_ratio": 0.005,
@@ -42,13 +28,3 @@ def describe_kernels(ours: str, theirs: str, other: list[str]) -> str:
         f"{ours} was measured by other kernels of llama.cpp than {theirs} ({', '.join(other)}): divergences less than "
         f"{percent:g} % apart mean nothing."
     )
-
-
-def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What of the kernels differs, in words, from the `versions` of two measurements; what only one states differs."""
-    found = [words for key, words in NAMES.items() if ours.get(key) != theirs.get(key)]
-    return found + (["the device"] if _devices(ours) != _devices(theirs) else [])
-
-
-def _devices(versions: Mapping[str, Any]) -> set[str]:
-    return set(str(versions.get("llama_cpp_kernels", "")).split()) - _OF_THE_PROCESSOR

@@ -19,7 +19,7 @@ _placed: dict[Path, None] = {}  # in the order in which they came
 _ways_on: dict[object, tuple[Path, str]] = {}  # of the blocks of `resumable` that run, the outermost first
 _resuming: list[str] = []
 
-STARTS_ANEW = "nothing of the unfinished work is kept; the same command starts anew"
+STARTS_ANEW = "nothing of this run is kept; the same command starts it anew"
 """What to tell whoever interrupted a run that cannot be resumed, or has nothing yet to be resumed from."""
 
 

@@ -70,7 +70,7 @@ def test_imatrix_keeps_the_old_matrix_and_what_is_done(
     whole = out.read_bytes()
     out.write_bytes(b"good")
     early = run_until("pocketquant.llama.observing:InputSums.add", 12, number, *arguments)
-    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert "nothing of this run is kept; the same command starts it anew" in early.stderr
     assert names(tmp_path) == ["m.gguf"]
     interrupted = run_until("pocketquant.llama.observing:InputSums.add", 2 * 31 + 12, number, *arguments)
     assert out.read_bytes() == b"good"
@@ -96,7 +96,7 @@ def test_a_reference_goes_on_with_whole_windows(
     out.write_bytes(b"good")
     add, left = "pocketquant.eval.packs.pack:PackWriter.add", [".out.state", ".out.unfinished", "out"]
     early = run_until(add, 2, number, *arguments)
-    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert "nothing of this run is kept; the same command starts it anew" in early.stderr
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
     for where, call in ((add, 4), (add, 4), ("pocketquant.eval.packs.pack:PackWriter.finish", 1)):
         cut = run_until(where, call, number, *arguments, "--resume")
@@ -133,7 +133,7 @@ def test_calibrate_keeps_all_that_it_had_summed(demo_gguf: Callable[[str], Path]
     out.write_bytes(b"good")
     kept = f"what was done is kept in {tmp_path}/.out.state; the same command with --resume goes on from there"
     early = run_until("pocketquant.llama.runtime:open_runtime", 1, signal.SIGINT, *arguments)
-    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert "nothing of this run is kept; the same command starts it anew" in early.stderr
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
     for number, (where, call) in enumerate(
         (
@@ -196,7 +196,7 @@ def test_an_interrupted_sweep_names_results_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["sweep", checkpoint_dir(), "-r", "q8_0", "-r", "q4_0", "--imatrix", "none", *SMALL, "--out", out]
     early = run_until("pocketquant.release.sweep:write_variant", 1, signal.SIGINT, *arguments)
-    assert "nothing of the unfinished work is kept; the same command starts anew" in early.stderr
+    assert "nothing of this run is kept; the same command starts it anew" in early.stderr
     assert names(tmp_path) == []
     interrupted = run_until("pocketquant.release.sweep:measure_variant", 2, signal.SIGINT, *arguments)
     assert f"nothing was replaced\nwhat is finished is kept in {out}/.sweep; the same command" in interrupted.stderr

@@ -15,9 +15,7 @@ import pytest
 
 COMMAND = [sys.executable, "-m", "pocketquant"]
 SCRIPT = [str(Path(sys.executable).with_name("pocketquant"))]
-INTERRUPTED = (
-    "error: interrupted; nothing was replaced\nnothing of the unfinished work is kept; the same command starts anew"
-)
+INTERRUPTED = "error: interrupted; nothing was replaced\nnothing of this run is kept; the same command starts it anew"
 SLOW = """
 import time
 from pocketquant.cli import watching, main

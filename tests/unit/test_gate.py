@@ -19,12 +19,13 @@ from pocketquant.eval.gate.limits import ABSOLUTE, BASELINE, parse_limits, read_
 from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, verdict_to_markdown
 from pocketquant.eval.gate.report_diff import find_moved
 from pocketquant.eval.gate.verdict import FAILED, PASS, UNDECIDED, Decision, Verdict
-from pocketquant.eval.kernels import FLOOR, NAMES, differing
+from pocketquant.eval.kernels import FLOOR
 from pocketquant.eval.metrics import POSITION, Positions
 from pocketquant.eval.report.evidence import sum_clusters
 from pocketquant.eval.report.reading import COLUMNS, Evidence, parse_report
 from pocketquant.eval.report.schema import Provenance, ScoredText, summarize
 from pocketquant.gguf_file.identity import FileIdentity
+from pocketquant.llama.kernels import NAMES, differing
 
 FILE = FileIdentity("text.txt", 30, "cc")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from pocketquant.calibration.importance import ImportanceSums, importance_of, merge_sums, read_sums, write_sums
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.gguf_file.reading import read_header
+from pocketquant.llama.kernels import note_on_sum
 from pocketquant.quant import read_importance
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
@@ -66,6 +68,25 @@ def test_merging_adds_sums_counts_and_datasets() -> None:
     assert merged.n_chunks == 6
     np.testing.assert_allclose(merged.sums["blk.0.ffn_up.weight"], 6 * matrix().sums["blk.0.ffn_up.weight"])
     np.testing.assert_array_equal(merged.counts["blk.0.ffn_up_exps.weight"], [60, 0, 132])
+
+
+def test_a_matrix_says_which_kernels_made_it(tmp_path: Path) -> None:
+    ours = {"llama_cpp_features": "AVX2 = 1", "llama_cpp_kernels": "CPU", "llama_cpp_batch": "512"}
+    theirs = ours | {"llama_cpp_features": "AVX512 = 1"}
+    one, same, other = (
+        replace(matrix(scale, name=name), kernels=kernels)
+        for scale, name, kernels in ((1.0, "a", ours), (2.0, "b", ours), (3.0, "c", theirs))
+    )
+    write_sums(one, tmp_path / "m.gguf")
+    metadata = read_header(tmp_path / "m.gguf").metadata
+    assert metadata["pocketquant.kernels.llama_cpp_features"].value == "AVX2 = 1"
+    assert read_sums(tmp_path / "m.gguf").kernels == ours
+    assert merge_sums([one, same]).kernels == ours
+    assert merge_sums([one, other]).kernels == ours | {"llama_cpp_features": "several"}
+    assert merge_sums([one, matrix(2.0)]).kernels == dict.fromkeys(ours, "several")
+    assert note_on_sum({"one": one.kernels, "same": same.kernels}) == ""
+    said = note_on_sum({"one": one.kernels, "same": same.kernels, "other": other.kernels})
+    assert "other kernels of llama.cpp than one: other (what llama.cpp was compiled for)" in said
 
 
 def test_matrices_of_different_models_are_not_merged() -> None:

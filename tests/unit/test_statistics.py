@@ -74,7 +74,13 @@ def contents(seed: int, *, tokens: int, groups: list[int], outputs: bool = True)
 
 
 def write(
-    path: Path, arrays: Mapping[str, np.ndarray], *, tokens: int, text: str = "a", model: str = "m"
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    tokens: int,
+    text: str = "a",
+    model: str = "m",
+    kernels: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     pieces: list[Piece] = []
@@ -88,7 +94,8 @@ def write(
                 array.shape,
             )
             pieces.append((name, None, array))
-    about = About(tokens, model, (Text(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS})
+    texts, shared = (Text(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS}
+    about = About(tokens, model, texts, shared, kernels or {})
     write_statistics(path, about, layout, pieces)
     return dict(arrays)
 
@@ -165,6 +172,21 @@ def test_merging_weighs_by_tokens(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         merged.array("head/variance"), a["head/variance"] / 4 + b["head/variance"] * 0.75, rtol=1e-12
     )
+
+
+def test_statistics_say_which_kernels_made_them(tmp_path: Path) -> None:
+    of_one, of_other = {"llama_cpp_features": "AVX2", "llama_cpp": "1"}, {"llama_cpp_features": "AMX", "llama_cpp": "1"}
+    for number, (name, kernels) in enumerate((("a", of_one), ("b", of_one), ("c", of_other), ("d", {}))):
+        held = contents(number, tokens=100, groups=GROUPS, outputs=False)
+        write(tmp_path / name, held, tokens=100, text=name, kernels=kernels)
+    assert open_statistics(tmp_path / "a").kernels == of_one
+    for names, expected in (
+        ("ab", of_one),
+        ("ac", {"llama_cpp_features": "several", "llama_cpp": "1"}),
+        ("ad", {"llama_cpp_features": "several", "llama_cpp": "several"}),
+    ):
+        merge_statistics([tmp_path / name for name in names], tmp_path / "merged")
+        assert open_statistics(tmp_path / "merged").kernels == expected
 
 
 def test_merging_spreads_other_groups_row_by_row(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from pocketquant.eval.gate.comparable import changed_metadata, check_comparable,
 from pocketquant.eval.gate.limits import AT_LEAST, FAIL, Limits
 from pocketquant.eval.gate.verdict import FAILED, PASS, Decision, Estimate, Sampled, Verdict, from_error
 from pocketquant.eval.intervals import Share
-from pocketquant.eval.kernels import FLOOR, differing
+from pocketquant.eval.kernels import FLOOR
 from pocketquant.eval.report.reading import MAX_CLUSTERS, Evidence, choose_file, parse_report, same_tokens
 from pocketquant.files.small import read_json
+from pocketquant.llama.kernels import differing
 
 METRICS = {
     "kld_mean": ("kld", "mean", "se"),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pocketquant.escaping import for_markdown
-from pocketquant.eval.kernels import describe_kernels, differing
+from pocketquant.eval.kernels import describe_kernels
 from pocketquant.eval.measures import Bucket, Metrics
 from pocketquant.eval.report.schema import Domain, Report
+from pocketquant.llama.kernels import differing
 
 Row = tuple[str, float, float | None]
 
