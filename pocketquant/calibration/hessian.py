@@ -28,7 +28,7 @@ _UNSEEN_GROUPS = 4
 
 
 @dataclass(frozen=True)
-class Share:
+class MatrixRange:
     """Matrices [first, stop) of one input: all one of a plain weight, or some experts', or some groups of the head."""
 
     key: str
@@ -42,7 +42,7 @@ class Share:
 
 
 @dataclass
-class MomentSums:
+class HessianSums:
     """Adds X^T X up for the shares of one pass.
 
     Attributes:
@@ -56,7 +56,7 @@ class MomentSums:
         is_between: whether no sum is being added to; False for good once adding to one has failed.
     """
 
-    shares: Mapping[str, Share]
+    shares: Mapping[str, MatrixRange]
     last_layer: int | None
     head: HeadSums | None = None
     sums: dict[str, F32Array] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class HeadSums:
     """
 
     row_group: npt.NDArray[np.int32]
-    share: Share
+    share: MatrixRange
     sums: F32Array
     variance: npt.NDArray[np.float64]
     rounding: npt.NDArray[np.float64]
@@ -194,7 +194,7 @@ class HeadSums:
         weights = np.zeros((len(logits), int(self.row_group.max()) + 1))
         with signals_held():
             variance = self.variance if is_missing[0] else np.zeros_like(self.variance)
-            _fold_softmax(logits, self.row_group, weights, variance)
+            _accumulate_softmax(logits, self.row_group, weights, variance)
             self.tokens[0] += len(logits) * is_missing[0]
         if is_missing[1]:
             with signals_held():
@@ -209,7 +209,7 @@ class HeadSums:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fold_softmax(
+def _accumulate_softmax(
     logits: F32Array,
     row_group: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float64],

@@ -35,6 +35,7 @@ from pocketquant.files.small import open_regular, parse_json
 from pocketquant.files.unchanged import FileState, state_of
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Tensor
+from pocketquant.texts.corpus import TextRecord
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -54,16 +55,7 @@ HEAD = ("head/row_group", "head/variance", "head/frequency", "head/moments")
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text that statistics were made from: name of its file, number of tokens, and their digest."""
-
-    name: str
-    tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Entry:
+class ArrayEntry:
     """One array of the file: dtype F32, F64, I32 or I64, shape, and where it starts in the file."""
 
     dtype: str
@@ -81,7 +73,7 @@ class HeadStatistics:
 
     Attributes:
         row_group: i32[n_vocab], the group of each row.
-        row_scale: f32[n_vocab]; row v costs 0.5 row_scale[v] d^T moment(row_group[v]) d. Its mean in a group is 1.
+        row_scale: f32[n_vocab]; row v costs 0.5 row_scale[v] d^T hessian(row_group[v]) d. Its mean in a group is 1.
         frequency: f64[n_vocab], share of the text's tokens; adds up to 1.
         embed_output: f32[k, k], E[g g^T] at the embedding's output; None without gradients.
         n_group: groups.
@@ -94,14 +86,14 @@ class HeadStatistics:
     n_group: int
     _statistics: Statistics
 
-    def moment(self, group: int) -> F32Array:
+    def hessian(self, group: int) -> F32Array:
         """f32[k, k], the mean of E[p_v (1 - p_v) h h^T] over the group's rows."""
         return self._statistics.matrix("head/moments", group)
 
     @property
-    def moments(self) -> F32Array:
+    def hessians(self) -> F32Array:
         """f32[n_group, k, k]: all at once."""
-        return np.stack([self.moment(group) for group in range(self.n_group)])
+        return np.stack([self.hessian(group) for group in range(self.n_group)])
 
 
 @dataclass(frozen=True)
@@ -122,9 +114,9 @@ class Statistics:
     path: Path
     tokens: int
     model_sha256: str
-    texts: tuple[Text, ...]
+    texts: tuple[TextRecord, ...]
     shared: Mapping[str, str]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ArrayEntry]
     kernels: Mapping[str, str] = field(default_factory=dict)
     state: FileState | None = None
 
@@ -150,7 +142,7 @@ class Statistics:
         return self._rounding(HEAD_ROUNDING, None)
 
     def share(self, tensor: str, expert: int) -> float:
-        """Share of the tokens that were sent to an expert."""
+        """MatrixRange of the tokens that were sent to an expert."""
         counts = self.array(self.shared.get(tensor, tensor) + INPUT + COUNT)
         return float(counts[expert]) / max(self.tokens, 1)
 
@@ -294,7 +286,7 @@ def open_statistics(path: str | Path) -> Statistics:
         faults.append(f"its arrays end at byte {end}, the file at {size}")
     if faults:
         raise RecipeError(f"{path}: {len(faults)} fault(s) in the statistics\n{listing(faults)}")
-    texts = tuple(Text(**text) for text in about["texts"])
+    texts = tuple(TextRecord(**text) for text in about["texts"])
     kernels = about.get("kernels", {})
     return Statistics(path, about["tokens"], about["model"], texts, about["shared"], entries, kernels, state)
 
@@ -327,7 +319,7 @@ def _read_about(path: Path, header: Any) -> dict[str, Any]:
     return about  # type: ignore[no-any-return]
 
 
-def _read_entry(stated: Any, data_start: int, size: int) -> Entry | None:
+def _read_entry(stated: Any, data_start: int, size: int) -> ArrayEntry | None:
     """The entry that a header states, or None where it is none inside the file."""
     if not isinstance(stated, dict) or not isinstance(stated.get("dtype"), str) or stated["dtype"] not in DTYPES:
         return None
@@ -336,11 +328,11 @@ def _read_entry(stated: Any, data_start: int, size: int) -> Entry | None:
         return None
     if any(type(n) is not int or not 0 <= n <= 1 << 40 for n in (*shape, *offsets)):
         return None
-    entry = Entry(stated["dtype"], tuple(shape), data_start + offsets[0])
+    entry = ArrayEntry(stated["dtype"], tuple(shape), data_start + offsets[0])
     return entry if offsets[1] - offsets[0] == entry.nbytes and data_start + offsets[1] <= size else None
 
 
-def _wanted_roundings(entries: Mapping[str, Entry]) -> Iterator[tuple[str, tuple[int, int]]]:
+def _wanted_roundings(entries: Mapping[str, ArrayEntry]) -> Iterator[tuple[str, tuple[int, int]]]:
     """Arrays of rounding errors that must be there, and their shapes."""
     for name, entry in entries.items():
         if name.endswith(INPUT):
@@ -353,7 +345,7 @@ def _is_counted(name: str) -> bool:
     return name.endswith((INPUT, OUTPUT)) or name == "head/moments"
 
 
-def _fits(name: str, entry: Entry) -> bool:
+def _fits(name: str, entry: ArrayEntry) -> bool:
     """Whether an array is what its name says."""
     if name.endswith(COUNT):
         return entry.dtype == "I64" and len(entry.shape) == 1 and entry.shape[0] > 0

@@ -18,17 +18,14 @@ import numpy.typing as npt
 from pocketquant.calibration.statistics import (
     COUNT,
     DTYPES,
-    EMBED_OUTPUT,
     FORMAT,
-    HEAD,
     HEAD_ROUNDING,
     INPUT,
     OUTPUT,
     ROUNDING,
     VERSION,
-    Entry,
+    ArrayEntry,
     Statistics,
-    Text,
     open_statistics,
     packed,
 )
@@ -36,8 +33,9 @@ from pocketquant.errors import OutputError, RecipeError, listing
 from pocketquant.files.replacing import replacing
 from pocketquant.formats import F32Array
 from pocketquant.llama.kernels import added_up
+from pocketquant.texts.corpus import TextRecord
 
-MOMENTS = "head/moments"
+HEAD_HESSIANS = "head/moments"
 
 Piece = tuple[str, int | None, npt.NDArray[Any]]
 """Name of an array, the matrix of it that is meant (None: all of it), and the numbers."""
@@ -49,17 +47,17 @@ class About:
 
     tokens: int
     model_sha256: str
-    texts: tuple[Text, ...]
+    texts: tuple[TextRecord, ...]
     shared: Mapping[str, str]
     kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Layout:
+class StatisticsLayout:
     """A statistics file before it has numbers: its header, and where each array goes."""
 
     header: bytes
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ArrayEntry]
 
     @property
     def file_bytes(self) -> int:
@@ -93,13 +91,13 @@ class Layout:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
+def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> StatisticsLayout:
     """Decides the file of these arrays: name -> (dtype, shape), triangles as [n_matrix, k (k + 1) / 2]."""
     stated: dict[str, Any] = {}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ArrayEntry] = {}
     at = 0
     for name, (dtype, shape) in arrays.items():
-        entries[name] = Entry(dtype, shape, at)
+        entries[name] = ArrayEntry(dtype, shape, at)
         stated[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + entries[name].nbytes]}
         at += entries[name].nbytes
     texts = [asdict(text) for text in about.texts]
@@ -110,8 +108,8 @@ def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
     text = json.dumps({"__metadata__": metadata, **stated}, ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     header = len(text).to_bytes(8, "little") + text
-    moved = {name: Entry(entry.dtype, entry.shape, entry.offset + len(header)) for name, entry in entries.items()}
-    return Layout(header, moved)
+    moved = {name: ArrayEntry(entry.dtype, entry.shape, entry.offset + len(header)) for name, entry in entries.items()}
+    return StatisticsLayout(header, moved)
 
 
 def triangles(n_matrix: int, k: int) -> tuple[str, tuple[int, ...]]:
@@ -148,7 +146,7 @@ def merge_statistics(paths: Sequence[str | Path], out: str | Path) -> None:
         f"{name}: shape {list(part.entries[name].shape)} in one, {list(shape)} in another"
         for name, (_, shape) in arrays.items()
         for part in parts
-        if name in part.entries and not name.startswith(MOMENTS) and part.entries[name].shape != shape
+        if name in part.entries and not name.startswith(HEAD_HESSIANS) and part.entries[name].shape != shape
     ]
     if faults:
         raise RecipeError(f"{len(faults)} array(s) do not fit together\n{listing(faults)}")
@@ -179,14 +177,14 @@ def _check_one_model(parts: Sequence[Statistics]) -> None:
 def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterable[Piece]:
     for name, (_, shape) in arrays.items():
         owners = [part for part in parts if name in part.entries]
-        if name == MOMENTS:
-            yield from _merged_moments(owners, shape[0])
+        if name == HEAD_HESSIANS:
+            yield from _merged_head(owners, shape[0])
         elif name.endswith((INPUT, OUTPUT, ROUNDING)):
             counts = np.array([part.array(_counts_of(name))[: shape[0]] for part in owners], np.float64)
             for index in range(shape[0]):
                 weights = counts[:, index] / max(counts[:, index].sum(), 1.0)
                 yield name, index, _weighted(name, owners, [{index: float(weight)} for weight in weights])
-        elif name == MOMENTS + COUNT:
+        elif name == HEAD_HESSIANS + COUNT:
             total = sum(int(part.array(name)[0]) for part in owners)
             yield name, None, np.full(shape, total, np.int64)
         elif name.endswith(COUNT):
@@ -194,19 +192,19 @@ def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[i
         elif name == "head/row_group":
             yield name, None, owners[0].array(name)
         else:  # means over tokens, one number a row
-            counts = np.array([part.array(MOMENTS + COUNT)[0] for part in owners], np.float64)
+            counts = np.array([part.array(HEAD_HESSIANS + COUNT)[0] for part in owners], np.float64)
             yield name, None, np.average([part.array(name) for part in owners], axis=0, weights=counts)
 
 
 def _counts_of(name: str) -> str:
     """The array that says of how many inputs an array's means are."""
     if name == HEAD_ROUNDING:
-        return MOMENTS + COUNT
+        return HEAD_HESSIANS + COUNT
     return (name.removesuffix(ROUNDING) + INPUT if name.endswith(ROUNDING) else name) + COUNT
 
 
-def _merged_moments(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece]:
-    counts = np.array([part.array(MOMENTS + COUNT)[0] for part in parts], np.float64)
+def _merged_head(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece]:
+    counts = np.array([part.array(HEAD_HESSIANS + COUNT)[0] for part in parts], np.float64)
     groups = parts[0].array("head/row_group")
     sizes = np.maximum(np.bincount(groups, minlength=n_group), 1)
     spreads = []
@@ -221,7 +219,7 @@ def _merged_moments(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece
             {int(h): float(spread[group, h] * count / counts.sum()) for h in np.flatnonzero(spread[group])}
             for spread, count in zip(spreads, counts, strict=True)
         ]
-        yield MOMENTS, group, _weighted(MOMENTS, parts, weights)
+        yield HEAD_HESSIANS, group, _weighted(HEAD_HESSIANS, parts, weights)
 
 
 def _weighted(name: str, parts: Sequence[Statistics], weights: Sequence[Mapping[int, float]]) -> F32Array:
@@ -232,6 +230,3 @@ def _weighted(name: str, parts: Sequence[Statistics], weights: Sequence[Mapping[
             if weight:
                 total += weight * part.triangle(name, index)
     return total.astype(np.float32)
-
-
-__all__ = ["EMBED_OUTPUT", "HEAD", "About", "Layout", "lay_out", "merge_statistics", "triangles", "write_statistics"]

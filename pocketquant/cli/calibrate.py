@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pocketquant.cli.planning import as_gguf
 from pocketquant.cli.screen import print_json, say, size, step_progress
+
+if TYPE_CHECKING:
+    from pocketquant.texts.calibration import CalibrationSettings
 
 
 def calibrate(
@@ -110,21 +113,23 @@ class _Task:
     resume: bool
     quiet: bool
 
+    @property
+    def settings(self) -> CalibrationSettings:
+        from pocketquant.texts.calibration import CalibrationSettings
+
+        return CalibrationSettings(self.context, self.chunks, self.threads, self.gpu_layers, self.seed)
+
 
 def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
-    from pocketquant.calibration import statistics_run as calibrating
+    from pocketquant.calibration.statistics_run import collect_statistics
 
     with step_progress("inputs", quiet=task.quiet) as advance:
-        calibrating.calibrate(
+        collect_statistics(
             gguf,
             task.texts,
             out,
-            context=task.context,
-            chunks=task.chunks,
+            task.settings,
             memory_bytes=task.memory_bytes,
-            threads=task.threads,
-            gpu_layers=task.gpu_layers,
-            seed=task.seed,
             resume=task.resume,
             progress=advance,
         )
@@ -132,16 +137,16 @@ def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
 
 def _collect_both(gguf: Path, task: _Task) -> None:
     """Inputs and gradients into files of their own, which are then joined."""
-    from pocketquant.calibration.fisher import collect_curvature
+    from pocketquant.calibration.fisher import FisherSettings, collect_fisher
     from pocketquant.calibration.statistics import fingerprint, open_statistics
-    from pocketquant.calibration.statistics_run import cut_texts
     from pocketquant.calibration.statistics_writing import merge_statistics
     from pocketquant.files.interrupts import resumable
     from pocketquant.files.replacing import hidden_beside
     from pocketquant.gguf_file.opening import open_gguf
+    from pocketquant.texts.calibration import cut_texts
 
     inputs, gradients = hidden_beside(task.out, "inputs"), hidden_beside(task.out, "gradients")
-    windows, texts = cut_texts(gguf, task.texts, task.context, task.chunks, task.threads, task.gpu_layers, task.seed)
+    windows, texts, _ = cut_texts(gguf, task.texts, task.settings)
     model = open_gguf(gguf)
     is_done = False
     if task.resume and inputs.exists():
@@ -151,14 +156,12 @@ def _collect_both(gguf: Path, task: _Task) -> None:
         _collect_inputs(gguf, task, inputs)
     how = f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
     with resumable(inputs, how), step_progress("gradients", quiet=task.quiet) as advance:
-        collect_curvature(
+        collect_fisher(
             model,
             windows,
             texts,
             gradients,
-            device=task.device,
-            threads=task.threads,
-            seed=task.seed,
+            FisherSettings(device=task.device, threads=task.threads, seed=task.seed),
             resume=task.resume,
             progress=advance,
         )
@@ -168,11 +171,11 @@ def _collect_both(gguf: Path, task: _Task) -> None:
 
 
 def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
-    from pocketquant.calibration.statistics_run import plan_calibration
+    from pocketquant.calibration.statistics_run import plan_statistics
     from pocketquant.convert.sources import open_model
 
     model = open_model(source)
-    calibration = plan_calibration(model, memory_bytes=task.memory_bytes)
+    calibration = plan_statistics(model, memory_bytes=task.memory_bytes)
     cost: dict[str, Any] = {
         "passes": len(calibration.passes),
         "memory_bytes": max(one.sum_bytes for one in calibration.passes),

@@ -28,6 +28,7 @@ def make_matrix(
     from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import hidden_beside, refuse_overwriting
+    from pocketquant.texts.calibration import CalibrationSettings
 
     refuse_overwriting([out], [gguf, text, mtp])
     state = hidden_beside(out, "unfinished")
@@ -37,12 +38,8 @@ def make_matrix(
             sums, calibration = collect_importance(
                 gguf,
                 text,
+                CalibrationSettings(context, chunks, threads, gpu_layers, seed),
                 mtp=mtp,
-                context=context,
-                chunks=chunks,
-                threads=threads,
-                gpu_layers=gpu_layers,
-                seed=seed,
                 state=state,
                 resume=resume,
                 progress=advance,

@@ -43,13 +43,12 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
 ) -> None:
     """Tune scales and codes of a quantized file by runs of the whole model (extra `curvature`: torch, transformers)."""
-    from pocketquant.calibration.imatrix import SELF
-    from pocketquant.calibration.statistics_run import cut_texts
     from pocketquant.calibration.torch_layers import require_torch
     from pocketquant.cli.planning import as_gguf
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.texts.calibration import SELF, CalibrationSettings, cut_texts
     from pocketquant.tuning.tune import (
         DoesNotPay,
         TuneSettings,
@@ -70,7 +69,7 @@ def tune(
         n_codes = 0
     if not dry_run:
         require_torch()  # before the texts are read
-    windows, about = cut_texts(file, texts, context, chunks, threads, 0, seed)
+    windows, about, _ = cut_texts(file, texts, CalibrationSettings(context, chunks, threads, seed=seed))
     tokens = windows.size + sampled * context
     disk = 4 * tokens * model.sizes["n_embd"] + 8 * n_codes
     say(

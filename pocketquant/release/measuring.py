@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketquant.calibration.imatrix import SELF, Calibration, collect_importance
+from pocketquant.calibration.imatrix import collect_importance
 from pocketquant.calibration.importance import importance_of, write_sums
 from pocketquant.eval import compare, weight_errors
 from pocketquant.eval.report.html import to_card, to_html, to_sheet
@@ -18,6 +18,8 @@ from pocketquant.gguf_file.identity import identify
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.gguf_file.writing import Run, write
 from pocketquant.release.planning import Release, Variant, plan_again
+from pocketquant.texts.calibration import SELF, CalibrationSettings
+from pocketquant.texts.corpus import Corpus
 
 CALIBRATION_CHUNKS = 128
 """Windows of calibration text, unless told otherwise: more change little, and every one costs time."""
@@ -62,7 +64,7 @@ def write_variant(variant: Variant, path: Path, means: Means, label: str | None 
 
 def calibrate(
     release: Release, reference: Path, folder: Path, means: Means, state: Path | None = None
-) -> tuple[Release, Calibration]:
+) -> tuple[Release, Corpus]:
     """Makes the importance matrix in `folder`, and plans every file again with it.
 
     Unfinished sums are kept in `state`, and taken up from there. The multi-token-prediction block's part of the matrix
@@ -79,11 +81,13 @@ def calibrate(
         sums, calibration = collect_importance(
             reference,
             calibrating.text,
+            CalibrationSettings(
+                release.settings.context,
+                calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
+                means.threads,
+                means.gpu_layers,
+            ),
             mtp=block,
-            context=release.settings.context,
-            chunks=calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
-            threads=means.threads,
-            gpu_layers=means.gpu_layers,
             state=state,
             resume=True,
             progress=advance,
@@ -137,7 +141,7 @@ def describe_source(release: Release) -> dict[str, Any]:
     }
 
 
-def describe_importance(release: Release, calibration: Calibration | None) -> dict[str, Any] | None:
+def describe_importance(release: Release, calibration: Corpus | None) -> dict[str, Any] | None:
     """Where the importance came from; None if there was none."""
     importance = release.importance
     if importance is None:

@@ -20,7 +20,6 @@ from pocketquant.calibration.statistics import (
     INPUT,
     OUTPUT,
     ROUNDING,
-    Text,
     check_statistics,
     fingerprint,
     open_statistics,
@@ -38,6 +37,7 @@ from pocketquant.calibration.statistics_writing import (
     write_statistics,
 )
 from pocketquant.errors import RecipeError
+from pocketquant.texts.corpus import TextRecord
 
 UP, GATE, EXPERTS = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_up_exps.weight"
 N_VOCAB = 12
@@ -94,7 +94,7 @@ def write(
                 array.shape,
             )
             pieces.append((name, None, array))
-    texts, shared = (Text(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS}
+    texts, shared = (TextRecord(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS}
     about = About(tokens, model, texts, shared, kernels or {})
     write_statistics(path, about, layout, pieces)
     return dict(arrays)
@@ -111,7 +111,7 @@ def stats(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
 def test_what_is_written_is_read(stats: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, arrays = stats
     read = open_statistics(path)
-    assert (read.tokens, read.model_sha256, read.texts) == (100, "m", (Text("a", 100, "a" * 64),))
+    assert (read.tokens, read.model_sha256, read.texts) == (100, "m", (TextRecord("a", 100, "a" * 64),))
     np.testing.assert_array_equal(read.input(UP), arrays[GATE + INPUT][0])  # the input of both stands under one name
     np.testing.assert_array_equal(read.input(GATE), arrays[GATE + INPUT][0])
     np.testing.assert_array_equal(read.output(UP), arrays[UP + OUTPUT][0])
@@ -135,7 +135,7 @@ def test_the_head_gives_back_every_rows_own_share(stats: tuple[Path, dict[str, n
     path, arrays = stats
     head = open_statistics(path).head()
     assert head is not None
-    np.testing.assert_array_equal(head.moments, arrays[MOMENTS])
+    np.testing.assert_array_equal(head.hessians, arrays[MOMENTS])
     np.testing.assert_array_equal(head.row_group, GROUPS)
     np.testing.assert_array_equal(head.embed_output, arrays[EMBED_OUTPUT][0])
     np.testing.assert_allclose(head.frequency.sum(), 1)
@@ -200,7 +200,7 @@ def test_merging_spreads_other_groups_row_by_row(tmp_path: Path) -> None:
     for group in range(3):
         rows = np.flatnonzero(np.array(GROUPS) == group)
         expected = a[MOMENTS][group] / 4 + b[MOMENTS][rows].mean(axis=0) * 0.75
-        np.testing.assert_allclose(merged.moment(group), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(merged.hessian(group), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_weighs_experts_by_the_tokens_sent_to_them(tmp_path: Path) -> None:
