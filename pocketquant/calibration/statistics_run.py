@@ -53,13 +53,13 @@ _BATCH = 512
 class Pass:
     """The matrices that one run over the text sums: ranges of inputs, and perhaps groups of the head."""
 
-    shares: tuple[MatrixRange, ...]
+    ranges: tuple[MatrixRange, ...]
     last_layer: int | None
     head: MatrixRange | None
 
     @property
     def sum_bytes(self) -> int:
-        parts = (*self.shares, *([self.head] if self.head else []))
+        parts = (*self.ranges, *([self.head] if self.head else []))
         # one more matrix: the product of a window, before it is added
         return sum(part.sum_bytes for part in parts) + max(4 * part.k**2 for part in parts)
 
@@ -129,14 +129,14 @@ def plan_statistics(model: Model, *, memory_bytes: int = 2 << 30, n_group: int =
                 passes.append([])
                 room = memory_bytes - largest
     return StatisticsPlan(
-        shared, inputs, tuple(_as_pass(shares, layers) for shares in passes if shares), n_embd, n_vocab, n_group
+        shared, inputs, tuple(_as_pass(ranges, layers) for ranges in passes if ranges), n_embd, n_vocab, n_group
     )
 
 
-def _as_pass(shares: Sequence[MatrixRange], layers: Mapping[str, int]) -> Pass:
-    head = next((share for share in shares if share.key == HEAD_HESSIANS), None)
-    blocks = tuple(share for share in shares if share.key != HEAD_HESSIANS)
-    return Pass(blocks, None if head else max(layers[share.key] for share in blocks), head)
+def _as_pass(ranges: Sequence[MatrixRange], layers: Mapping[str, int]) -> Pass:
+    head = next((matrices for matrices in ranges if matrices.key == HEAD_HESSIANS), None)
+    blocks = tuple(matrices for matrices in ranges if matrices.key != HEAD_HESSIANS)
+    return Pass(blocks, None if head else max(layers[matrices.key] for matrices in blocks), head)
 
 
 def _has_inputs(tensor: Tensor, n_layer: int) -> bool:
@@ -270,11 +270,11 @@ def _lay_out(planned: StatisticsPlan, about: About, n_group: int) -> StatisticsL
 def _sums_of(run: Pass, row_group: npt.NDArray[np.int32], n_group: int) -> HessianSums:
     head = None
     if run.head is not None:
-        share = MatrixRange(run.head.key, run.head.k, min(run.head.first, n_group), min(run.head.stop, n_group))
-        sums = np.zeros((share.stop - share.first, share.k, share.k), np.float32)
+        matrices = MatrixRange(run.head.key, run.head.k, min(run.head.first, n_group), min(run.head.stop, n_group))
+        sums = np.zeros((matrices.stop - matrices.first, matrices.k, matrices.k), np.float32)
         counts = np.zeros(2 + len(sums), np.int64)
-        head = HeadSums(row_group, share, sums, np.zeros(len(row_group)), np.zeros((2, share.k)), counts)
-    return HessianSums({share.key: share for share in run.shares}, run.last_layer, head)
+        head = HeadSums(row_group, matrices, sums, np.zeros(len(row_group)), np.zeros((2, matrices.k)), counts)
+    return HessianSums({matrices.key: matrices for matrices in run.ranges}, run.last_layer, head)
 
 
 def _finished(sums: HessianSums, frequency: npt.NDArray[np.int64], *, is_last: bool) -> Iterator[Piece]:
@@ -282,17 +282,17 @@ def _finished(sums: HessianSums, frequency: npt.NDArray[np.int64], *, is_last: b
 
     The sums stay as they are, for an interrupt to save.
     """
-    for key, share in sums.shares.items():
+    for key, matrices in sums.ranges.items():
         for i, count in enumerate(sums.counts[key]):
-            yield key + INPUT + COUNT, share.first + i, np.array(count)
-            yield key + INPUT, share.first + i, sums.sums[key][i] / np.float32(max(int(count), 1))
-            yield key + ROUNDING, share.first + i, sums.rounding[key][i].reshape(-1) / max(int(count), 1)
+            yield key + INPUT + COUNT, matrices.first + i, np.array(count)
+            yield key + INPUT, matrices.first + i, sums.sums[key][i] / np.float32(max(int(count), 1))
+            yield key + ROUNDING, matrices.first + i, sums.rounding[key][i].reshape(-1) / max(int(count), 1)
     if sums.head is None:
         return
     head, tokens = sums.head, int(sums.head.tokens[0])
     sizes = np.bincount(head.row_group)
-    for i in range(head.share.stop - head.share.first):
-        group = head.share.first + i
+    for i in range(head.range.stop - head.range.first):
+        group = head.range.first + i
         yield HEAD_HESSIANS + COUNT, group, np.array(tokens)
         yield HEAD_HESSIANS, group, head.sums[i] / np.float32(tokens * sizes[group])
     if is_last:

@@ -1,7 +1,7 @@
-"""Statistics files: written in place, one matrix at a time, and merged.
+"""Writes statistics files in place, one matrix at a time, and merges them.
 
-The layout of a file is known before anything is collected, so an unfinished file has its whole header and its full
-length, and what is finished is put where it belongs: nothing is kept twice.
+The layout of a file is known before anything is collected. So an unfinished file has its whole header and its full
+length, and a finished matrix is written to its place at once: nothing is kept twice.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from pocketquant.texts.corpus import TextRecord
 HEAD_HESSIANS = "head/moments"
 
 Piece = tuple[str, int | None, npt.NDArray[Any]]
-"""Name of an array, the matrix of it that is meant (None: all of it), and the numbers."""
+"""The name of an array, the number of one of its matrices (None for the whole array), and the numbers."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What statistics are of; see `Statistics`."""
+    """The model and texts of statistics; see `Statistics`."""
 
     tokens: int
     model_sha256: str
@@ -54,7 +54,7 @@ class About:
 
 @dataclass(frozen=True)
 class StatisticsLayout:
-    """A statistics file before it has numbers: its header, and where each array goes."""
+    """A statistics file before it has numbers: its header, and the place of each array."""
 
     header: bytes
     entries: Mapping[str, ArrayEntry]
@@ -64,7 +64,7 @@ class StatisticsLayout:
         return max((entry.offset + entry.nbytes for entry in self.entries.values()), default=len(self.header))
 
     def create(self, path: Path) -> None:
-        """Writes the header and makes the file as long as it will be; what is not put is zero, counts too.
+        """Writes the header and makes the file as long as it will be; arrays that are not written are zero, counts too.
 
         Raises:
             OutputError: the file cannot be written.
@@ -77,7 +77,7 @@ class StatisticsLayout:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
     def put(self, path: Path, pieces: Iterable[Piece]) -> None:
-        """Writes arrays, or single numbers or matrices (f32[k, k] or triangles) of them, where they belong."""
+        """Writes whole arrays, or single numbers or matrices (f32[k, k] or triangles) of them, to their places."""
         try:
             with open(path, "rb+") as file:
                 for name, index, array in pieces:
@@ -92,7 +92,7 @@ class StatisticsLayout:
 
 
 def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> StatisticsLayout:
-    """Decides the file of these arrays: name -> (dtype, shape), triangles as [n_matrix, k (k + 1) / 2]."""
+    """The layout of a file with these arrays: name -> (dtype, shape), triangles as [n_matrix, k (k + 1) / 2]."""
     stated: dict[str, Any] = {}
     entries: dict[str, ArrayEntry] = {}
     at = 0
@@ -128,13 +128,13 @@ def write_statistics(
 
 
 def merge_statistics(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Adds statistics of one model up, as if their texts had been one, or inputs to gradients.
+    """Merges statistics of one model, as if their texts had been one, or Hessians with Fisher matrices.
 
-    Every matrix is the mean over those files that have it, weighed by their tokens. Groups of the head are those of the
-    first file that has any; other files' groups are spread over them row by row.
+    Every matrix is the mean over the files that have it, weighted by their tokens. The groups of the head are those of
+    the first file that has any; the groups of other files are distributed over them row by row.
 
     Raises:
-        RecipeError: not of one model, or two were made from the same text, which would count twice.
+        RecipeError: they are of different models, or two were made from the same text, which would count twice.
     """
     parts = [open_statistics(path) for path in paths]
     _check_one_model(parts)
@@ -197,7 +197,7 @@ def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[i
 
 
 def _counts_of(name: str) -> str:
-    """The array that says of how many inputs an array's means are."""
+    """The name of the array with the number of inputs behind an array's means."""
     if name == HEAD_ROUNDING:
         return HEAD_HESSIANS + COUNT
     return (name.removesuffix(ROUNDING) + INPUT if name.endswith(ROUNDING) else name) + COUNT
@@ -223,7 +223,7 @@ def _merged_head(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece]:
 
 
 def _weighted(name: str, parts: Sequence[Statistics], weights: Sequence[Mapping[int, float]]) -> F32Array:
-    """Sum of triangles, or of other rows of numbers, of several files, each with its weight."""
+    """The weighted sum of triangles, or of other rows of numbers, of several files."""
     total = np.zeros(parts[0].entries[name].shape[1], np.float64)
     for part, of_part in zip(parts, weights, strict=True):
         for index, weight in of_part.items():

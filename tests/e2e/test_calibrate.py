@@ -210,7 +210,7 @@ def test_each_expert_has_the_moments_of_its_own_tokens(tmp_path: Path) -> None:
     write(plan(open_model(golden_checkpoint(tmp_path / "checkpoint")), open_recipe("f32")), model)
     collect_statistics(model, [TEXT], tmp_path / "s", CalibrationSettings(CONTEXT, CHUNKS, threads=1))
     parts = plan_statistics(open_gguf(model), memory_bytes=2_200_000).passes
-    assert any(share.first for one in parts for share in one.shares), "no tensor's experts are in several passes"
+    assert any(matrices.first for one in parts for matrices in one.ranges), "no tensor's experts are in several passes"
     collect_statistics(
         model, [TEXT], tmp_path / "parts", CalibrationSettings(CONTEXT, CHUNKS, threads=1), memory_bytes=2_200_000
     )
