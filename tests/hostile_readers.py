@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 from adapter_maker import make_adapter
-from checkpoint_maker import make_checkpoint, text_config, weights_for
+from checkpoint_maker import make_checkpoint, text_config, weights_for, write_safetensors
 from pack_maker import write_pack
 from quantized_schemes import SCHEMES, make_quantized_checkpoints
 from report_maker import make_evaluation, make_tasks
@@ -96,7 +96,8 @@ version: 1.5
 """
 _SMALL = {
     "README.md": _CARD,
-    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": 0}, "pad_token": "<|endoftext|>"}',
+    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}, '
+    '"pad_token": "<|endoftext|>"}',
     "added_tokens.json": '{"<think>": 260}',
     "chat_template.jinja": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
     "chat_template.json": '{"chat_template": "{{ messages[0].content }}"}',
@@ -147,6 +148,20 @@ def _adapter(name: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         base = make_checkpoint(folder / "base", **_TINY)
         return make_adapter(folder / "lora", base, ranks={"q_proj": 2}) / name
+
+    return make
+
+
+def _mlx_adapter(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        make_checkpoint(folder / "base", **_TINY)
+        (folder / "lora").mkdir()
+        settings = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 2, "scale": 1.5}}
+        (folder / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+        pair = {"lora_a": np.ones((64, 2), np.float32), "lora_b": np.ones((2, 64), np.float32)}
+        tensors = {f"model.layers.0.mlp.up_proj.{side}": values for side, values in pair.items()}
+        write_safetensors(folder / "lora" / "adapters.safetensors", tensors)
+        return folder / "lora" / name
 
     return make
 
@@ -310,6 +325,8 @@ READERS = (
     Reader("bitsandbytes", JSON_HEADER, _quantized("bitsandbytes nf4", "model.safetensors"), _read_checkpoint, 0.5),
     Reader("adapter_config.json", JSON, _adapter("adapter_config.json"), _read_adapter),
     Reader("adapter_model.safetensors", JSON_HEADER, _adapter("adapter_model.safetensors"), _read_adapter),
+    Reader("adapter_config.json, mlx-lm's", JSON, _mlx_adapter("adapter_config.json"), _read_adapter),
+    Reader("adapters.safetensors", JSON_HEADER, _mlx_adapter("adapters.safetensors"), _read_adapter),
     Reader("GGUF", GGUF, _make_gguf, _read_gguf, 1.5),
     Reader("importance matrix", GGUF, _make_matrix, read_importance),
     Reader(

@@ -31,6 +31,11 @@ def in_decoder(**tokens: str) -> dict[str, Any]:
     return {"added_tokens_decoder": {**DECODER, **more}}
 
 
+def without(*numbers: str) -> dict[str, Any]:
+    """tokenizer_config.json with a decoder that lacks tokens of tokenizer.json."""
+    return {"added_tokens_decoder": {number: item for number, item in DECODER.items() if number not in numbers}}
+
+
 Files = dict[str, dict[str, Any] | None]
 
 TAKEN: dict[str, Files] = {
@@ -61,6 +66,8 @@ TAKEN: dict[str, Files] = {
     },
     "decoder": {CONFIG: in_decoder()},
     "decoder with one more": {CONFIG: in_decoder(**{"262": TOKEN})},
+    "decoder that lacks the last": {CONFIG: without("261")},
+    "decoder that lacks the last two, one of them named": {CONFIG: {**without("260", "261"), "sep_token": "<think>"}},
     "decoder and extra": {CONFIG: {**in_decoder(), "extra_special_tokens": [TOKEN]}},
     "decoder and the older files": {CONFIG: in_decoder(), MAP: {"sep_token": TOKEN}, ADDED: {TOKEN: FIRST_FREE}},
     "plain in the file, special beside it": {
@@ -85,6 +92,18 @@ REFUSED: dict[str, tuple[Files, str]] = {
         "contradict each other",
     ),
     "an id that is not the next": ({ADDED: {TOKEN: 270}}, "270, and transformers gives it 262"),
+    "a decoder that lacks one in between": (
+        {CONFIG: without("258")},
+        r"'<\|im_end\|>': 259, and transformers gives it 258",
+    ),
+    "a decoder that lacks the end token": (
+        {CONFIG: without("258", "259", "260", "261")},
+        r"'<\|im_end\|>': 259, and transformers gives it 258",
+    ),
+    "a decoder of nothing": (
+        {CONFIG: {"added_tokens_decoder": {}}},
+        r"'<\|im_end\|>': 259, and transformers gives it 257",
+    ),
     "a decoder with a gap": ({CONFIG: in_decoder(**{"300": TOKEN})}, "300, and transformers gives it 262"),
 }
 """Refused: no runtime loads them, or transformers gives other ids than the files do."""

@@ -1,4 +1,4 @@
-"""The tables. Adding an architecture is one file of rows and one line here."""
+"""The tables. A new architecture is one file of rows and its name in `ARCHITECTURES` (docs/add-an-architecture.md)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pocketquant.errors import ArchitectureError
 ARCHITECTURES: tuple[Architecture, ...] = (QWEN35, QWEN35MOE, QWEN35_VISION)
 
 
+def find_architecture(name: str) -> Architecture | None:
+    """The table for GGUF's `general.architecture`; None if there is none."""
+    return next((architecture for architecture in ARCHITECTURES if architecture.name == name), None)
+
+
 def architecture_named(name: str) -> Architecture:
     """The table for GGUF's `general.architecture`; ArchitectureError if there is none."""
-    for architecture in ARCHITECTURES:
-        if architecture.name == name:
-            return architecture
+    if (found := find_architecture(name)) is not None:
+        return found
     known = ", ".join(architecture.name for architecture in ARCHITECTURES)
     raise ArchitectureError(f"architecture {name!r} is not supported; supported are {known}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, MODEL, MTP, Architecture, TensorRule
+from pocketquant.architectures.table import ATTENTION, BLOCK, MODEL, MTP, Architecture, TensorRule
 from pocketquant.model import Role, Value
 
 MOST_BLOCKS = 4096
@@ -12,16 +12,8 @@ MOST_BLOCKS = 4096
 
 
 def block_kinds(architecture: Architecture, metadata: Mapping[str, Value], n_trunk: int) -> tuple[str, ...]:
-    """DELTA or ATTENTION for every block of the trunk, as llama.cpp decides it; BLOCK for those of a vision tower."""
-    n_trunk = min(max(n_trunk, 0), MOST_BLOCKS)
-    if architecture.blocks != "blk":
-        return (BLOCK,) * n_trunk
-    stated = metadata.get(f"{architecture.name}.attention.recurrent_layers")
-    if stated is not None and isinstance(stated.value, list) and len(stated.value) >= n_trunk:
-        return tuple(DELTA if is_recurrent else ATTENTION for is_recurrent in stated.value[:n_trunk])
-    interval = metadata.get(f"{architecture.name}.full_attention_interval", Value("u32", 4)).value
-    interval = interval if type(interval) is int and interval else 4
-    return tuple(DELTA if (layer + 1) % interval else ATTENTION for layer in range(n_trunk))
+    """The kind of every block of the trunk (DELTA, ATTENTION), or of a vision tower (BLOCK)."""
+    return architecture.kinds_from_gguf(metadata, min(max(n_trunk, 0), MOST_BLOCKS))
 
 
 def rules_by_name(architecture: Architecture, kinds: Sequence[str], n_mtp: int) -> dict[str, TensorRule]:

@@ -19,10 +19,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, MODEL, MetadataRule, Sizes, TensorRule
+from pocketquant.architectures.table import (
+    ATTENTION,
+    BLOCK,
+    DELTA,
+    MODEL,
+    ElementWise,
+    MetadataRule,
+    PreTokenizer,
+    Sizes,
+    TensorRule,
+)
 from pocketquant.errors import ArchitectureError, listing
 from pocketquant.formats import F32Array
-from pocketquant.model import Role, Value
+from pocketquant.model import Role
 
 # ---------------------------------------------------------------- transforms
 
@@ -48,15 +58,28 @@ def tiled_after_qk(sizes: Sizes) -> npt.NDArray[np.int64]:
     return np.concatenate([np.arange(n_qk, dtype=np.int64), n_qk + tiled_heads(sizes)])
 
 
-def plus_one(rows: F32Array) -> F32Array:
-    """x -> x + 1 in f32."""
+def _add_one(rows: F32Array) -> F32Array:
     return rows + np.float32(1.0)
 
 
-def minus_exp(rows: F32Array) -> F32Array:
-    """x -> -exp(x), correctly rounded to f32, so that the bytes do not depend on a maths library."""
+def _subtract_one(rows: F32Array) -> F32Array:
+    return rows - np.float32(1.0)
+
+
+def _minus_exp(rows: F32Array) -> F32Array:
     with np.errstate(over="ignore"):
         return (-np.exp(rows.astype(np.float64))).astype(np.float32)
+
+
+def _log_of_minus(rows: F32Array) -> F32Array:
+    return np.log(-rows.astype(np.float64)).astype(np.float32)
+
+
+plus_one = ElementWise("plus_one", _add_one, _subtract_one)
+"""x -> x + 1 in f32."""
+
+minus_exp = ElementWise("minus_exp", _minus_exp, _log_of_minus)
+"""x -> -exp(x), correctly rounded to f32, so that the bytes do not depend on a maths library."""
 
 
 # ---------------------------------------------------------------- tensors
@@ -144,28 +167,16 @@ FROM_CONFIG = {
     "n_vocab": "vocab_size",
     "n_ctx": "max_position_embeddings",
 }
-_IN_GGUF = {
-    "n_embd": "embedding_length",
-    "n_layer": "block_count",
-    "n_head": "attention.head_count",
-    "n_kv": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "n_k": "ssm.group_count",
-    "n_v": "ssm.time_step_rank",
-    "head_k_dim": "ssm.state_size",
-    "v_dim": "ssm.inner_size",
-    "n_conv": "ssm.conv_kernel",
-    "n_ctx": "context_length",
-}
 _EPSILON = 1e-6  # of RMSNorm, where config.json has none
 LEAST_EPSILON = 2.0**-126  # in f32, smaller ones lose digits and end as 0
 LARGEST_THETA, _LARGEST_FACTOR = 1e15, 1e6
-_LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
+LARGEST = 1 << 24  # no dimension of any model comes near; a larger one is a broken file
 MOST = {"n_layer": 512, "n_expert": 1024}
 """What llama.cpp has room for (LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of src/llama-hparams.h)."""
 
 
-def _with_products(sizes: dict[str, int]) -> dict[str, int]:
+def with_products(sizes: dict[str, int]) -> dict[str, int]:
+    """Adds the dimensions that follow from others, in place."""
     sizes["k_dim"] = sizes["n_k"] * sizes["head_k_dim"]
     sizes["v_dim"] = sizes["n_v"] * sizes["head_v_dim"]
     sizes["conv_dim"] = 2 * sizes["k_dim"] + sizes["v_dim"]
@@ -193,7 +204,7 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
     keys = {**FROM_CONFIG, **feed_forward}
     problems = []
     for word, key in keys.items():
-        limit = MOST.get(word, _LARGEST)
+        limit = MOST.get(word, LARGEST)
         if type(config.get(key)) is not int or not 1 <= config[key] <= limit:
             expected = f"{config[key]!r}, expected an integer from 1 to {limit}" if key in config else "missing"
             problems.append(f"{key}: {expected}")
@@ -202,7 +213,7 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
         problems.append(f"rms_norm_eps: {epsilon!r:.80}, expected a number above 0 and at most 1, like {_EPSILON}")
     if problems:
         raise ArchitectureError(f"config.json does not describe a Qwen3.5 text model:\n{listing(problems)}")
-    sizes = _with_products({word: config[key] for word, key in keys.items()})
+    sizes = with_products({word: config[key] for word, key in keys.items()})
     if sizes["head_k_dim"] != sizes["head_v_dim"]:
         problems.append(
             f"linear_key_head_dim {sizes['head_k_dim']} differs from linear_value_head_dim {sizes['head_v_dim']}: "
@@ -222,42 +233,6 @@ def read_sizes(config: Mapping[str, Any], feed_forward: Mapping[str, str]) -> di
     if problems:
         raise ArchitectureError(f"config.json asks for what the runtimes cannot do:\n{listing(problems)}")
     return sizes
-
-
-def sizes_from_gguf(metadata: Mapping[str, Value], name: str, feed_forward: Mapping[str, str]) -> dict[str, int]:
-    """The same sizes from a GGUF's metadata, without `n_vocab` if the file carries no tokens.
-
-    Args:
-        metadata: the file's.
-        name: the architecture's, which its keys start with.
-        feed_forward: the feed-forward's dimension words -> keys.
-
-    Raises:
-        ArchitectureError: a key missing or no sensible integer.
-    """
-
-    def number(key: str) -> int:
-        value = metadata.get(f"{name}.{key}")
-        if value is None or type(value.value) is not int or not 1 <= value.value <= _LARGEST:
-            raise ArchitectureError(f"GGUF metadata {name}.{key}: missing or no sensible integer; the file is broken")
-        return value.value
-
-    sizes = {word: number(key) for word, key in {**_IN_GGUF, **feed_forward}.items()}
-    if n_mtp := _mtp_blocks(metadata, name, sizes["n_layer"]):
-        sizes["n_mtp"] = n_mtp
-        sizes["n_layer"] -= n_mtp  # block_count counts them, `n_layer` is the trunk
-    sizes["head_v_dim"] = sizes["v_dim"] // sizes["n_v"]
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is not None and tokens.kind == "str[]":
-        sizes["n_vocab"] = len(tokens.value)
-    return _with_products(sizes)
-
-
-def _mtp_blocks(metadata: Mapping[str, Value], name: str, n_blocks: int) -> int:
-    n_mtp = metadata.get(f"{name}.nextn_predict_layers", Value("u32", 0)).value
-    if type(n_mtp) is not int or not 0 <= n_mtp < n_blocks:
-        raise ArchitectureError(f"GGUF metadata {name}.nextn_predict_layers: {n_mtp!r} of {n_blocks} blocks")
-    return n_mtp
 
 
 def layer_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -365,12 +340,12 @@ def _rope_dimensions(config: Mapping[str, Any], sizes: Sizes) -> int:
 
 
 HYBRID_METADATA = (
-    MetadataRule("block_count", "u32", lambda config, sizes: sizes["n_layer"] + sizes.get("n_mtp", 0)),
-    MetadataRule("context_length", "u32", lambda config, sizes: sizes["n_ctx"]),
-    MetadataRule("embedding_length", "u32", lambda config, sizes: sizes["n_embd"]),
+    MetadataRule("block_count", "u32", lambda config, sizes: sizes["n_layer"] + sizes.get("n_mtp", 0), needed=True),
+    MetadataRule("context_length", "u32", lambda config, sizes: sizes["n_ctx"], needed=True),
+    MetadataRule("embedding_length", "u32", lambda config, sizes: sizes["n_embd"], needed=True),
     MetadataRule("feed_forward_length", "u32", lambda config, sizes: config.get("intermediate_size")),
-    MetadataRule("attention.head_count", "u32", lambda config, sizes: sizes["n_head"]),
-    MetadataRule("attention.head_count_kv", "u32", lambda config, sizes: sizes["n_kv"]),
+    MetadataRule("attention.head_count", "u32", lambda config, sizes: sizes["n_head"], needed=True),
+    MetadataRule("attention.head_count_kv", "u32", lambda config, sizes: sizes["n_kv"], needed=True),
     MetadataRule(
         "rope.scaling.type",
         "str",
@@ -391,16 +366,16 @@ HYBRID_METADATA = (
     MetadataRule("rope.dimension_sections", "i32[]", _rope_sections),
     MetadataRule("rope.freq_base", "f32", lambda config, sizes: _rope(config).get("rope_theta", 10_000_000.0)),
     MetadataRule("attention.layer_norm_rms_epsilon", "f32", lambda config, sizes: config.get("rms_norm_eps", _EPSILON)),
-    MetadataRule("attention.key_length", "u32", lambda config, sizes: sizes["head_dim"]),
-    MetadataRule("attention.value_length", "u32", lambda config, sizes: sizes["head_dim"]),
-    MetadataRule("ssm.conv_kernel", "u32", lambda config, sizes: sizes["n_conv"]),
-    MetadataRule("ssm.state_size", "u32", lambda config, sizes: sizes["head_k_dim"]),
-    MetadataRule("ssm.group_count", "u32", lambda config, sizes: sizes["n_k"]),
-    MetadataRule("ssm.time_step_rank", "u32", lambda config, sizes: sizes["n_v"]),
-    MetadataRule("ssm.inner_size", "u32", lambda config, sizes: sizes["v_dim"]),
+    MetadataRule("attention.key_length", "u32", lambda config, sizes: sizes["head_dim"], needed=True),
+    MetadataRule("attention.value_length", "u32", lambda config, sizes: sizes["head_dim"], needed=True),
+    MetadataRule("ssm.conv_kernel", "u32", lambda config, sizes: sizes["n_conv"], needed=True),
+    MetadataRule("ssm.state_size", "u32", lambda config, sizes: sizes["head_k_dim"], needed=True),
+    MetadataRule("ssm.group_count", "u32", lambda config, sizes: sizes["n_k"], needed=True),
+    MetadataRule("ssm.time_step_rank", "u32", lambda config, sizes: sizes["n_v"], needed=True),
+    MetadataRule("ssm.inner_size", "u32", lambda config, sizes: sizes["v_dim"], needed=True),
     MetadataRule("attention.recurrent_layers", "bool[]", _recurrent_layers),
     MetadataRule("full_attention_interval", "u32", lambda config, sizes: _interval(config)),
-    MetadataRule("rope.dimension_count", "u32", _rope_dimensions),
+    MetadataRule("rope.dimension_count", "u32", _rope_dimensions, needed=True),
     MetadataRule("nextn_predict_layers", "u32", lambda config, sizes: sizes.get("n_mtp") or None),
 )
 
@@ -415,3 +390,34 @@ DROPPED = {
     "language_model.mtp.": "multi-token-prediction block",
 }
 """Checkpoint name prefixes that are left out -> what they are."""
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?"
+PRE_TOKENIZERS = (
+    PreTokenizer(
+        "qwen35",
+        _CONTRACTIONS + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        is_nfc=True,
+    ),
+    PreTokenizer(
+        "qwen2", _CONTRACTIONS + r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", is_nfc=True
+    ),
+)
+"""The family's own, and Qwen2's, which some fine-tunes carry: it splits combining marks from their letters."""
+
+TRIAL_CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "full_attention_interval": 2,
+}
+"""Both kinds of blocks, and rows of a whole super-block."""

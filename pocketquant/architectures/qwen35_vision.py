@@ -198,6 +198,7 @@ QWEN35_VISION = Architecture(
     read_sizes=read_sizes,
     layer_kinds=lambda config: (BLOCK,) * read_sizes(config)["n_layer"],
     sizes_from_gguf=sizes_from_gguf,
+    kinds_from_gguf=lambda metadata, n_blocks: (BLOCK,) * n_blocks,
     dropped={},
     blocks="v.blk",
 )

@@ -9,11 +9,19 @@ stay F32 there: they are small, and a rounded one sends tokens to other experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from pocketquant.architectures import hybrid
+from pocketquant.architectures import hybrid, hybrid_gguf
 from pocketquant.architectures.qwen35_mtp import MTP_TENSORS
-from pocketquant.architectures.table import BLOCK, Architecture, MetadataRule, Sizes, TensorRule
+from pocketquant.architectures.table import (
+    BLOCK,
+    Architecture,
+    MetadataRule,
+    Sizes,
+    TensorRule,
+    TransformersModel,
+)
 from pocketquant.errors import ArchitectureError
 from pocketquant.model import Role, Value
 
@@ -89,7 +97,7 @@ def read_sizes(config: Mapping[str, Any]) -> Sizes:
 
 def sizes_from_gguf(metadata: Mapping[str, Value]) -> Sizes:
     """The same sizes from a GGUF's metadata, without `n_vocab` if the file carries no tokens."""
-    sizes = hybrid.sizes_from_gguf(
+    sizes = hybrid_gguf.sizes_from_gguf(
         metadata,
         "qwen35moe",
         {
@@ -103,10 +111,10 @@ def sizes_from_gguf(metadata: Mapping[str, Value]) -> Sizes:
 
 
 _METADATA = (
-    MetadataRule("expert_count", "u32", lambda config, sizes: sizes["n_expert"]),
-    MetadataRule("expert_used_count", "u32", lambda config, sizes: sizes["n_expert_used"]),
-    MetadataRule("expert_feed_forward_length", "u32", lambda config, sizes: sizes["n_ff_exp"]),
-    MetadataRule("expert_shared_feed_forward_length", "u32", lambda config, sizes: sizes["n_ff_shared"]),
+    MetadataRule("expert_count", "u32", lambda config, sizes: sizes["n_expert"], needed=True),
+    MetadataRule("expert_used_count", "u32", lambda config, sizes: sizes["n_expert_used"], needed=True),
+    MetadataRule("expert_feed_forward_length", "u32", lambda config, sizes: sizes["n_ff_exp"], needed=True),
+    MetadataRule("expert_shared_feed_forward_length", "u32", lambda config, sizes: sizes["n_ff_shared"], needed=True),
 )
 
 QWEN35MOE = Architecture(
@@ -117,6 +125,18 @@ QWEN35MOE = Architecture(
     read_sizes=read_sizes,
     layer_kinds=hybrid.layer_kinds,
     sizes_from_gguf=sizes_from_gguf,
+    kinds_from_gguf=partial(hybrid_gguf.kinds_from_gguf, name="qwen35moe"),
     dropped=hybrid.DROPPED,
     config_keys={**hybrid.FROM_CONFIG, **_FROM_CONFIG},
+    pre_tokenizers=hybrid.PRE_TOKENIZERS,
+    find_problems=partial(hybrid_gguf.find_problems, name="qwen35moe"),
+    complete=partial(hybrid_gguf.complete_sections, name="qwen35moe"),
+    trial_config={
+        **hybrid.TRIAL_CONFIG,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+    },
+    transformers=TransformersModel("qwen3_5_moe", "Qwen3_5Moe", hybrid_gguf.transformers_config),
 )

@@ -7,7 +7,7 @@ is to say about its tensor and every tensor can be streamed in row chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,19 @@ from pocketquant.model import Role, Value
 Sizes = Mapping[str, int]
 Order = Callable[[Sizes], npt.NDArray[np.int64]]
 """For each row (or column) of the output, the row (or column) of the source it comes from."""
-ElementWise = Callable[[F32Array], F32Array]
+
+
+@dataclass(frozen=True)
+class ElementWise:
+    """A function of single numbers, computed in f32, and the one that undoes it: f32[n, k] -> f32[n, k] both."""
+
+    name: str
+    apply: Callable[[F32Array], F32Array]
+    undo: Callable[[F32Array], F32Array]
+
+    def __call__(self, rows: F32Array) -> F32Array:
+        return self.apply(rows)
+
 
 MODEL, BLOCK, DELTA, ATTENTION, MTP = "model", "block", "delta", "attention", "mtp"
 """Where a rule applies: once, in every block, in Gated DeltaNet blocks, in full-attention blocks, in the
@@ -63,12 +75,60 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class MetadataRule:
-    """One key: its name after the architecture's prefix, its type, and how to get it from config.json."""
+    """One key.
+
+    Attributes:
+        key: its name, after the architecture's prefix.
+        kind: its type.
+        from_config: (text config, sizes) -> value, or None to leave the key out.
+        needed: a whole number that runtimes do not load the file without.
+    """
 
     key: str
     kind: str
     from_config: Callable[[Mapping[str, Any], Sizes], Any]
-    """(text config, sizes) -> value, or None to leave the key out."""
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is cut into words before they become tokens.
+
+    Attributes:
+        name: llama.cpp's name for it, `tokenizer.ggml.pre`.
+        regex: what tokenizer.json splits by.
+        is_nfc: whether the tokenizers with it bring a text into Unicode's NFC first.
+    """
+
+    name: str
+    regex: str
+    is_nfc: bool = False
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """The model in transformers, where its gradients are computed.
+
+    Attributes:
+        module: of `transformers.models`: "qwen3_5".
+        classes: what the names of its classes begin with: "Qwen3_5".
+        config: (metadata of a GGUF without the architecture's prefix, sizes, kinds of the blocks) -> what `TextConfig`
+            is made with, besides `config_keys`.
+    """
+
+    module: str
+    classes: str
+    config: Callable[[Mapping[str, Any], Sizes, Sequence[str]], dict[str, Any]]
+
+
+def no_problems(metadata: Mapping[str, Value]) -> Iterator[str]:
+    """Nothing to say of a GGUF's metadata beyond what `sizes_from_gguf` refuses."""
+    return iter(())
+
+
+def nothing_to_complete(metadata: Mapping[str, Value]) -> Mapping[str, tuple[Value, str]]:
+    """No key that other tools leave out."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -80,12 +140,20 @@ class Architecture:
         classes: values of config.json's `architectures` that it covers.
         tensors: its tensors, in file order.
         metadata: its keys, in file order.
-        read_sizes: text config -> sizes of every dimension word; raises ArchitectureError.
+        read_sizes: text config -> sizes of every dimension word, `n_layer n_head n_kv n_vocab` among them; raises
+            ArchitectureError.
         layer_kinds: text config -> DELTA or ATTENTION for every block.
-        sizes_from_gguf: metadata of a GGUF -> the same sizes.
+        sizes_from_gguf: metadata of a GGUF -> the same sizes, without `n_vocab` if the file carries no tokens; raises
+            ArchitectureError.
+        kinds_from_gguf: (metadata of a GGUF, number of blocks without those of multi-token prediction) -> their kinds.
         dropped: checkpoint name prefixes that are left out -> what they are.
         blocks: what a block's names begin with in GGUF, before its number.
         config_keys: dimension words -> the text config's keys of the same number.
+        pre_tokenizers: those that its models have, the usual one first.
+        find_problems: metadata of a GGUF -> what no runtime loads or computes sensibly with, one line each.
+        complete: metadata of a GGUF -> keys to write where other tools left them out or short, with a note each.
+        trial_config: the text config of a tiny model, by which llama.cpp's kernels are tried; None where it has none.
+        transformers: the model there; None where it has none.
     """
 
     name: str
@@ -95,9 +163,24 @@ class Architecture:
     read_sizes: Callable[[Mapping[str, Any]], Sizes]
     layer_kinds: Callable[[Mapping[str, Any]], tuple[str, ...]]
     sizes_from_gguf: Callable[[Mapping[str, Value]], Sizes]
+    kinds_from_gguf: Callable[[Mapping[str, Value], int], tuple[str, ...]]
     dropped: Mapping[str, str]
     blocks: str = "blk"
     config_keys: Mapping[str, str] = field(default_factory=dict)
+    pre_tokenizers: tuple[PreTokenizer, ...] = ()
+    find_problems: Callable[[Mapping[str, Value]], Iterator[str]] = no_problems
+    complete: Callable[[Mapping[str, Value]], Mapping[str, tuple[Value, str]]] = nothing_to_complete
+    trial_config: Mapping[str, Any] | None = None
+    transformers: TransformersModel | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text model, not a vision tower."""
+        return self.blocks == "blk"
+
+    def has_key(self, key: str) -> bool:
+        """Whether one of its rules writes a key."""
+        return any(rule.key == key for rule in self.metadata)
 
 
 def shape_words(rule: TensorRule, *, one_by_one: bool = False) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Source: transformers' `models/qwen3_5` and `models/qwen3_5_moe` (5.23).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketquant.architectures import architecture_named
-from pocketquant.architectures.hybrid import minus_exp, plus_one
+from pocketquant.architectures import ARCHITECTURES, architecture_named
 from pocketquant.architectures.table import ATTENTION, BLOCK, DELTA, TensorRule
 from pocketquant.errors import ArchitectureError, EvalError
 from pocketquant.extras import install_command
@@ -25,9 +25,6 @@ from pocketquant.machine import usable_threads
 from pocketquant.model import Model, Role, Tensor
 
 _ROWS = 1 << 14
-
-_CLASSES = {"qwen35": "Qwen3_5", "qwen35moe": "Qwen3_5Moe"}
-"""Architecture -> what the names of transformers' classes begin with."""
 
 _OF_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
@@ -46,16 +43,20 @@ class Setting:
 
 def require_torch() -> tuple[Any, dict[str, Any]]:
     """torch, and architecture -> transformers' module of it; EvalError where one of them is not installed."""
+    found = {item.name: item.transformers.module for item in ARCHITECTURES if item.transformers is not None}
     try:
         import torch
-        import transformers.models.qwen3_5.modeling_qwen3_5 as dense
-        import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe
+
+        modeling = {
+            name: importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+            for name, module in found.items()
+        }
     except ImportError as error:
         raise EvalError(
             f"gradients need torch and transformers, which cannot be imported here ({error}); "
             f"{install_command('curvature')}, or calibrate without gradients"
         ) from error
-    return torch, {"qwen35": dense, "qwen35moe": moe}
+    return torch, modeling
 
 
 def set_up(model: Model, device: str, threads: int | None) -> Setting:
@@ -65,34 +66,21 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
         EvalError: torch or transformers is absent.
         ArchitectureError: no text model, or one whose positions are scaled.
     """
-    if model.architecture not in _CLASSES:
+    architecture = architecture_named(model.architecture)
+    counterpart = architecture.transformers
+    if counterpart is None:
         raise ArchitectureError(f"{model.architecture}: gradients are known of text models; calibrate without them")
     torch, modeling = require_torch()
-    architecture = architecture_named(model.architecture)
 
     def part(name: str) -> Any:
-        return getattr(modeling[architecture.name], _CLASSES[architecture.name] + name)
+        return getattr(modeling[architecture.name], counterpart.classes + name)
 
     torch.set_num_threads(threads or usable_threads())
     start = f"{model.architecture}."
     keys = {key.removeprefix(start): value.value for key, value in model.metadata.items() if key.startswith(start)}
-    if "rope.scaling.type" in keys:
-        raise ArchitectureError(f"positions scaled by {keys['rope.scaling.type']}: calibrate without gradients")
     sizes = model.sizes
-    roles = {(tensor.layer, tensor.role) for tensor in model.tensors}
-    n_layer, sections = sizes["n_layer"], list(keys.get("rope.dimension_sections", (11, 11, 10, 0)))[:3]
     config = part("TextConfig")(
-        layer_types=[
-            "linear_attention" if (layer, Role.DELTA_QKV) in roles else "full_attention" for layer in range(n_layer)
-        ],
-        rms_norm_eps=float(keys["attention.layer_norm_rms_epsilon"]),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(keys["rope.freq_base"]),
-            "partial_rotary_factor": keys["rope.dimension_count"] / sizes["head_dim"],
-            "mrope_interleaved": True,
-            "mrope_section": sections,
-        },
+        **counterpart.config(keys, sizes, architecture.kinds_from_gguf(model.metadata, sizes["n_layer"])),
         **{key: sizes[word] for word, key in architecture.config_keys.items()},
     )
     config._attn_implementation, config._experts_implementation = "sdpa", "eager"
@@ -120,12 +108,8 @@ def read_whole(tensor: Tensor) -> F32Array:
 
 def source_weights(rule: TensorRule, tensor: Tensor, setting: Setting, values: F32Array) -> F32Array:
     """A tensor's values as in the checkpoint: `each` is undone, and rows and columns go back to their places."""
-    if rule.each is plus_one:
-        values = values - np.float32(1)
-    elif rule.each is minus_exp:
-        values = np.log(-values.astype(np.float64)).astype(np.float32)
-    elif rule.each is not None:
-        raise ArchitectureError(f"{tensor.name}: its transform {rule.each.__name__} is not known backwards")
+    if rule.each is not None:
+        values = rule.each.undo(values)
     source = np.empty_like(values)
     source[_places(rule, tensor, setting)] = values
     return source.reshape(tensor.shape)
@@ -232,5 +216,6 @@ def build_norm(setting: Setting) -> Any:
     """The norm before the output head."""
     tensor = next(tensor for tensor in setting.model.tensors if tensor.role is Role.NORM and tensor.layer is None)
     norm = setting.part("RMSNorm")(setting.model.sizes["n_embd"], eps=setting.config.rms_norm_eps)
-    norm.weight.data = setting.torch.from_numpy(read_whole(tensor)[0] - np.float32(1))
+    rule = next(rule for rule in architecture_named(setting.model.architecture).tensors if rule.target == tensor.name)
+    norm.weight.data = setting.torch.from_numpy(source_weights(rule, tensor, setting, read_whole(tensor)))
     return norm.to(setting.device).requires_grad_(False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketquant.architectures import ARCHITECTURES
+from pocketquant.architectures import find_architecture
 from pocketquant.architectures.gguf_names import block_kinds
 from pocketquant.architectures.table import ATTENTION, Architecture
 from pocketquant.errors import ArchitectureError
@@ -72,7 +72,7 @@ class Contents:
     @property
     def is_text(self) -> bool:
         """Whether it is a text model of a known architecture (a vision tower has a table of its own)."""
-        return self.table is not None and self.table.blocks == "blk"
+        return self.table is not None and self.table.is_text
 
     @property
     def n_blocks(self) -> int:
@@ -95,7 +95,7 @@ def contents_of_gguf(path: Path) -> Contents:
     shards = read_shards(path)
     metadata = shards[0][1].metadata
     name, kind = (str(metadata.get(f"general.{key}", Value("str", "")).value) for key in ("architecture", "type"))
-    table = None if kind in OTHER_KINDS else _table(name)
+    table = None if kind in OTHER_KINDS else find_architecture(name)
     place = _placing(table, metadata)
     entries = {
         item.name: Entry(item.name, item.shape, item.format.name, item.nbytes, partial(_read_gguf, file, item))
@@ -124,11 +124,7 @@ def contents_of_model(model: Model) -> Contents:
         tensor.name: Entry(tensor.name, tensor.shape, tensor.dtype, 0, partial(_read_tensor, tensor))
         for tensor in model.tensors
     }
-    return Contents(model.architecture, model.metadata, entries, _table(model.architecture), is_file=False)
-
-
-def _table(name: str) -> Architecture | None:
-    return next((architecture for architecture in ARCHITECTURES if architecture.name == name), None)
+    return Contents(model.architecture, model.metadata, entries, find_architecture(model.architecture), is_file=False)
 
 
 def _read_gguf(path: Path, tensor: Placed, start: int, stop: int) -> tuple[U8Array, F32Array]:

@@ -13,30 +13,6 @@ from pocketquant.check.contents import Contents
 from pocketquant.check.findings import ERROR, WARNING, Finding
 from pocketquant.formats import FORMATS
 
-_NUMBERS = (
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "rope.dimension_count",
-    "ssm.conv_kernel",
-    "ssm.state_size",
-    "ssm.group_count",
-    "ssm.time_step_rank",
-    "ssm.inner_size",
-)
-_FEED_FORWARD = {
-    "qwen35": ("feed_forward_length",),
-    "qwen35moe": (
-        "expert_count",
-        "expert_used_count",
-        "expert_feed_forward_length",
-        "expert_shared_feed_forward_length",
-    ),
-}
 _LARGEST = 1 << 24
 _MAIN_FORMAT = {number: item.name for item in FORMATS.values() for number in item.main_in}
 """llama.cpp's number for what a file mostly is -> the format."""
@@ -62,7 +38,7 @@ def _error(contents: Contents, code: str, key: str, message: str, advice: str = 
 
 
 def _check_numbers(contents: Contents) -> Iterator[Finding]:
-    for key in (*_NUMBERS, *_FEED_FORWARD.get(contents.architecture, ())):
+    for key in [rule.key for rule in contents.table.metadata if rule.needed] if contents.table else ():
         value = contents.metadata.get(f"{contents.architecture}.{key}")
         if value is None:
             yield _error(contents, "key-missing", key, "missing; the runtimes need it")
@@ -114,6 +90,8 @@ def _check_heads(contents: Contents) -> Iterator[Finding]:
 
 def _check_rope(contents: Contents) -> Iterator[Finding]:
     key = "rope.dimension_sections"
+    if contents.table is None or not contents.table.has_key(key):
+        return
     value = contents.metadata.get(f"{contents.architecture}.{key}")
     if value is None:
         yield _error(contents, "key-missing", key, "missing; llama.cpp does not load the file without it")
@@ -135,6 +113,8 @@ def _check_rope(contents: Contents) -> Iterator[Finding]:
 
 
 def _check_real(contents: Contents, key: str, least: float, most: float) -> Iterator[Finding]:
+    if contents.table is None or not contents.table.has_key(key):
+        return
     value = contents.metadata.get(f"{contents.architecture}.{key}")
     if value is None:
         yield _error(contents, "key-missing", key, "missing; the runtimes need it")

@@ -11,8 +11,6 @@ from pocketquant.model import Value
 from pocketquant.texts.chat_template import find_template_problems
 
 _PRE = "tokenizer.ggml.pre"
-_NEAR_PRE = "qwen2"
-_KNOWN_PRE = "qwen35"
 _ENDS = ("eos", "eot", "eom")
 
 
@@ -42,14 +40,20 @@ def check_tokenizer(contents: Contents) -> Iterator[Finding]:
 
 def _check_pre(contents: Contents) -> Iterator[Finding]:
     value = contents.metadata.get(_PRE)
+    known = [item.name for item in contents.table.pre_tokenizers] if contents.table else []
+    if not known:
+        return
+    usual, others, architecture = known[0], known[1:], contents.architecture
     advice = "convert with a tool that recognises the tokenizer by its split regex; never guess this name"
     if value is None:
         yield Finding(ERROR, "pre-tokenizer", _PRE, "missing: the runtime splits text its default way", advice)
-    elif value.value == _NEAR_PRE:
-        message = "qwen2 splits combining marks unlike Qwen3.5's own qwen35"
-        yield Finding(WARNING, "pre-tokenizer", _PRE, message, "right only if tokenizer.json has Qwen2's regex")
-    elif value.value != _KNOWN_PRE:
-        message = f"{value.value!r}; Qwen3.5 has {_KNOWN_PRE!r}, so text is split unlike in training"
+    elif value.value in others:
+        message = f"{value.value} splits text unlike {usual}, which {architecture} models have"
+        yield Finding(
+            WARNING, "pre-tokenizer", _PRE, message, f"right only if tokenizer.json has {value.value}'s regex"
+        )
+    elif value.value != usual:
+        message = f"{value.value!r}; {architecture} models have {usual!r}, so text is split unlike in training"
         yield Finding(ERROR, "pre-tokenizer", _PRE, message, advice)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pocketquant.architectures.hybrid import plus_one
 from pocketquant.architectures.table import TensorRule
 from pocketquant.check.contents import Contents, Entry
 from pocketquant.check.findings import ERROR, WARNING, Finding
@@ -77,7 +78,9 @@ def check_weights(contents: Contents, progress: Progress | None = None) -> Itera
         if progress is not None:
             progress(i, len(contents.entries))
     yield from _check_head(contents)
-    yield from _check_norms(norms)
+    shifted = {rule.target for rule in rules.values() if rule.each is plus_one}
+    if shifted:
+        yield from _check_norms(norms, shifted)
 
 
 def _scan(entry: Entry) -> _Scan:
@@ -185,13 +188,16 @@ def _check_head(contents: Contents) -> Iterator[Finding]:
         yield Finding(WARNING, "duplicate-head", "output.weight", message, advice)
 
 
-def _check_norms(norms: dict[str, dict[str, F32Array]]) -> Iterator[Finding]:
-    """Norms by name. A checkpoint's are centred on 0, so + 1 makes them centred on 1, with some below and above."""
+def _check_norms(norms: dict[str, dict[str, F32Array]], shifted: Collection[str]) -> Iterator[Finding]:
+    """Norms by name. A checkpoint's are centred on 0, so + 1 makes them centred on 1, with some below and above.
+
+    Those that are not `shifted`, such as DeltaNet's own, multiply by weight and not by 1 + weight.
+    """
     centres = {name: float(np.median(np.concatenate([*parts.values()]))) for name, parts in norms.items()}
     for name, parts in norms.items():
         values, centre = np.concatenate([*parts.values()]), centres[name]
         plain = [place for place, numbers in parts.items() if (numbers == 1).all()]
-        if name != "ssm_norm.weight" and plain and len(plain) < len(parts):
+        if name in shifted and plain and len(plain) < len(parts):
             message = (
                 f"every number is 1, so the checkpoint's are zero; {len(parts) - len(plain)} other blocks' are not"
             )
@@ -199,7 +205,7 @@ def _check_norms(norms: dict[str, dict[str, F32Array]]) -> Iterator[Finding]:
         if name == "output_norm.weight" or not np.isfinite(centre):
             continue
         below_zero, above_one = float((values < 0).mean()), float((values > 1).mean())
-        is_plain = name == "ssm_norm.weight"  # DeltaNet's own, which multiplies by weight and not by 1 + weight
+        is_plain = name not in shifted
         if not is_plain and abs(centre) < LEAST_NORM and below_zero > 0.1:
             message = f"centred on {centre:.2f} with {100 * below_zero:.0f} % of the numbers below 0: 1 was not added"
             advice = "RMSNorm of this family multiplies by 1 + weight; convert with a tool that adds it"

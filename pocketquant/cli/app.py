@@ -65,7 +65,7 @@ def _options(
 
 @app.command()
 def adapter(
-    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter.")],
+    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, PEFT's or mlx-lm's.")],
     base: Annotated[str, typer.Option("--base", metavar="SRC", help="The model it belongs to: checkpoint or GGUF.")],
     out: Out = None,
     type: Annotated[str, typer.Option("--type", metavar="f32|f16|bf16", help="Number format of the matrices.")] = "f32",

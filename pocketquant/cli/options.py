@@ -32,7 +32,8 @@ ChatTemplate = Annotated[
     typer.Option("--chat-template", metavar="FILE", help="A jinja2 template in place of the source's own."),
 ]
 AdapterDir = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="PEFT LoRA adapter to merge into the checkpoint.")
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="LoRA adapter (PEFT's, mlx-lm's) to merge into the checkpoint."),
 ]
 Mtp = Annotated[
     str,

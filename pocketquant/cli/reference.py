@@ -26,6 +26,7 @@ def make_pack(
     quiet: bool,
 ) -> None:
     """Says what the pack will take and makes it."""
+    from pocketquant.eval.kinship import quantized_reference
     from pocketquant.eval.reference import PackSettings, make_reference, plan_reference
     from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.texts.embedded import read_texts
@@ -55,6 +56,8 @@ def make_pack(
         f"{floor.kld_max:.1g} at one of {floor.positions} positions); moves divergences by {floor.shift:.1g}",
         quiet=quiet,
     )
+    if header.quantized:
+        say(f"note: {quantized_reference(header.model.name, header.quantized)}", quiet=quiet)
     if header.top:
         say(
             f"note: divergences against it are lower bounds; about {100 * floor.captured:.0f} % of a small one shows",

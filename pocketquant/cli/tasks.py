@@ -11,7 +11,9 @@ import typer
 from pocketquant.cli.screen import headed, print_json, print_table, say, step_progress
 
 if TYPE_CHECKING:
+    from pocketquant.eval.tasks.compare import TasksReport
     from pocketquant.eval.tasks.paired import Paired
+    from pocketquant.eval.tasks.smoke import SmokeReport
 
 Gguf = Annotated[Path, typer.Argument(metavar="GGUF", help="The file to judge.")]
 Reference = Annotated[Path, typer.Option("--reference", metavar="GGUF", help="Full precision of the same checkpoint.")]
@@ -85,6 +87,7 @@ def tasks(
         print_json(report.to_json())
     else:
         _print_results(report)
+    _note_quantized(report, quiet=quiet)
     for name, cost in report.cost.items():
         for count, what in (
             (cost.cut_prompts, "prompts lost their beginning; use a larger --context"),
@@ -96,6 +99,13 @@ def tasks(
                 say(f"note: {name}: {count} {what}", quiet=quiet)
     for task, metrics in report.left_out.items():
         say(f"note: {task}: not item by item, left out: {', '.join(metrics)}", quiet=quiet)
+
+
+def _note_quantized(report: TasksReport | SmokeReport, *, quiet: bool) -> None:
+    from pocketquant.eval.kinship import quantized_reference
+
+    if report.reference_quantized is not None:
+        say(f"note: {quantized_reference(report.reference.name, report.reference_quantized)}", quiet=quiet)
 
 
 def smoke(
@@ -129,6 +139,7 @@ def smoke(
         )
     if out is not None:
         write_report(headed(report.to_json()), out)
+    _note_quantized(report, quiet=quiet)
     if json:
         print_json(report.to_json())
         return

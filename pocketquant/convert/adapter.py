@@ -42,7 +42,6 @@ _WITHOUT_EFFECT = {
 }
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights alone; the others subtract something from them that the adapter does not hold."""
-_OF_MLX = {"fine_tune_type", "lora_parameters"}
 _MAX_RANK = 1 << 16
 _MAX_NAME = 192
 _ALPHAS = (1e-9, 1e9)  # beyond, a scale is nothing or everything in f32
@@ -63,7 +62,8 @@ class LowRank:
         scale: alpha / rank, or alpha / sqrt(rank).
         is_embedding: A's columns are the weight's rows.
         n_expert: experts whose factors the two matrices hold, 1 where the weight is a matrix.
-        is_transposed: the product of an expert's factors is its matrix transposed; None where nothing says so.
+        is_transposed: the product of the factors is the matrix transposed, an embedding's the embedding; None where
+            nothing says so (an expert's).
     """
 
     module: str
@@ -75,6 +75,11 @@ class LowRank:
     is_transposed: bool | None = False
 
     @property
+    def is_turned(self) -> bool:
+        """Whether A's columns are the weight's rows."""
+        return self.is_embedding != bool(self.is_transposed)
+
+    @property
     def rank(self) -> int:
         return self.a.shape[0] // self.n_expert
 
@@ -82,7 +87,7 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """[rows, cols] of the weight, of one expert's where there are several."""
         rows, cols = self.b.shape[0], self.a.shape[1]
-        return (cols, rows) if self.is_embedding or self.is_transposed else (rows, cols)
+        return (cols, rows) if self.is_turned else (rows, cols)
 
     def fitted(self, shape: tuple[int, ...]) -> LowRank | None:
         """The same for a weight of that shape, None if it is of another one; the shape tells how experts' factors lie.
@@ -128,7 +133,7 @@ class Adapter:
 
 
 def open_adapter(folder: Path | str) -> Adapter:
-    """Opens a folder with adapter_config.json and adapter_model.safetensors.
+    """Opens a folder with adapter_config.json and adapter_model.safetensors, or mlx-lm's adapters.safetensors.
 
     Raises:
         SourceError: files missing or broken, another method than plain LoRA, matrices missing, of a wrong shape or type
@@ -142,11 +147,10 @@ def open_adapter(folder: Path | str) -> Adapter:
     if not is_present(config_path):
         raise SourceError(f"{folder}: no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
     config = read_object(config_path)
-    if "peft_type" not in config and _OF_MLX & config.keys():
-        raise SourceError(
-            f"{folder}: an adapter of mlx-lm, whose matrices and scale mean something else than PEFT's; merge it with "
-            "mlx_lm.fuse and convert the result"
-        )
+    from pocketquant.convert.adapter_mlx import is_of_mlx, open_mlx_adapter  # which is made of what stands here
+
+    if is_of_mlx(config):
+        return open_mlx_adapter(folder, config)
     if not is_present(weights_path):
         found = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise SourceError(f"{folder}: no {WEIGHTS}{found}; save the adapter as safetensors")
@@ -186,7 +190,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"peft_type {config.get('peft_type')!r}, expected 'LORA'")
     if type(config.get("r")) is not int or not 1 <= config["r"] <= _MAX_RANK:
         problems.append(f"r {config.get('r')!r}, expected an integer from 1 to {_MAX_RANK}")
-    if not _is_alpha(config.get("lora_alpha")):
+    if not is_scale(config.get("lora_alpha")):
         problems.append(f"lora_alpha {config.get('lora_alpha')!r}, expected a number from {_ALPHAS[0]} to {_ALPHAS[1]}")
     if config.get("bias", "none") != "none":
         problems.append(f"bias {config['bias']!r}: biases were trained too, and no Qwen3.5 projection has one")
@@ -214,7 +218,8 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _is_alpha(value: Any) -> bool:
+def is_scale(value: Any) -> bool:
+    """Whether it is a number that a change can be scaled by."""
     return type(value) in (int, float) and _ALPHAS[0] <= value <= _ALPHAS[1]
 
 
@@ -226,7 +231,7 @@ def _pattern_problems(key: str, patterns: Any) -> list[str]:
     for pattern, value in patterns.items():
         quantifiers = len(re.findall(r"[*+{]|(?<!\()\?", pattern))
         is_whole = type(value) is int and 1 <= value <= _MAX_RANK
-        if not (is_whole if key == "rank_pattern" else _is_alpha(value)):
+        if not (is_whole if key == "rank_pattern" else is_scale(value)):
             problems.append(f"{key} {pattern!r}: {value!r}")
         elif len(pattern) > _MAX_NAME or quantifiers > 2 or re.search(r"\)[*+{]|\\\d|\(\?[^:=!]", pattern):
             problems.append(f"{key} {pattern[:80]!r}: too intricate a pattern; write the modules' names")

@@ -86,7 +86,7 @@ def matrices(change: LowRank, reads: Reads, start: int, stop: int, expert: int =
     if change.n_expert > 1:
         a = a.reshape(change.n_expert, change.rank, -1)[expert]
         b = b.reshape(len(b), change.rank, change.n_expert)[:, :, expert]
-    if change.is_embedding or change.is_transposed:
+    if change.is_turned:
         left, right = floats(a[:, start:stop], change.a.dtype).T, floats(b, change.b.dtype).T
     else:
         left, right = floats(b[start:stop], change.b.dtype), floats(a, change.a.dtype)

@@ -25,6 +25,7 @@ DEFAULT = "<|endoftext|>"
 
 _DEFAULTS = ("eos_token", "unk_token", "pad_token")
 _DECODER, _EXTRA, _ADDITIONAL = "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"
+_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
 _FLAGS = ("lstrip", "rstrip", "single_word")
 _SHOWN = 8
 
@@ -75,22 +76,21 @@ def read_added_tokens(
     used = _special_settings(settings, special_map if is_legacy else {})
     special = _in_order(used)
     listed = _items(tokenizer.get("added_tokens"))
-    entries: list[tuple[Any, Any]] = [(item.get("id") if isinstance(item, dict) else None, item) for item in listed]
-    of_file = {number for number, _ in entries if type(number) is int}
+    in_file = [(path.name, item.get("id"), item) for item in listed]
     if is_legacy:
-        entries += [(number, {"content": text, "special": text in special}) for text, number in added_file.items()]
+        more = [(_ADDED, n, {"content": text, "special": text in special}) for text, n in added_file.items()]
     else:
-        decoder = settings[_DECODER] or {}
-        entries += [
-            (int(key) if key.isdecimal() and len(key) < 12 else key, item) for key, item in _pairs(decoder, path)
-        ]
-    by_id = _by_id(entries, path)
-    _check_numbers(by_id, of_file, vocab, path)
-    notes = _note_flags([item for _, item in entries] + _dictionaries(used))
+        more = [(_CONFIG, _number(key), item) for key, item in (settings[_DECODER] or {}).items()]
+    entries = [*in_file, *more]
+    by_id = _by_id(entries, path.parent)
+    lacking = {} if is_legacy else _drop_lacking(by_id, {_text_of(item) for _, _, item in more})
+    _check_numbers(by_id, {number for _, number, _ in in_file} if is_legacy else set(), vocab, path)
+    notes = _note_flags([item for _, _, item in entries if _text_of(item) not in lacking] + _dictionaries(used))
+    known = {*vocab, *(text for text, _ in by_id.values())}
     if not is_legacy:
-        notes += _note_passed_over(special_map, added_file, {*vocab, *(text for text, _ in by_id.values())})
-        notes += _note_lacking(settings[_DECODER], by_id, of_file)
-    notes += _append(by_id, special, vocab, used, path)
+        notes += _note_passed_over(special_map, added_file, known)
+    notes += _append(by_id, special, vocab, used, path, lacking)
+    notes += _note_dropped(lacking, by_id, path.parent)
     return AddedTokens(
         by_id,
         {name: text for name in NAMES if (text := _text_of(used.get(name)))},
@@ -174,10 +174,8 @@ def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _pairs(decoder: Any, path: Path) -> Iterable[tuple[str, Any]]:
-    if not isinstance(decoder, dict):
-        raise TokenizerError(f"{path.parent / 'tokenizer_config.json'}: {_DECODER} is no object of id -> token")
-    return decoder.items()
+def _number(key: str) -> Any:
+    return int(key) if key.isdecimal() and len(key) < 12 else key
 
 
 def _dictionaries(used: Mapping[str, Any]) -> list[Any]:
@@ -186,26 +184,65 @@ def _dictionaries(used: Mapping[str, Any]) -> list[Any]:
     return [value for value in (*named, *_items(used.get(_EXTRA))) if isinstance(value, dict)]
 
 
-def _by_id(entries: Iterable[tuple[Any, Any]], path: Path) -> dict[int, tuple[str, bool]]:
+def _by_id(entries: Iterable[tuple[str, Any, Any]], folder: Path) -> dict[int, tuple[str, bool]]:
+    """Id -> text and whether it is special, from (file, id, token)."""
     by_id: dict[int, tuple[str, bool]] = {}
+    files: dict[int, str] = {}
     problems = []
-    for number, item in entries:
-        text = item.get("content") if isinstance(item, dict) else None
+    for file, number, item in entries:
+        text = item.get("content")
         if type(number) is not int or number < 0 or not isinstance(text, str):
-            problems.append(f"added token {number!r:.80}: {item!r:.80}")
+            problems.append(f"{file}: added token {number!r:.80}: {item!r:.80}")
         elif number in by_id and by_id[number][0] != text:
-            problems.append(f"added token {number} is {by_id[number][0]!r} and {text!r}")
+            first = "" if files[number] == file else f" in {files[number]}"
+            problems.append(f"{file}: added token {number} is {text!r}, and {by_id[number][0]!r}{first}")
         else:
             by_id[number] = (text, bool(item.get("special")) or by_id.get(number, ("", False))[1])
+            files[number] = file
     if problems:
-        raise TokenizerError(f"{path}: tokens that contradict each other:\n{listing(problems)}")
+        raise TokenizerError(
+            f"{folder}: added tokens that are none, or contradict each other; save the tokenizer anew:\n"
+            f"{listing(problems)}"
+        )
     return by_id
+
+
+def _drop_lacking(by_id: dict[int, tuple[str, bool]], listed: set[str]) -> dict[str, int]:
+    """Takes out the tokens that an `added_tokens_decoder` does not list: text -> the id in tokenizer.json."""
+    lacking = {text: number for number, (text, _) in by_id.items() if text not in listed}
+    for number in lacking.values():
+        del by_id[number]
+    return lacking
+
+
+def _note_dropped(lacking: Mapping[str, int], by_id: Mapping[int, tuple[str, bool]], folder: Path) -> list[str]:
+    """What became of them: those that are special tokens by name came back, under the id that came next.
+
+    Raises:
+        TokenizerError: another id than in tokenizer.json.
+    """
+    back = {text: number for number, (text, _) in by_id.items() if text in lacking}
+    moved = [
+        f"{text!r}: {lacking[text]}, and transformers gives it {n}" for text, n in back.items() if lacking[text] != n
+    ]
+    if moved:
+        raise TokenizerError(
+            f"{folder / _CONFIG}: {_DECODER} lacks special tokens of tokenizer.json, which so get other ids than "
+            f"there; save the tokenizer anew:\n{listing(moved)}"
+        )
+    dropped = [f"{number} {text!r}" for text, number in lacking.items() if text not in back]
+    if not dropped:
+        return []
+    return [
+        f"added tokens of tokenizer.json that tokenizer_config.json's {_DECODER} lacks are left out and split into "
+        f"pieces, as in transformers 5: {_some(dropped)}; to keep them, take {_DECODER} out"
+    ]
 
 
 def _check_numbers(
     by_id: Mapping[int, tuple[str, bool]], of_file: set[int], vocab: Mapping[str, int], path: Path
 ) -> None:
-    """Tokens that tokenizer.json lacks must have the ids that they get: the ids stated beside it are not obeyed."""
+    """Tokens beside tokenizer.json, and all of a decoder, must have the ids that they get: stated ones are ignored."""
     following = max([len(vocab), *(number + 1 for number in by_id if number in of_file)])
     problems, of_file_too = [], {by_id[number][0] for number in of_file}
     for number in sorted(set(by_id) - of_file):
@@ -216,8 +253,7 @@ def _check_numbers(
         following += given == following
     if problems:
         raise TokenizerError(
-            f"{path.parent}: added tokens beside tokenizer.json with other ids than they get; save the tokenizer "
-            "anew:\n"
+            f"{path.parent}: added tokens that get other ids than these files give them; save the tokenizer anew:\n"
             f"{listing(problems)}"
         )
 
@@ -228,25 +264,29 @@ def _append(
     vocab: Mapping[str, int],
     used: Mapping[str, Any],
     path: Path,
+    lacking: Mapping[str, int],
 ) -> list[str]:
     """Gives special tokens without an id the next ones, and marks those that have one as special; what to note."""
     known = {**vocab, **{text: number for number, (text, _) in by_id.items()}}
     following = max([len(vocab), *(number + 1 for number in by_id)])
-    new = []
+    n_known, new = len(known), list[str]()
     for text in special:
         if text not in known:
-            new.append(f"{following} {text!r}")
+            new += [] if text in lacking else [f"{following} {text!r}"]
             known[text] = following
             following += 1
         by_id[known[text]] = (text, True)
-    if not new:
+    if len(known) == n_known:
         return []
+    added = list(known)[n_known:]
     missing = [name for name in _DEFAULTS if name not in used]
     if missing and DEFAULT not in known:
         raise TokenizerError(
-            f"{path.parent}: special tokens without ids ({_some(new)}), which depend on whether the tokenizer's class "
-            f"adds {DEFAULT!r} before them; name {', '.join(missing)} in tokenizer_config.json"
+            f"{path.parent}: special tokens without ids ({_some([repr(text) for text in added])}), which depend on "
+            f"whether the tokenizer's class adds {DEFAULT!r} before them; name {', '.join(missing)} in {_CONFIG}"
         )
+    if not new:
+        return []
     return [f"special tokens that tokenizer.json does not hold get the next ids, as in transformers: {_some(new)}"]
 
 
@@ -276,17 +316,6 @@ def _note_passed_over(special_map: Mapping[str, Any], added_file: Mapping[str, A
         f"passed over (tokenizer_config.json has an {_DECODER}, so transformers does not read them): {', '.join(files)}"
     )
     return [f"{note}; tokens that only they name are split into pieces: {_some(only)}" if only else note]
-
-
-def _note_lacking(decoder: Any, by_id: Mapping[int, tuple[str, bool]], of_file: set[int]) -> list[str]:
-    listed = {_text_of(item) for item in (decoder or {}).values()}
-    lacking = [f"{number} {text!r}" for number, (text, _) in by_id.items() if number in of_file and text not in listed]
-    if not lacking:
-        return []
-    return [
-        f"added tokens of tokenizer.json that tokenizer_config.json's {_DECODER} lacks: taken, as the tokenizers "
-        f"library does and transformers 4 did; transformers 5 drops them: {_some(lacking)}"
-    ]
 
 
 def _some(texts: list[str]) -> str:

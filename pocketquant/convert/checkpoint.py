@@ -24,6 +24,7 @@ from pocketquant.convert.folder import (
     note_passed_over,
     refuse_versions,
 )
+from pocketquant.convert.kinds import read_config
 from pocketquant.convert.mapping import is_tied, map_tensors
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.mlx import refuse_mlx_quantized, undo_mlx_layout
@@ -76,7 +77,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     snapshot = source if isinstance(source, Snapshot) else local_snapshot(Path(source))
     folder = snapshot.folder
     _refuse_adapter_inside(snapshot, adapter)
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     refuse_versions(folder / "config.json", config.get("configuration_files"), "config")
     text_config = config.get("text_config", config)
     if not isinstance(text_config, dict):
@@ -114,7 +115,7 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     described = describe_folder(folder, n_weights, notes, sizes.get("n_expert", 0), expert_weights)
     metadata = {
         **model_metadata(architecture, text_config, sizes, described),
-        **read_tokenizer(folder, sizes["n_vocab"], config, notes),
+        **read_tokenizer(folder, sizes["n_vocab"], config, architecture.pre_tokenizers, notes),
     }
     files = (*snapshot.files, *(adapter.files if adapter is not None else ()))
     return Model(architecture.name, metadata, tensors, sizes, tuple(notes), files, snapshot.origin)
@@ -142,11 +143,15 @@ def _refuse_adapter_inside(snapshot: Snapshot, adapter: Adapter | None) -> None:
     )
 
 
+def _names_of(adapter: Adapter) -> set[str]:
+    return {file.path.name for file in adapter.files}
+
+
 def _note_beside_adapter(adapter: Adapter, folder: Path) -> list[str]:
     """What lies in an adapter's own folder besides: often a tokenizer and a template, which are not the model's."""
     if adapter.folder is None or adapter.folder == folder.resolve():
         return []
-    others = [name for name in list_entries(adapter.folder) if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS[0])]
+    others = [name for name in list_entries(adapter.folder) if name not in _names_of(adapter)]
     if not others:
         return []
     note = f"adapter {adapter.name}: passed over in its folder: {named(others)}"
@@ -169,7 +174,7 @@ def _read_from(
     if any(name.startswith(VISION_PREFIXES) for name in table):
         read |= {"preprocessor_config.json", "processor_config.json"}
     if adapter is not None and adapter.folder == snapshot.folder.resolve():
-        read |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS[0]}
+        read |= _names_of(adapter)
     return read
 
 

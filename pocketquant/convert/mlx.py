@@ -68,7 +68,9 @@ def undo_mlx_layout(
     Raises:
         ArchitectureError: only some of the kernels are transposed; or there is an MTP block, whose norms are unknown.
     """
-    kernels = next(rule for rule in architecture.tensors if rule.role is Role.DELTA_CONV)
+    kernels = next((rule for rule in architecture.tensors if rule.role is Role.DELTA_CONV), None)
+    if kernels is None:  # an MLX program leaves no trace in a model without convolutions
+        return architecture, dict(stored)
     channels, _, taps = shape_of(kernels, sizes)
     found = {name: tensor for name, tensor in stored.items() if name.endswith(kernels.source)}
     turned = {name for name, tensor in found.items() if tensor.shape == (channels, taps, 1) and taps > 1}

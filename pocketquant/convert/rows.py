@@ -80,7 +80,7 @@ class CheckpointRows:
         if self.each is not None:
             values = self.each(values)
             if not is_finite(values, "F32"):
-                raise WeightError(f"{self._place(start, stop)}: too large for its transform ({self.each.__name__})")
+                raise WeightError(f"{self._place(start, stop)}: too large for its transform ({self.each.name})")
         return values
 
     def _words(self, start: int, stop: int) -> npt.NDArray[np.generic]:

@@ -59,7 +59,7 @@ def open_model(
             `Path` is always local.
         chat_template: a file to take in place of the source's chat templates.
         keep_source: a folder to download a repository into, as `keep_source/name`; None reads only what is needed.
-        adapter: the folder of a PEFT LoRA adapter to merge into a checkpoint.
+        adapter: the folder of a LoRA adapter, PEFT's or mlx-lm's, to merge into a checkpoint.
         mtp: "embed" takes a multi-token-prediction block in; otherwise it is left out.
 
     Raises:

@@ -11,20 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocketquant.architectures.table import PreTokenizer
 from pocketquant.convert.added_tokens import DEFAULT, AddedTokens, read_added_tokens
 from pocketquant.convert.folder import refuse_versions
+from pocketquant.convert.kinds import read_small
 from pocketquant.errors import TokenizerError, listing
-from pocketquant.files.small import is_present, read_object, read_optional_object, read_text
-from pocketquant.gguf_file.values import shown
+from pocketquant.files.small import is_present, read_text
 from pocketquant.model import Value
-
-PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
-"""Split regex of tokenizer.json -> llama.cpp's name for the pre-tokenizer."""
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -35,7 +28,11 @@ _MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_tokenizer(
-    folder: Path, n_vocab: int, config: Mapping[str, Any], notes: list[str] | None = None
+    folder: Path,
+    n_vocab: int,
+    config: Mapping[str, Any],
+    known: Sequence[PreTokenizer],
+    notes: list[str] | None = None,
 ) -> dict[str, Value]:
     """Tokens, merges, special ids, chat template and sampling of a checkpoint.
 
@@ -43,6 +40,7 @@ def read_tokenizer(
         folder: the checkpoint.
         n_vocab: rows of the embedding; the token list is padded to it.
         config: config.json.
+        known: the pre-tokenizers that models of this architecture have.
         notes: what people should know about it is added here.
 
     Raises:
@@ -55,20 +53,16 @@ def read_tokenizer(
         raise TokenizerError(
             f"{path}: missing; save the tokenizer in this format (a 'fast' tokenizer's save_pretrained does)"
         )
-    tokenizer = read_object(path)
+    tokenizer = read_small(folder, path.name)
     if not isinstance(tokenizer.get("model"), dict):
         raise TokenizerError(f"{path}: no tokenizer")
-    if not isinstance(tokenizer.get("added_tokens") or [], list):
-        raise TokenizerError(f"{path}: added_tokens {shown(tokenizer['added_tokens'])}, expected a list")
-    settings = read_optional_object(folder / "tokenizer_config.json")
+    settings = read_small(folder, "tokenizer_config.json")
     refuse_versions(folder / "tokenizer_config.json", settings.get("fast_tokenizer_files"), "tokenizer")
-    generation = read_optional_object(folder / "generation_config.json")
-    pre = _recognise(tokenizer, path)
+    generation = read_small(folder, "generation_config.json")
+    pre = _recognise(tokenizer, known, path)
     _check_vocabulary(tokenizer["model"], path)
-    special_map = read_optional_object(folder / "special_tokens_map.json")
-    added = read_added_tokens(
-        tokenizer, settings, special_map, read_optional_object(folder / "added_tokens.json"), path
-    )
+    special_map, added_file = (read_small(folder, f"{name}.json") for name in ("special_tokens_map", "added_tokens"))
+    added = read_added_tokens(tokenizer, settings, special_map, added_file, path)
     notes += added.notes
     tokens, types = _token_list(tokenizer["model"]["vocab"], added.by_id, n_vocab, path)
     merges = _merges(tokenizer["model"], path)
@@ -82,13 +76,14 @@ def read_tokenizer(
         "tokenizer.ggml.merges": Value("str[]", merges),
     }
     metadata.update(_special_ids(added, generation, config, tokens, path, notes))
-    metadata["tokenizer.ggml.add_bos_token"] = Value("bool", bool(settings.get("add_bos_token", False)))
+    metadata["tokenizer.ggml.add_bos_token"] = Value("bool", settings.get("add_bos_token") is True)
     metadata.update(_chat_templates(folder, settings))
     return metadata
 
 
-def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
-    model, problems = tokenizer["model"], []
+def _recognise(tokenizer: Mapping[str, Any], known: Sequence[PreTokenizer], path: Path) -> str:
+    """llama.cpp's name for the pre-tokenizer; TokenizerError for settings that the runtimes would ignore."""
+    model, problems, names = tokenizer["model"], [], {item.regex: item.name for item in known}
     if model.get("type", "BPE") != "BPE":
         problems.append(f"model type {model.get('type')!r}, expected BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "byte_fallback", "dropout"):
@@ -104,8 +99,8 @@ def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if len(steps) != 2 or len(levels) != 1 or not isinstance(regex, str):
         problems.append("pre_tokenizer is not one Split by a regex, then ByteLevel")
-    elif regex not in PRE_TOKENIZERS:
-        problems.append(f"the split regex {regex!r} is none that we know: {', '.join(PRE_TOKENIZERS.values())}")
+    elif regex not in names:
+        problems.append(f"the split regex {regex!r} is none that we know: {', '.join(names.values())}")
     elif levels[0].get("add_prefix_space") or levels[0].get("use_regex", True):
         problems.append("ByteLevel adds a space in front or splits by a regex of its own")
     elif splits[0].get("behavior") != "Isolated" or splits[0].get("invert"):
@@ -114,7 +109,7 @@ def _recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
         raise TokenizerError(
             f"{path}: the runtimes would tokenize differently, so this cannot be converted:\n{listing(problems)}"
         )
-    return PRE_TOKENIZERS[str(regex)]
+    return names[str(regex)]
 
 
 def _pre_tokenizer_steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
@@ -236,24 +231,28 @@ def _special_ids(
     """Special ids: by name as transformers finds them, else by number in the configs; more ends as eot and eom."""
     ids, n_vocab = {token: number for number, token in enumerate(tokens)}, len(tokens)
     text_config = config.get("text_config")
-    configs = [config, text_config if isinstance(text_config, dict) else {}]
+    configs = {"config.json": config, "config.json text_config": text_config if isinstance(text_config, dict) else {}}
     found: dict[str, int] = {}
     for name in _SPECIAL:
         text = added.named.get(f"{name}_token")
         if text is not None and text not in ids:
             raise TokenizerError(f"{path.parent}: {name}_token {text!r} is not in the vocabulary")
-        stated = [number for c in configs for number in _as_list(c.get(f"{name}_token_id"))]
+        stated = [number for c in configs.values() for number in _as_list(c.get(f"{name}_token_id"))]
         if text is not None:
             found[name] = ids[text]
-        elif stated and type(stated[0]) is int:
+        elif stated:
             found[name] = stated[0]
     if "eos" not in found:
         found["eos"] = _find_end(added, generation, ids, path, notes)
-    ends = [end for c in (generation, *configs) for end in _as_list(c.get("eos_token_id"))]
+    owners = {"generation_config.json": generation, **configs}
+    ends = [end for owner in owners.values() for end in _as_list(owner.get("eos_token_id"))]
+    used = {*found.values(), *ends}
     wrong = [
-        f"{name}: {number}"
-        for name, number in [*found.items(), *(("eos", end) for end in ends)]
-        if type(number) is not int or not 0 <= number < n_vocab
+        f"{where} {name}_token_id: {number}"
+        for where, owner in owners.items()
+        for name in (_SPECIAL if owner is not generation else ("eos",))
+        for number in _as_list(owner.get(f"{name}_token_id"))
+        if number in used and not 0 <= number < n_vocab
     ]
     if wrong:
         raise TokenizerError(f"{path.parent}: special token ids beyond the vocabulary of {n_vocab}:\n{listing(wrong)}")
@@ -297,22 +296,33 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Valu
     """`chat_template.jinja` before `chat_template.json` before tokenizer_config.json, as transformers loads them."""
     named: dict[str, str] = {}
     template = settings.get("chat_template")
-    template = read_optional_object(folder / "chat_template.json").get("chat_template", template)
+    where = "tokenizer_config.json"
+    if is_present(folder / "chat_template.json"):
+        stated = read_small(folder, "chat_template.json")
+        if "chat_template" in stated:
+            template, where = stated["chat_template"], "chat_template.json"
     if is_present(folder / "chat_template.jinja"):
         template = _read_template(folder / "chat_template.jinja")
         for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
             named[path.stem] = _read_template(path)
     if isinstance(template, list):
-        pairs = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
-        named = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+        partial = [f"chat_template[{i}]: {item!r:.80}" for i, item in enumerate(template) if not _is_named(item)]
+        if partial or not template:
+            raise TokenizerError(
+                f"{folder / where}: a list of chat templates without a name or a text; each needs `name` and "
+                f"`template`:\n{listing(partial or ['chat_template: []'])}"
+            )
+        named = {item["name"]: item["template"] for item in template}
         template = named.pop("default", None)
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{folder}: chat_template is neither a text nor a list of named texts")
     values = {} if template is None else {"tokenizer.chat_template": Value("str", template)}
     if named:
         values["tokenizer.chat_templates"] = Value("str[]", list(named))
         values |= {f"tokenizer.chat_template.{name}": Value("str", text) for name, text in named.items()}
     return values
+
+
+def _is_named(item: Mapping[str, Any]) -> bool:
+    return all(isinstance(item.get(key), str) for key in ("name", "template"))
 
 
 def _read_template(path: Path) -> str:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pocketquant.architectures.qwen35_vision import PREFIXES, QWEN35_VISION
 from pocketquant.architectures.table import BLOCK, Sizes, TensorRule, shape_of
 from pocketquant.convert.description import describe_folder
+from pocketquant.convert.kinds import read_config
 from pocketquant.convert.mapping import READABLE
 from pocketquant.convert.metadata import model_metadata
 from pocketquant.convert.quantized import DequantizedTensor, dequantize_table
@@ -107,7 +108,7 @@ def open_vision(source: Path | str | Snapshot) -> Model | None:
             return None
         source = local_snapshot(path)
     folder = source.folder
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     table = read_tensor_table(source, choose_weights(source, config))
     prefix = _prefix_of(folder, table)
     if prefix is None:

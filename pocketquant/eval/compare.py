@@ -235,6 +235,7 @@ def _describe(
 ) -> Provenance:
     """What the numbers were measured on, and with."""
     has_chat = any(cut.text.is_chat for cut in scored.cuts)
+    pack = describe_reference(reference)
     templates = {"model": template_digest(model), "reference": template_digest(reference)} if has_chat else None
     return Provenance(
         model=identify_model(model),
@@ -250,9 +251,9 @@ def _describe(
         versions=scored.versions,
         like=settings.like,
         chat_templates=templates,
-        reference_pack=describe_reference(reference),
+        reference_pack=pack,
         model_metadata=digest_metadata(model),
-        reference_quantized=describe_quantized(reference) or None,
+        reference_quantized=(pack or {}).get("quantized") or describe_quantized(reference) or None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks by headers, before anything is run, whether two files can be one model, and the reference is unquantized."""
+"""Checks by headers, before anything runs, whether two files can be one model and the reference is unquantized."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def describe_quantized(reference: Path) -> str:
         return ""
     shares = [f"{100 * count / weights.total():.0f} % {name}" for name, count in Counter(rounded).most_common(3)]
     return ", ".join(shares)
+
+
+def quantized_reference(name: str, types: str) -> str:
+    """What a reader has to know where the reference is no full precision; `types` from `describe_quantized`."""
+    return f"{name} is itself quantized ({types}): what it lost is missing from these numbers, or counted twice."
 
 
 def _architecture(path: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.packs.kept_rows import StateKeeper, TopKeeper, fitting_codings
 from pocketquant.eval.packs.pack import I32Array, Pack, PackHeader, PackWriter, TextIdentity, is_pack, read_pack
 from pocketquant.eval.packs.replay import open_pack
@@ -162,7 +163,7 @@ def make_reference(
                 if settings.with_head:
                     for piece in run.head.stored_bytes():
                         writer.add("head", piece)
-                header = _header(run, keeper, texts, cuts, settings, versions)
+                header = _header(run, keeper, texts, cuts, settings, versions, describe_quantized(Path(model)))
                 if header.floor.kld_mean >= MAX_FLOOR:
                     raise EvalError(
                         f"{model}: the pack would be {header.floor.kld_mean:g} nats from the reference itself, more "
@@ -208,6 +209,7 @@ def _header(
     cuts: Sequence[Corpus],
     settings: PackSettings,
     versions: Mapping[str, str],
+    quantized: str,
 ) -> PackHeader:
     return PackHeader(
         kind="top" if settings.top else "states",
@@ -228,6 +230,7 @@ def _header(
         top=settings.top,
         floor=keeper.floor(),
         versions=versions,
+        quantized=quantized,
     )
 
 
@@ -268,6 +271,7 @@ def describe_reference(path: str | Path) -> dict[str, Any] | None:
         "is_lower_bound": header.kind == "top",
         "model": asdict(header.model),
         "versions": dict(header.versions),
+        **({"quantized": header.quantized} if header.quantized else {}),
     }
 
 

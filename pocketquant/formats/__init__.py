@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pocketquant.formats.layout import Layout
 
 F32Array = npt.NDArray[np.float32]
 U8Array = npt.NDArray[np.uint8]
@@ -33,7 +38,8 @@ class QuantFormat:
         ggml_id: the type's number in a GGUF file.
         block_len: weights in a block.
         block_bytes: bytes of a block.
-        module: submodule of `pocketquant.formats` with `encode_<name>` and `decode_<name>`; "" if none.
+        module: submodule of `pocketquant.formats` with `encode_<name>` and `decode_<name>`, and `LAYOUT_<NAME>` where
+            codes and scales can be told apart.
         fallback: the format llama.cpp takes when a row is no multiple of `block_len`; "" if none.
         file_type: the number of llama.cpp's `llama_ftype` that is written into a file mostly of this format.
         main_in: numbers of `llama_ftype` whose files hold more weights in this format than in any other.
@@ -54,7 +60,7 @@ class QuantFormat:
     ggml_id: int
     block_len: int
     block_bytes: int
-    module: str = ""
+    module: str
     fallback: str = ""
     file_type: int = 0
     main_in: tuple[int, ...] = ()
@@ -109,11 +115,16 @@ class QuantFormat:
         """Decodes u8[n, row_bytes(n_cols)] to f32[n, n_cols]."""
         return self._function("decode")(data, n_cols)  # type: ignore[no-any-return]
 
+    @property
+    def layout(self) -> Layout | None:
+        """Where a block keeps its codes and scales, for code that moves them; None where the kernels' file has none."""
+        return getattr(self._kernels(), f"LAYOUT_{self.name}", None)
+
     def _function(self, verb: str):  # type: ignore[no-untyped-def]
-        if not self.module:
-            raise NotImplementedError(f"{self.name} cannot be {verb}d")
-        module = importlib.import_module(f"pocketquant.formats.{self.module}")
-        return getattr(module, f"{verb}_{self.name.lower()}")
+        return getattr(self._kernels(), f"{verb}_{self.name.lower()}")
+
+    def _kernels(self) -> ModuleType:
+        return importlib.import_module(f"pocketquant.formats.{self.module}")
 
 
 _ARM, _NPU, _BOTH = ("arm",), ("hexagon",), ("arm", "hexagon")

@@ -33,6 +33,7 @@ from pocketquant.formats.lanes import (
     splat,
     where_less,
 )
+from pocketquant.formats.layout import Blocks, Layout, fill_four_bits, legacy_layout, stacked
 from pocketquant.formats.legacy import empty_blocks, half_values, unpack_nibbles
 from pocketquant.formats.scale_search import (
     BLOCK_LEN,
@@ -352,3 +353,24 @@ def decode_iq4_xs(data: U8Array, n_cols: int) -> F32Array:
     multiples = (low | high << np.uint16(4)).astype(np.float32) - F(32)
     scales = half_values(blocks["d"]) * multiples
     return (LEVELS[unpack_nibbles(blocks["qs"])] * scales[..., None]).reshape(-1, n_cols)
+
+
+def _read_iq4_xs(blocks: Blocks) -> tuple[Any, Any]:
+    b = np.arange(8)
+    low = blocks["scales_l"][..., b // 2] >> (4 * (b % 2)).astype(np.uint8) & 15
+    high = blocks["scales_h"][..., None] >> (2 * b).astype(np.uint16) & np.uint16(3)
+    scale = (low | high << np.uint16(4)).astype(np.int16) - 32
+    return scale, np.zeros_like(scale)
+
+
+def _pack_iq4_xs(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    blocks["scales_l"] = (steps[..., 0::2] & 15) | ((steps[..., 1::2] & 15) << 4)
+    high = np.zeros(blocks.shape, np.uint16)
+    for b in range(8):
+        high |= (steps[..., b] >> 4).astype(np.uint16) << np.uint16(2 * b)
+    blocks["scales_h"] = high
+    blocks["qs"] = stacked(codes, (8, 2, 16), 4).reshape(*blocks.shape, 8, 16)
+
+
+LAYOUT_IQ4_XS = Layout(IQ4_XS, 32, LEVELS, _pack_iq4_xs, _read_iq4_xs, -32, 31, is_even=False)
+LAYOUT_IQ4_NL = legacy_layout(IQ4_NL, LEVELS, fill_four_bits)

@@ -28,6 +28,7 @@ from pocketquant.formats.closer_search import (
 )
 from pocketquant.formats.half import F16_MAX, f16_bits, refuse_beyond
 from pocketquant.formats.kernel import jit
+from pocketquant.formats.layout import even, fill_four_bits, legacy_layout
 from pocketquant.formats.scale_search import (
     BLOCK_LEN,
     COARSE_4,
@@ -331,3 +332,20 @@ def decode_q8_0(data: U8Array, n_cols: int) -> F32Array:
     """u8[n, k / 32 * 34] -> f32[n, k]."""
     blocks = np.ascontiguousarray(data).view(Q8_0)
     return (blocks["qs"].astype(np.float32) * half_values(blocks["d"])).reshape(-1, n_cols)
+
+
+def _fill_five_bits(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    fill_four_bits(blocks, codes, steps, offsets)
+    fifth = (codes >> 4).astype(np.uint32) << np.arange(32, dtype=np.uint32)
+    blocks["qh"] = np.bitwise_or.reduce(fifth, axis=-1)
+
+
+def _fill_eight_bits(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    blocks["qs"] = (codes.astype(np.int16) - 127).astype(np.int8)
+
+
+LAYOUT_Q4_0 = legacy_layout(Q4_0, even(-8, 16), fill_four_bits)
+LAYOUT_Q4_1 = legacy_layout(Q4_1, even(0, 16), fill_four_bits)
+LAYOUT_Q5_0 = legacy_layout(Q5_0, even(-16, 32), _fill_five_bits)
+LAYOUT_Q5_1 = legacy_layout(Q5_1, even(0, 32), _fill_five_bits)
+LAYOUT_Q8_0 = legacy_layout(Q8_0, even(-127, 255), _fill_eight_bits)

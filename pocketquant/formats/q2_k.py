@@ -15,6 +15,7 @@ from pocketquant.formats.half import f16_value
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.kquant_affine import fit_block, new_scratch
 from pocketquant.formats.kquant_block import decode_rows, encode_rows, take_block
+from pocketquant.formats.layout import Blocks, affine_layout, stacked
 
 BLOCK = np.dtype(
     [
@@ -71,3 +72,15 @@ def _decode(blocks: npt.NDArray[Any], rows: F32Array) -> None:
                 for i in range(16):
                     code = (qs[j // 8 * 32 + j % 2 * 16 + i] >> (j % 8 // 2 * 2)) & 3
                     rows[r, 256 * b + 16 * j + i] = scale * np.float32(code) - offset
+
+
+def _read_q2_k(blocks: Blocks) -> tuple[Any, Any]:
+    return blocks["scales"] & 15, blocks["scales"] >> 4
+
+
+def _fill_q2_k(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    blocks["scales"] = steps | (offsets << 4)
+    blocks["qs"] = stacked(codes, (2, 4, 32), 2)
+
+
+LAYOUT_Q2_K = affine_layout(BLOCK, 16, 4, 15, _read_q2_k, _fill_q2_k)

@@ -15,6 +15,7 @@ from pocketquant.formats.half import f16_value
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.kquant_block import decode_rows, encode_rows, take_block
 from pocketquant.formats.kquant_symmetric import fit_block, new_scratch
+from pocketquant.formats.layout import Blocks, Layout, even, stacked
 
 BLOCK = np.dtype(
     [
@@ -87,3 +88,21 @@ def _decode(blocks: npt.NDArray[Any], rows: F32Array) -> None:
                     third = (hmask[half + i] >> p) & 1
                     code = np.int32(two | (third << 2)) - 4
                     rows[r, 256 * b + 16 * j + i] = scale * np.float32(code)
+
+
+def _read_q3_k(blocks: Blocks) -> tuple[Any, Any]:
+    j, packed = np.arange(16), blocks["scales"]
+    low = packed[..., j % 8] >> (j // 8 * 4).astype(np.uint8) & 15
+    high = packed[..., 8 + j % 4] >> (j // 4 * 2).astype(np.uint8) & 3
+    scale = (low | (high << 4)).astype(np.int16) - 32
+    return scale, np.zeros_like(scale)
+
+
+def _fill_q3_k(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    blocks["scales"][..., :8] = (steps[..., :8] & 15) | ((steps[..., 8:] & 15) << 4)
+    blocks["scales"][..., 8:] = stacked(steps >> 4, (4, 4), 2)
+    blocks["qs"] = stacked(codes & 3, (2, 4, 32), 2)
+    blocks["hmask"] = stacked(codes >> 2, (8, 32), 1)
+
+
+LAYOUT_Q3_K = Layout(BLOCK, 16, even(-4, 8), _fill_q3_k, _read_q3_k, -32, 31)

@@ -15,6 +15,7 @@ from pocketquant.formats.half import f16_value
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.kquant_affine import fit_block, new_scratch, pack_six_bits, unpack_six_bits
 from pocketquant.formats.kquant_block import decode_rows, encode_rows, take_block
+from pocketquant.formats.layout import Blocks, affine_layout, fill_six_bits, read_six_bits, stacked
 
 BLOCK = np.dtype(
     [
@@ -71,3 +72,12 @@ def _decode(blocks: npt.NDArray[Any], rows: F32Array) -> None:
                 for i in range(32):
                     code = ((qs[j // 2 * 32 + i] >> (j % 2 * 4)) & 15) | (((qh[i] >> j) & 1) << 4)
                     rows[r, 256 * b + 32 * j + i] = scale * np.float32(code) - offset
+
+
+def _fill_q5_k(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    fill_six_bits(blocks, steps, offsets)
+    blocks["qs"] = stacked(codes & 15, (4, 2, 32), 4)
+    blocks["qh"] = stacked(codes >> 4, (8, 32), 1)
+
+
+LAYOUT_Q5_K = affine_layout(BLOCK, 32, 32, 63, read_six_bits, _fill_q5_k)

@@ -15,6 +15,7 @@ from pocketquant.formats.half import f16_value
 from pocketquant.formats.kernel import jit
 from pocketquant.formats.kquant_block import decode_rows, encode_rows, take_block
 from pocketquant.formats.kquant_symmetric import fit_block, new_scratch
+from pocketquant.formats.layout import Blocks, Layout, even, stacked
 
 BLOCK = np.dtype(
     [
@@ -84,3 +85,16 @@ def _decode(blocks: npt.NDArray[Any], rows: F32Array) -> None:
                     high = (qh[32 * h + half + i] >> (2 * quarter)) & 3
                     code = np.int32(low | (high << 4)) - 32
                     rows[r, 256 * b + 16 * j + i] = scale * np.float32(code)
+
+
+def _read_q6_k(blocks: Blocks) -> tuple[Any, Any]:
+    return blocks["scales"], np.zeros_like(blocks["scales"])
+
+
+def _fill_q6_k(blocks: Blocks, codes: U8Array, steps: U8Array, offsets: U8Array) -> None:
+    blocks["scales"] = (steps ^ np.uint8(128)).view(np.int8)
+    blocks["ql"] = stacked(codes & 15, (2, 2, 64), 4)
+    blocks["qh"] = stacked(codes >> 4, (2, 4, 32), 2)
+
+
+LAYOUT_Q6_K = Layout(BLOCK, 16, even(-32, 64), _fill_q6_k, _read_q6_k, -128, 127)

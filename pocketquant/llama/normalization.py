@@ -12,8 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-_COMPOSING = ("qwen2", "qwen35")
-"""`tokenizer.ggml.pre` of models whose tokenizers normalize to NFC."""
+from pocketquant.architectures import ARCHITECTURES
 
 _CONTROL, _USER_DEFINED = 8, 16
 """LLAMA_TOKEN_ATTR_CONTROL and LLAMA_TOKEN_ATTR_USER_DEFINED of llama.h."""
@@ -29,7 +28,10 @@ def as_trained(library: Any, model: Any, vocab: Any, text: str, *, special: bool
         text: what is to be tokenized.
         special: whether names of control tokens in it mean these tokens.
     """
-    if unicodedata.is_normalized("NFC", text) or _read_key(library, model, b"tokenizer.ggml.pre") not in _COMPOSING:
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    known = (item for architecture in ARCHITECTURES for item in architecture.pre_tokenizers if item.is_nfc)
+    if _read_key(library, model, b"tokenizer.ggml.pre") not in {item.name for item in known}:
         return text
     kinds = _USER_DEFINED | (_CONTROL if special else 0)
     tokens = range(library.llama_vocab_n_tokens(vocab))

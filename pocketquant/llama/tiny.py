@@ -20,34 +20,12 @@ from pocketquant.gguf_file.header import encode_table
 from pocketquant.gguf_file.reading import GgufTensor
 from pocketquant.model import Role, Value, padded
 
-N_VOCAB = 96
 _LARGEST_BYTE = 0x2F
-
-_CONFIG = {
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "linear_conv_kernel_dim": 4,
-    "vocab_size": N_VOCAB,
-    "max_position_embeddings": 512,
-    "full_attention_interval": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 256,
-    "shared_expert_intermediate_size": 256,
-}
 
 
 def tiny_gguf(architecture: Architecture) -> bytes:
-    """A whole GGUF of some three megabytes; the same bytes every time."""
-    config: Mapping[str, Any] = _CONFIG
+    """A whole GGUF of some three megabytes, of an architecture with a `trial_config`; the same bytes every time."""
+    config = architecture.trial_config or {}
     sizes = architecture.read_sizes(config)
     rules = rules_by_name(architecture, architecture.layer_kinds(config), 0)
     rng = np.random.default_rng(7)
@@ -80,18 +58,19 @@ def _numbers(role: Role, kind: QuantFormat, shape: tuple[int, ...], rng: np.rand
 
 
 def _metadata(architecture: Architecture, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Value]:
+    n_vocab = sizes["n_vocab"]
     letters = [chr(code) for code in range(33, 127)]  # one token each, then a merge and the end of a text
-    tokens = [*letters[: N_VOCAB - 2], letters[0] + letters[1], "<|endoftext|>"]
+    tokens = [*letters[: n_vocab - 2], letters[0] + letters[1], "<|endoftext|>"]
     metadata = {"general.architecture": Value("str", architecture.name), "general.type": Value("str", "model")}
     for rule in architecture.metadata:
         if (value := rule.from_config(config, sizes)) is not None:
             metadata[f"{architecture.name}.{rule.key}"] = Value(rule.kind, value)
     return metadata | {
         "tokenizer.ggml.model": Value("str", "gpt2"),
-        "tokenizer.ggml.pre": Value("str", "qwen35"),
+        "tokenizer.ggml.pre": Value("str", architecture.pre_tokenizers[0].name),
         "tokenizer.ggml.tokens": Value("str[]", tokens),
-        "tokenizer.ggml.token_type": Value("i32[]", [1] * (N_VOCAB - 1) + [3]),
+        "tokenizer.ggml.token_type": Value("i32[]", [1] * (n_vocab - 1) + [3]),
         "tokenizer.ggml.merges": Value("str[]", [f"{letters[0]} {letters[1]}"]),
-        "tokenizer.ggml.eos_token_id": Value("u32", N_VOCAB - 1),
+        "tokenizer.ggml.eos_token_id": Value("u32", n_vocab - 1),
         "tokenizer.ggml.add_bos_token": Value("bool", False),
     }

@@ -50,7 +50,7 @@ def main() -> None:
     _say(stage="loaded")
     with tempfile.TemporaryDirectory(prefix="pocketquant-trial-") as folder:
         for architecture in ARCHITECTURES:
-            if architecture.blocks != "blk":  # a vision tower runs beside a text model, on the same kernels
+            if architecture.trial_config is None:  # a vision tower runs beside a text model, on the same kernels
                 continue
             path = Path(folder, f"{architecture.name}.gguf")
             path.write_bytes(tiny_gguf(architecture))

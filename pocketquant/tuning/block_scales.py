@@ -1,6 +1,6 @@
 """The blocks of a quantized tensor as numbers that can move: the F16 scales, and the codes where these are free too.
 
-The weights of a block are linear in its F16 scales d and dmin (or m), as `rounding.layouts` says. So the gradient of
+The weights of a block are linear in its F16 scales d and dmin (or m), as `formats.layout` says. So the gradient of
 the weights gives the gradient of the scales exactly.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 from pocketquant.files.reading import read_at
 from pocketquant.files.unchanged import FileState
 from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats.layout import Blocks
 from pocketquant.gguf_file.reading import GgufTensor
 from pocketquant.model import Tensor
-from pocketquant.quant.rounding.layouts import Blocks, layout_of
 from pocketquant.tuning.free_codes import FreeCodes, open_codes
 
 _ROWS = 1 << 12
@@ -73,7 +73,7 @@ class BlockScales:
 
     def with_free_codes(self, original: Tensor, folder: Path) -> BlockScales:
         """The same with codes that can move; their positions lie in `folder`. OSError if they cannot be written."""
-        layout = layout_of(self.tensor.format)
+        layout = self.tensor.format.layout
         assert layout is not None
         codes = open_codes(layout, original, folder)
         for start, stop in self._ranges():
@@ -120,7 +120,7 @@ class BlockScales:
 
     def _read(self, start: int, stop: int) -> Blocks:
         """The blocks of the file."""
-        layout = layout_of(self.tensor.format)
+        layout = self.tensor.format.layout
         assert layout is not None
         row_bytes = self.tensor.format.row_bytes(self.n_cols)
         data = read_at(self.path, self.tensor.offset + start * row_bytes, (stop - start) * row_bytes, self.state)
@@ -129,7 +129,7 @@ class BlockScales:
 
 def read_block_scales(path: Path, tensor: GgufTensor, state: FileState | None = None) -> BlockScales | None:
     """The scales of a tensor; None if its format has no layout."""
-    layout = layout_of(tensor.format)
+    layout = tensor.format.layout
     if layout is None:
         return None
     fields = ("d", layout.dmin_field) if layout.dmin_field else ("d",)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pocketquant.formats import F32Array, U8Array
+from pocketquant.formats.layout import Blocks, Layout, Scales
 from pocketquant.model import Tensor
-from pocketquant.quant.rounding.layouts import Blocks, Layout, Scales
 
 _MARGIN = 0.02
 """Least distance of a position from the edge of its cell at first, in units of the distance between levels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,16 @@ def test_what_cannot_be_run_is_refused_with_advice(folder: Path, demo_gguf: Call
         assert result.stdout == ""
         assert "Traceback" not in result.stderr
         assert all(message in result.stderr for message in messages), result.stderr
+
+
+def test_a_reference_that_is_quantized_is_called_one(folder: Path, demo_gguf: Callable[[str], Path]) -> None:
+    files = (demo_gguf("q4_0"), "--reference", demo_gguf("q8_0"))
+    some = ("--tasks", "cloze", "--include-path", folder, "--context", 256, "--limit", 2)
+    for arguments in (("smoke", *files, "--max-tokens", 2), ("tasks", *files, *some)):
+        for options in ((), ("--json",)):
+            result = run(folder, *arguments, "--threads", 1, *options)
+            assert re.search(r"note: .*is itself quantized \(\d+ % Q8_0\)", result.stderr)
+        assert re.fullmatch(r"\d+ % Q8_0", json.loads(result.stdout)["reference_quantized"])
 
 
 def test_smoke_counts_faults_against_the_reference(folder: Path, demo_gguf: Callable[[str], Path]) -> None:

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from pocketquant.cli.app import app
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.gguf_file.reading import read_header
-from pocketquant.quant.rounding.layouts import layout_of
 from pocketquant.tuning.tune import DoesNotPay
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -34,7 +33,7 @@ def test_the_cost_is_said_first(demo_gguf: Callable[[str], Path], tmp_path: Path
     cost = json.loads(run(*asked, "--json").stdout)
     model, header = open_gguf(reference), read_header(file)
     names = {tensor.name for tensor in model.tensors if not tensor.keep_f32}
-    free = [tensor for tensor in header.tensors if tensor.name in names and layout_of(tensor.format)]
+    free = [tensor for tensor in header.tensors if tensor.name in names and tensor.format.layout]
     n_codes = sum(rows * cols for rows, cols in (tensor.shape for tensor in free))
     assert cost["tokens"] == 64 * (5 + 3)
     assert cost["codes"] == n_codes

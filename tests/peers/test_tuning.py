@@ -15,7 +15,6 @@ from moe_checkpoint import golden_checkpoint
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import text_path
 from pocketquant.gguf_file.reading import GgufTensor, read_header
-from pocketquant.quant.rounding.layouts import layout_of
 from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
@@ -94,7 +93,7 @@ def test_only_scales_codes_and_the_metadata_change(made: tuple[Path, Path, Path]
     for old, new in zip(before.tensors, after.tensors, strict=True):
         assert (old.name, old.shape, old.format) == (new.name, new.shape, new.format)
         blocks = [stored(path, tensor) for path, tensor in ((file, old), (other, new))]
-        layout = layout_of(old.format)
+        layout = old.format.layout
         if layout is None:
             np.testing.assert_array_equal(*blocks)
             continue

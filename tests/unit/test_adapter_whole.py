@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -163,20 +162,6 @@ def test_weights_of_the_vision_tower_trained_whole_are_noted(tmp_path: Path) -> 
     tensors = {f"{PREFIX}model.visual.merger.norm.weight": np.zeros(64, np.float32)}
     model = open_model(base, adapter=write_adapter(tmp_path / "lora", tensors, modules_to_save=["merger"]))
     assert any("1 of these belong to the vision tower, which this file leaves out" in note for note in model.notes)
-
-
-MLX: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 4, "scale": 20.0}}
-
-
-@pytest.mark.parametrize("has_weights", [True, False])
-def test_mlx_adapters_are_named(has_weights: bool, tied: Path, tmp_path: Path) -> None:
-    tensors = {"model.layers.0.mlp.up_proj.lora_a": np.ones((256, 4), np.float32)}
-    folder = write_adapter(tmp_path / "lora", tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(MLX))
-    if not has_weights:
-        (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
-    with pytest.raises(SourceError, match="an adapter of mlx-lm"):
-        open_model(tied, adapter=folder)
 
 
 def test_an_adapter_beside_a_tied_model_is_refused_for_the_tie(tied: Path, tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from token_cases import (
     TOKEN,
     in_decoder,
     in_file,
+    without,
     write_case,
 )
 
+from pocketquant.architectures.hybrid import PRE_TOKENIZERS
 from pocketquant.convert.tokenizer import read_tokenizer
 from pocketquant.errors import TokenizerError
 
@@ -32,7 +34,7 @@ UNUSED, CONTROL = 5, 3
 def read(folder: Path, n_vocab: int = 320) -> tuple[dict[str, Any], str]:
     notes: list[str] = []
     config = json.loads((folder / "config.json").read_text())
-    values = read_tokenizer(folder, n_vocab, config, notes)
+    values = read_tokenizer(folder, n_vocab, config, PRE_TOKENIZERS, notes)
     return {key.removeprefix("tokenizer.ggml."): value.value for key, value in values.items()}, "\n".join(notes)
 
 
@@ -52,8 +54,9 @@ def test_token_at_load_has_the_id_that_transformers_gives_it(case: str, tmp_path
 def test_the_kept_answers_cover_every_case() -> None:
     assert {*TAKEN, *REFUSED} == kept()["tokens"].keys()
     texts = {case: [text for text, _ in answer["added"].values()] for case, answer in kept()["tokens"].items()}
-    without = ["as it is", "additional beside extra", "map: end token", "decoder", "decoder and the older files"]
-    assert [case for case in TAKEN if TOKEN not in texts[case] and "padding" not in case] == without
+    none = ["as it is", "additional beside extra", "map: end token", "decoder", "decoder and the older files"]
+    none += [case for case in TAKEN if "lacks" in case]
+    assert {case for case in TAKEN if TOKEN not in texts[case] and "padding" not in case} == set(none)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -92,13 +95,37 @@ def test_additional_tokens_given_with_flags_as_transformers_4_saved_them(tmp_pat
     assert values["tokens"][FIRST_FREE] == TOKEN
 
 
-def test_a_decoder_that_lacks_tokens_of_the_file_is_noted(tmp_path: Path) -> None:
-    decoder = in_decoder()["added_tokens_decoder"]
-    files = {CONFIG: {"added_tokens_decoder": {number: item for number, item in decoder.items() if number != "261"}}}
-    values, notes = read(write_case(tmp_path, files))
-    assert values["tokens"][261] == "</think>"
-    assert "lacks: taken, as the tokenizers library does and transformers 4 did; transformers 5 drops them" in notes
-    assert "261 '</think>'" in notes
+def test_tokens_that_a_decoder_lacks_are_left_out_as_in_transformers_and_noted(tmp_path: Path) -> None:
+    values, notes = read(write_case(tmp_path, TAKEN["decoder that lacks the last"]))
+    assert values["tokens"][261] == "[PAD261]"
+    assert "lacks are left out and split into pieces, as in transformers 5: 261 '</think>'; to keep them" in notes
+    assert "get the next ids" not in notes
+    values, notes = read(write_case(tmp_path / "named", TAKEN["decoder that lacks the last two, one of them named"]))
+    assert values["tokens"][260:262] == ["<think>", "[PAD261]"]
+    assert "5: 261 '</think>';" in notes
+    assert "get the next ids" not in notes
+
+
+def test_a_special_token_that_a_decoder_lacks_must_come_back_where_it_was(tmp_path: Path) -> None:
+    files = {CONFIG: {**without("259", "260", "261"), "sep_token": "</think>"}}
+    message = r"tokenizer_config\.json: added_tokens_decoder lacks special tokens(.|\n)*'</think>': 261, and .* it 260"
+    with pytest.raises(TokenizerError, match=message):
+        read(write_case(tmp_path, files))
+
+
+def test_the_file_that_lists_a_broken_token_is_named(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({ADDED: {TOKEN: -1}}, r"added_tokens\.json: values of.*\n  <\|tool_boundary\|>: -1, expected a whole"),
+        ({ADDED: {TOKEN: "x"}}, r"added_tokens\.json: values of.*\n  <\|tool_boundary\|>: 'x', expected a whole"),
+        ({ADDED: {TOKEN: 260}}, r"\n  added_tokens\.json: added token 260 is .*, and '<think>' in tokenizer\.json"),
+        (
+            {CONFIG: in_decoder(**{"260": TOKEN})},
+            r"\n  tokenizer_config\.json: added token 260 is .* in tokenizer\.json",
+        ),
+    ]
+    for number, (files, message) in enumerate(cases):
+        with pytest.raises(TokenizerError, match=message):
+            read(write_case(tmp_path / str(number), files))
 
 
 def test_ids_that_depend_on_the_tokenizers_class_are_refused(tmp_path: Path) -> None:
@@ -121,7 +148,7 @@ def test_ids_that_depend_on_the_tokenizers_class_are_refused(tmp_path: Path) -> 
     ],
 )
 def test_entries_that_are_none_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"added token|added_tokens_decoder"):
+    with pytest.raises(TokenizerError, match=r"added token|added_tokens|values of another kind(.|\n)*<x>"):
         read(write_case(tmp_path, files))
 
 

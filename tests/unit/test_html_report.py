@@ -252,6 +252,13 @@ def test_divergences_from_a_pack_of_top_tokens_are_lower_bounds() -> None:
         to_sheet([("a.json", document), ("b.json", make_evaluation("Tiny-Q5_K", kld=0.005, size=3_000_000))])
 
 
+def test_benchmarks_against_a_quantized_reference_say_so() -> None:
+    documents = [("a.json", make_evaluation("Tiny", kld=0.01)), ("t.json", make_tasks())]
+    assert "itself quantized" not in to_html(to_sheet(documents))
+    documents[1][1]["reference_quantized"] = "97 % Q8_0"
+    assert "Tiny-F32.gguf is itself quantized (97 % Q8_0)" in to_html(to_sheet(documents))
+
+
 def test_bits_per_weight_are_those_of_a_plan(checkpoint: Path) -> None:
     planned = plan(open_model(checkpoint), open_recipe("q4_k_m"))
     document = make_evaluation("Tiny-Q4_K", kld=0.01, size=planned.file_bytes)

@@ -29,7 +29,7 @@ from pocketquant.eval.packs.pack_error import FloorMeter
 from pocketquant.eval.packs.replay import open_pack
 from pocketquant.eval.packs.states import CODINGS, Head, decode_states, encode_states, row_bytes
 from pocketquant.eval.packs.top_k import check_top, decode_top, encode_top, row_dtype
-from pocketquant.eval.reference import base_file_bytes
+from pocketquant.eval.reference import base_file_bytes, describe_reference
 from pocketquant.formats import FORMATS, F32Array
 from pocketquant.gguf_file.identity import FileIdentity
 from pocketquant.model import Role, Tensor
@@ -106,6 +106,16 @@ def test_a_pack_gives_back_what_was_put_in(tmp_path: Path) -> None:
                 assert [start for start, _ in groups] == [first]
                 rows = expected[7 * window + first - 8 : 7 * window + 7]
                 np.testing.assert_allclose(groups[0][1], rows @ matrix.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pack_says_that_its_reference_is_quantized(tmp_path: Path) -> None:
+    make_pack(tmp_path / "full.pqref")
+    make_pack(tmp_path / "rounded.pqref", quantized="100 % Q8_0")
+    assert read_pack(tmp_path / "rounded.pqref").header.quantized == "100 % Q8_0"
+    assert (describe_reference(tmp_path / "rounded.pqref") or {})["quantized"] == "100 % Q8_0"
+    assert read_pack(tmp_path / "full.pqref").header.quantized == ""
+    assert b"quantized" not in (tmp_path / "full.pqref").read_bytes()
+    assert "quantized" not in (describe_reference(tmp_path / "full.pqref") or {})
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:

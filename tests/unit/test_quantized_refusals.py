@@ -34,7 +34,7 @@ def table_of(folder: Path, parts: dict[str, Stored], settings: dict[str, Any]) -
         ({"quant_method": "auto-round", "packing_format": "auto_round:mlx"}, r"auto-round auto_round:mlx"),
         ({"group_size": 64, "bits": 4}, "MLX"),
         ({"anything": 1}, r"already quantized \(unnamed\)"),
-        ([1], "are no JSON object"),
+        ([1], "quantization_config: \\[1\\], expected an object"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, r"format 'marlin', supported: gptq, gptq_v2"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "marlin"),
         ({"quant_method": "awq", "version": "gemv"}, r"format 'gemv', supported: gemm"),

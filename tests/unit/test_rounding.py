@@ -18,6 +18,7 @@ from pocketquant.calibration.statistics import COUNT, INPUT, OUTPUT, ROUNDING, f
 from pocketquant.calibration.statistics_writing import About, triangles, write_statistics
 from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS, F32Array
+from pocketquant.formats.layout import Scales
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Role
 from pocketquant.quant.rounding import (
@@ -35,7 +36,6 @@ from pocketquant.quant.rounding import (
 from pocketquant.quant.rounding.cholesky import factor_in_place, restore
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.factor_cache import cached, factored_bytes
-from pocketquant.quant.rounding.layouts import Scales, layout_of
 from pocketquant.quant.rounding.matmul import subtract_matmul
 from pocketquant.quant.rounding.state import grid_of, new_state, scale_and_offset, set_scales
 from pocketquant.texts.corpus import TextRecord
@@ -56,7 +56,7 @@ def hessian_of(k: int, seed: int, n_sample: int | None = None) -> F32Array:
 
 def width_of(name: str) -> int:
     """Columns of several blocks, in two windows where blocks are small enough."""
-    layout = layout_of(FORMATS[name])
+    layout = FORMATS[name].layout
     assert layout is not None
     return 512 if layout.block_len == 256 else 288
 
@@ -72,7 +72,7 @@ def exact_losses(data: np.ndarray, name: str, weights: F32Array, hessian: F32Arr
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_packed_codes_and_scales_decode_to_the_values_they_stand_for(name: str) -> None:
-    layout, rng = layout_of(FORMATS[name]), np.random.default_rng(3)
+    layout, rng = FORMATS[name].layout, np.random.default_rng(3)
     assert layout is not None
     n, k = 3, 512
     codes = rng.integers(0, len(layout.levels), (n, k)).astype(np.uint8)

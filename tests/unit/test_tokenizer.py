@@ -12,6 +12,7 @@ import pytest
 from checkpoint_maker import make_checkpoint, text_config, tokenizer_json
 from tokenizers import Tokenizer
 
+from pocketquant.architectures.hybrid import PRE_TOKENIZERS
 from pocketquant.convert.tokenizer import _is_numbered_as_listed, read_tokenizer
 from pocketquant.errors import TokenizerError
 
@@ -28,7 +29,7 @@ def folder_with(tmp_path: Path, change: Change, name: str = "tokenizer.json") ->
 
 def read(folder: Path, n_vocab: int = 320) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
-    return {key: value.value for key, value in read_tokenizer(folder, n_vocab, config).items()}
+    return {key: value.value for key, value in read_tokenizer(folder, n_vocab, config, PRE_TOKENIZERS).items()}
 
 
 def test_tokens_types_and_padding(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def regex(pattern: str) -> Change:
         (lambda c: c["model"]["merges"].append(["e", "h"]), r"merges into something that model.vocab lacks(.|\n)*e h"),
         (lambda c: c["model"]["vocab"].update(x=3), "gives 257 tokens only 256 different ids"),
         (lambda c: c["model"].pop("vocab"), "vocab is missing"),
-        (lambda c: c.update(model=7), "no tokenizer"),
+        (lambda c: c.update(model=7), "model: 7, expected an object"),
         (
             lambda c: c["added_tokens"][0].update(id=400),
             r"beyond the embedding's 320 rows(.|\n)*400: '<\|endoftext\|>'",
@@ -112,14 +113,20 @@ def test_tokenizers_that_would_convert_wrong_are_refused(change: Change, message
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("generation_config.json", lambda c: c.update(eos_token_id=9999), r"beyond the vocabulary(.|\n)*eos: 9999"),
+        (
+            "generation_config.json",
+            lambda c: c.update(eos_token_id=9999),
+            r"generation_config.json eos_token_id: 9999",
+        ),
         ("generation_config.json", lambda c: c.update(eos_token_id=[1, 2, 3]), "3 more end-of-generation tokens"),
         (
             "tokenizer_config.json",
             lambda c: c.update(added_tokens_decoder={"257": {"content": "<other>"}}),
-            "added token 257 is '<|endoftext|>' and '<other>'".replace("|", r"\|"),
+            "tokenizer_config.json: added token 257 is '<other>', and '<|endoftext|>' in tokenizer.json".replace(
+                "|", r"\|"
+            ),
         ),
-        ("tokenizer_config.json", lambda c: c.update(chat_template=3), "neither a text nor a list"),
+        ("tokenizer_config.json", lambda c: c.update(chat_template=3), "chat_template: 3, expected a text or a list"),
     ],
 )
 def test_settings_that_contradict_are_refused(name: str, change: Change, message: str, tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ def test_settings_that_contradict_are_refused(name: str, change: Change, message
 def test_embedding_smaller_than_the_tokenizer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "c", weights={})
     with pytest.raises(TokenizerError, match="beyond the embedding's 260 rows"):
-        read_tokenizer(folder, 260, text_config())
+        read_tokenizer(folder, 260, text_config(), PRE_TOKENIZERS)
 
 
 def test_where_the_library_is_not_asked_it_would_say_the_same() -> None:

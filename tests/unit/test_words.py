@@ -18,9 +18,12 @@ from pocketquant.calibration.importance import ImportanceSums, merge_sums
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.eval.kinship import check_architecture, describe_quantized
+from pocketquant.eval.reference import make_reference
+from pocketquant.eval.report.markdown import to_markdown
 from pocketquant.extras import install_command
 from pocketquant.gguf_file.identity import identify, identify_model
 from pocketquant.gguf_file.shards import split_file
+from pocketquant.texts.corpus import Text
 from pocketquant.texts.embedded import read_texts
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,6 +93,13 @@ def test_a_quantized_reference_is_called_one(checkpoint: Path, tmp_path: Path) -
     for recipe, expected in (("f32", ""), ("bf16", ""), ("q8_0", r"\d+ % Q8_0"), ("q4_k_m", r"\d+ % Q4_K.*Q6_K")):
         write(plan(open_model(checkpoint), open_recipe(recipe)), tmp_path / f"{recipe}.gguf")
         assert re.fullmatch(expected, describe_quantized(tmp_path / f"{recipe}.gguf"))
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    reference, pack = tmp_path / "q8_0.gguf", tmp_path / "q8_0.pqref"
+    make_reference(reference, [Text("text", tmp_path / "text.txt")], pack, context=16, chunks=1)
+    for each in (reference, pack):
+        report = compare(tmp_path / "bf16.gguf", each, tmp_path / "text.txt", context=16, chunks=1)
+        assert re.fullmatch(r"\d+ % Q8_0", report.provenance.reference_quantized or "")
+        assert "q8_0.gguf is itself quantized" in to_markdown(report).replace("\\_", "_")
     assert describe_quantized(checkpoint) == ""
     folder = changed(tmp_path / "f32.gguf", tmp_path / "none.gguf", lambda parts: parts.tensors.clear())
     assert describe_quantized(folder) == ""

@@ -120,6 +120,8 @@ class PackHeader:
         head: what the states are multiplied with, None in a pack of top tokens.
         top: tokens kept per position, 0 in a pack of states.
         versions: names and versions of the software that computed the reference.
+        quantized: the types that the reference's own matrices are rounded to; "" for full precision, and then not in
+            the file.
     """
 
     kind: str
@@ -137,6 +139,7 @@ class PackHeader:
     top: int
     floor: Floor
     versions: Mapping[str, str]
+    quantized: str = ""
 
     @property
     def n_window(self) -> int:
@@ -244,7 +247,8 @@ class PackWriter:
                 "run was cut short"
             )
         sections = {name: asdict(section) for name, section in self._sections.items()}
-        data = json.dumps({**asdict(header), "sections": sections}, sort_keys=True, separators=(",", ":")).encode()
+        fields = {key: value for key, value in asdict(header).items() if key != "quantized" or value}
+        data = json.dumps({**fields, "sections": sections}, sort_keys=True, separators=(",", ":")).encode()
         offset = self._file.tell()
         self._file.write(data)
         self._file.truncate()
@@ -388,6 +392,7 @@ def _header_of(fields: Any) -> PackHeader:
             positions=_whole(floor["positions"]),
         ),
         versions={_text(name): _text(value) for name, value in fields["versions"].items()},
+        quantized=_text(fields.get("quantized", "")),
     )
 
 

@@ -28,6 +28,7 @@ _PACK = Fields(
         "floor": Values(NUMBER),
         "model": _FILE,
         "versions": Values(TEXT),
+        "quantized": TEXT,
     }
 )
 _PROVENANCE = Fields(

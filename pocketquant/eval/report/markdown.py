@@ -7,6 +7,7 @@ from typing import Any
 
 from pocketquant.escaping import for_markdown
 from pocketquant.eval.kernels import describe_kernels
+from pocketquant.eval.kinship import quantized_reference
 from pocketquant.eval.measures import Bucket, Metrics
 from pocketquant.eval.report.schema import Domain, Report
 from pocketquant.llama.kernels import differing
@@ -36,7 +37,8 @@ def to_markdown(report: Report) -> str:
         if other := differing(from_.versions, from_.reference_pack["versions"]):
             parts.append(for_markdown(describe_kernels(from_.model.name, "the pack", other)))
     if from_.reference_quantized is not None:
-        parts.append(f"**{for_markdown(quantized_reference(from_.reference.name, from_.reference_quantized))}**")
+        name = from_.reference_pack["model"]["name"] if from_.reference_pack is not None else from_.reference.name
+        parts.append(f"**{for_markdown(quantized_reference(name, from_.reference_quantized))}**")
     if noise is not None:
         parts.append(
             f"Noise floor: the model against itself, {noise.rows} rows at a time, on {noise.tokens} tokens in "
@@ -88,11 +90,6 @@ def metric_rows(metrics: Metrics) -> list[Row]:
             ("bits per byte, difference", bpb.difference, bpb.difference_se),
         ]
     return rows
-
-
-def quantized_reference(name: str, types: str) -> str:
-    """What a reader has to know where the reference is no full precision."""
-    return f"{name} is itself quantized ({types}): what it lost is missing from these numbers, or counted twice."
 
 
 def _pack_note(pack: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.tasks.answering import AnsweringModel, Cost, Render
 from pocketquant.eval.tasks.loading import TaskSettings, describe_failure, load_tasks, quiet_harness
 from pocketquant.eval.tasks.paired import Paired, mean_difference, pair_answers
@@ -92,6 +93,7 @@ class TasksReport:
         results: task by task, then groups.
         cost: what each model was asked.
         left_out: measures that are not item by item (a corpus's perplexity, an F1), by task.
+        reference_quantized: the types that the reference's own matrices are rounded to; None for full precision.
     """
 
     model: FileIdentity
@@ -107,6 +109,7 @@ class TasksReport:
     cost: Mapping[str, Cost]
     results: tuple[TaskResult, ...]
     left_out: Mapping[str, tuple[str, ...]]
+    reference_quantized: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -146,6 +149,7 @@ def compare_on_tasks(
         cost={"model": cost, "reference": reference_cost},
         results=results,
         left_out=left_out,
+        reference_quantized=describe_quantized(reference) or None,
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import EvalError
+from pocketquant.eval.kinship import describe_quantized
 from pocketquant.eval.tasks.answering import write_answer
 from pocketquant.eval.tasks.compare import Progress, chat_renderer, context_of
 from pocketquant.eval.tasks.paired import Paired, pair_answers
@@ -89,6 +90,7 @@ class SmokeReport:
         faults: name -> on how many prompts, paired: `model` and `reference` are shares of prompts with the fault,
             `gained` those where only the model has it.
         answers: prompt, the model's answer, the reference's.
+        reference_quantized: the types that the reference's own matrices are rounded to; None for full precision.
     """
 
     model: FileIdentity
@@ -99,6 +101,7 @@ class SmokeReport:
     versions: Mapping[str, str]
     faults: Mapping[str, Paired]
     answers: tuple[tuple[Prompt, Answer, Answer], ...]
+    reference_quantized: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -164,6 +167,7 @@ def compare_smoke(
             for fault in FAULTS
         },
         answers=tuple(zip(prompts, ours, theirs, strict=True)),
+        reference_quantized=describe_quantized(reference) or None,
     )
 
 

@@ -5,7 +5,6 @@ rows.py          rounding with the Hessian H of the inputs; the rows are indepen
 two_sided.py     rounding with H and with the Fisher matrix G of the outputs
 feedback.py      error feedback (GPTQ, LDLQ): every column makes up for the errors of the columns before it
 descent.py       coordinate descent over codes, sub-block scales and super-block scales
-layouts.py       one description of every block format: codes, scales, offsets
 state.py         the rows that are being rounded
 factored.py      a Hessian with damping, and its Cholesky factor; factor_cache.py keeps the latest ones
 cholesky.py      the Cholesky factorization, with one order of summation

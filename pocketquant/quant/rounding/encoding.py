@@ -21,7 +21,6 @@ from pocketquant.gguf_file.writing import encode_rows, naming_overflow
 from pocketquant.model import Plan, PlannedTensor, Role, RowEncoder, Tensor, Value
 from pocketquant.quant.rounding.factor_cache import CACHE_BYTES, cached, factored_bytes, uncached
 from pocketquant.quant.rounding.factored import F64Array, FactoredHessian, factor_hessian
-from pocketquant.quant.rounding.layouts import layout_of
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, round_rows
 from pocketquant.quant.rounding.two_sided import round_matrix
 
@@ -173,7 +172,7 @@ def _encoder_of(
     item: PlannedTensor, plan: Plan, statistics: Statistics, options: Rounding
 ) -> LayerEncoder | VocabularyEncoder | None:
     tensor = item.tensor
-    if item.format.block_len == 1 or layout_of(item.format) is None or tensor.dtype == item.format.name:
+    if item.format.block_len == 1 or item.format.layout is None or tensor.dtype == item.format.name:
         return None
     if tensor.role in (Role.EMBED, Role.HEAD):
         is_tied = not any(other.tensor.role is Role.HEAD for other in plan.tensors)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
+from pocketquant.formats.layout import Layout
 from pocketquant.quant.rounding.descent import descend
 from pocketquant.quant.rounding.factored import DAMPING, WINDOW, F64Array, FactoredHessian, losses
 from pocketquant.quant.rounding.feedback import feed_back
-from pocketquant.quant.rounding.layouts import Layout, layout_of
 from pocketquant.quant.rounding.matmul import subtract_matmul
 from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack_rows, rows_of, set_scales
 
@@ -54,7 +54,7 @@ def round_rows(
     weights = np.ascontiguousarray(weights, np.float32)
     importance = np.ascontiguousarray(hessian.matrix.diagonal())
     plain = quant_format.encode(weights, importance)
-    layout = layout_of(quant_format)
+    layout = quant_format.layout
     if layout is None or not (options.feedback or options.sweeps):
         return plain
     grid, state = grid_of(layout), new_state(weights, layout)

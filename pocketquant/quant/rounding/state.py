@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from pocketquant.formats import F32Array, U8Array
 from pocketquant.formats.half import f16_value
+from pocketquant.formats.layout import I16Array, Layout, Scales, U16Array
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.layouts import I16Array, Layout, Scales, U16Array
 
 _F32 = np.float32
 

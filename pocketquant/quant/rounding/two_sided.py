@@ -14,11 +14,11 @@ from math import fsum
 import numpy as np
 
 from pocketquant.formats import F32Array, QuantFormat, U8Array
+from pocketquant.formats.layout import Layout
 from pocketquant.quant.rounding.descent import descend_row, inverse_diagonal, new_workspace
 from pocketquant.quant.rounding.factored import WINDOW, FactoredHessian
 from pocketquant.quant.rounding.feedback import feed_back_row
 from pocketquant.quant.rounding.kernel import jit
-from pocketquant.quant.rounding.layouts import Layout, layout_of
 from pocketquant.quant.rounding.matmul import add_squares, subtract_matmul
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding, decoded_errors, keep_plain
 from pocketquant.quant.rounding.state import Grid, State, grid_of, new_state, pack_rows, set_scales
@@ -48,7 +48,7 @@ def round_matrix(
     """
     weights = np.ascontiguousarray(weights, np.float32)
     plain = quant_format.encode(weights, np.ascontiguousarray(hessian.matrix.diagonal()))
-    layout = layout_of(quant_format)
+    layout = quant_format.layout
     if layout is None or not (options.feedback or options.sweeps):
         return plain
     # one power of two for all rows, because their errors are compared with each other

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pocketquant.eval.kinship import quantized_reference
 from pocketquant.eval.report.html.taking import listed, mapping, number, whole, words
 
 MAX_RESULTS = 512
@@ -56,6 +57,8 @@ def read_drift(document: Mapping[str, Any], where: str) -> TaskDrift:
         "round. Of equally good files as many are lost as gained; p says how often chance alone does as much. Smallest "
         "effect: what so many items find in 80 of 100 runs; a smaller difference says nothing."
     )
+    if types := words(document.get("reference_quantized")):
+        note += f" {quantized_reference(reference, types)}"
     return TaskDrift(note, tuple(_row(result) for result in results))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pocketquant.eval.kernels import describe_kernels
+from pocketquant.eval.kinship import quantized_reference
 from pocketquant.eval.report.html.published import Published
 from pocketquant.eval.report.html.sheet import Figure, MeasuredFile, Sheet
-from pocketquant.eval.report.markdown import quantized_reference
 from pocketquant.llama.kernels import differing
 
 
