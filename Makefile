@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= auto
 
-.PHONY: faults setup demo test fuzz check docs bench bench-quality peers build clean
+.PHONY: faults setup demo test test-slow fuzz check docs bench bench-quality peers build clean
 setup: .venv/ready
 
 # llama-cpp-python is built here, with the flags that this compiler needs to build it right. pip may take a build of its
@@ -19,8 +19,12 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/pocketquant demo
 
+# Every test is in one of the two: those of over about ten seconds have the marker `slow`.
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 # Damaged inputs for every reader, for as long as one likes; FUZZ="--minutes 60 --seed 1", "--replay FILE"
 fuzz: setup

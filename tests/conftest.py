@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from check_maker import make_good_gguf, make_trained_checkpoint
-from checkpoint_maker import make_checkpoint
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
+
+# Test processes share the processors. Threads of llama.cpp and of numpy's products that wait for one another in a loop
+# would take the time of those they wait for, several times the work itself: llama.cpp's sleep, and products have one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random checkpoint: one file, BF16, two value heads per key head, tied. Not to be written to."""
+    from checkpoint_maker import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "Tiny-1M")
 
 
 @pytest.fixture(scope="session")
 def realistic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with norms as training leaves them. Not to be written to."""
+    from check_maker import make_trained_checkpoint
+
     return make_trained_checkpoint(tmp_path_factory.mktemp("check") / "c")
 
 
 @pytest.fixture(scope="session")
 def good(realistic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a GGUF with nothing to find. Not to be written to."""
+    from check_maker import make_good_gguf
+
     return make_good_gguf(realistic, tmp_path_factory.mktemp("check") / "good.gguf")
 
 

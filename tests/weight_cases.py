@@ -39,6 +39,13 @@ def file_with_an_index_of_its_own(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def file_that_an_index_names_with_others(folder: Path) -> None:
+    make_checkpoint(folder, weights=NEW)
+    write_safetensors(folder / "extra.safetensors", OLD)
+    weight_map = dict.fromkeys(NEW, "model.safetensors") | {"model.norm.weight": "extra.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def file_that_the_config_names(folder: Path) -> None:
     make_checkpoint(folder, weights=OLD)
     write_safetensors(folder / "tuned.safetensors", NEW)
@@ -71,6 +78,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "file beside an older index": (file_beside_an_older_index, "names 3 other files, 0 of them there"),
     "file beside a broken index": (file_beside_a_broken_index, "beside it names no files: it is of another save"),
     "file with an index of its own": (file_with_an_index_of_its_own, ""),
+    "file that an index names with others": (
+        file_that_an_index_names_with_others,
+        "model.safetensors is read alone, as transformers does, though model.safetensors.index.json names it together "
+        "with extra.safetensors: what only those hold is left out",
+    ),
     "file that the config names": (
         file_that_the_config_names,
         "passed over (weights of another save, or not the file that was named): model.safetensors",

@@ -164,15 +164,17 @@ def measure(case: Case, folder: Path) -> None:
 
 def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng: random.Random) -> None:
     """One trial."""
+    for name in case.outputs:
+        (folder / name).write_bytes(OLD)
     resumes = [*case.resume] if any((folder / name).exists() for name in case.kept) else []
     process = subprocess.Popen(
         [*COMMAND, *case.words, *resumes], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    is_alive = False
+    is_alive = is_done = False
     try:
         process.wait(rng.uniform(0.0, 1.1 * case.seconds))
     except subprocess.TimeoutExpired:
-        is_alive = True
+        is_alive, is_done = True, bool(case.outputs) and all(is_whole(case, folder, name) for name in case.outputs)
     sent = time.monotonic()
     process.send_signal(number)
     said, answered = b"", None
@@ -185,7 +187,7 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
     kind = "kill" if number == signal.SIGKILL else "interrupt"
     if code == 0:
         found.counts[f"{kind} {'at' if is_alive else 'after'} the end"] += 1
-        if is_alive and (lasted := time.monotonic() - sent) > SECONDS:
+        if is_alive and not is_done and (lasted := time.monotonic() - sent) > SECONDS:
             found.complain(case, f"{number.name}: ended well {lasted:.2f} s later, as if nothing had come")
     elif number == signal.SIGKILL:
         found.counts["kill landed"] += 1
@@ -203,6 +205,10 @@ def disturb(case: Case, folder: Path, number: signal.Signals, found: Found, rng:
         elif answered > SECONDS:
             found.complain(case, f"{number.name}: answered after {answered:.2f} s")
     look(case, folder, found, hidden=code != 130)
+
+
+def is_whole(case: Case, folder: Path, name: str) -> bool:
+    return (folder / name).exists() and (folder / name).read_bytes() == case.whole[name]
 
 
 def look(case: Case, folder: Path, found: Found, *, hidden: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the dense and the mixture-of-experts text models share: all but the feed-forward.
+"""What the dense and the mixture-of-experts text models share: all but the feed-forward; the order of value heads, too.
 
 Sources: transformers `models/qwen3_5` and `models/qwen3_5_moe` (names, shapes, the maths) and llama.cpp
 `conversion/qwen.py`, `src/models/qwen35.cpp`, `src/models/qwen35moe.cpp` (GGUF names, head order, keys). Two things are

@@ -1,4 +1,4 @@
-"""The row types of an architecture's table.
+"""The rows of an architecture's table: a `TensorRule` for each tensor, a `MetadataRule` for each key.
 
 An architecture is data: one `TensorRule` per tensor, one `MetadataRule` per key. Every transform of this family is
 one-to-one (an order of rows or columns, an element-wise function, dropped dimensions of one), so a rule says all there

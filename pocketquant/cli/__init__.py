@@ -42,8 +42,8 @@ _SAME_SECONDS = 1.0
 """Two signals within this time are one: a terminal sends it to both processes, and the watcher hands it on."""
 
 _UNCHANGED = "interrupted; nothing was replaced"
-_IMPORT_SECONDS = 0.7
-"""How long an interrupt waits for the end of an import that it came in."""
+_IMPORT_SECONDS = 5.0
+"""How long an interrupt waits for the end of an import that it came in; a second or less on a machine at rest."""
 
 _interrupted_at: float | None = None
 _waiting_since: float | None = None

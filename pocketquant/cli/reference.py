@@ -33,7 +33,7 @@ def make_pack(
 
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
-    settings = PackSettings(context, chunks, positions, top_k, with_head, threads, gpu_layers)
+    settings = PackSettings(context, chunks, positions, top_k, with_head, threads, gpu_layers, resume)
     plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
@@ -47,7 +47,7 @@ def make_pack(
             print_json(asdict(plan), of="plan")
         return
     with step_progress(out.name, quiet=quiet) as advance:
-        pack = make_reference(model, texts, out, settings, resume=resume, progress=advance)
+        pack = make_reference(model, texts, out, settings, progress=advance)
     header, nbytes = pack.header, out.stat().st_size
     floor = header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"

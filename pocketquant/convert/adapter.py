@@ -200,8 +200,9 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights {start!r}: changes the base weights before training; save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion, which makes it a plain one"
         )
-    if type(config.get("use_rslora", False)) is not bool:
-        problems.append(f"use_rslora {config['use_rslora']!r}, expected true or false")
+    for key in ("use_rslora", "ensure_weight_tying"):
+        if type(config.get(key) or False) is not bool:
+            problems.append(f"{key} {str(config[key])[:80]!r}, expected true or false")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         problems.append(f"modules_to_save {str(saved)[:80]!r}, expected a list of names")

@@ -109,7 +109,10 @@ def _open(source: Path | str | Snapshot, mode: MtpMode, adapter: Adapter | None,
     if taken:
         sizes = {**sizes, "n_mtp": 1}
     tied = is_tied(config, text_config, stored, notes)
-    tensors = map_tensors(architecture, sizes, kinds, stored, tied, notes, taken)
+    try:
+        tensors = map_tensors(architecture, sizes, kinds, stored, tied, notes, taken)
+    except ArchitectureError as error:  # which files were read may be the reason
+        raise ArchitectureError("\n".join([str(error), *weights.notes])) from error
     n_weights = sum(prod(tensor.shape) for tensor in tensors)
     expert_weights = sum(prod(tensor.shape[1:]) for tensor in tensors if len(tensor.shape) == 3)
     described = describe_folder(folder, n_weights, notes, sizes.get("n_expert", 0), expert_weights)

@@ -70,6 +70,8 @@ def describe_folder(
         raise SourceError(f"{folder}: the folder's name, which becomes the model's, {problem}; rename it")
     card = _read_card(folder / "README.md", notes)
     origin = read_object(folder / "config.json").get("_name_or_path")
+    if not isinstance(origin, str | None):
+        notes.append(f"config.json: _name_or_path left out: {shown(origin)} is no text")
     described = gguf.Metadata.apply_metadata_heuristic(
         gguf.Metadata(), card, {"_name_or_path": origin} if isinstance(origin, str) else {}, folder, n_weights
     )

@@ -91,6 +91,13 @@ def _index_beside(snapshot: Snapshot) -> tuple[str | None, None, tuple[str, ...]
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if shards == [SINGLE]:
         return INDEX, None, ()
+    if SINGLE in shards:
+        others = named([name for name in shards if name != SINGLE])
+        note = (
+            f"{SINGLE} is read alone, as transformers does, though {INDEX} names it together with {others}: what only "
+            f"those hold is left out. If all of them are meant, give {SINGLE} another name, in the index too"
+        )
+        return None, None, (note,)
     there = [name for name in shards if name in snapshot.weights]
     names = f"names {len(shards)} other files, {len(there)} of them there" if shards else "names no files"
     note = (

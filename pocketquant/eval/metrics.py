@@ -1,4 +1,4 @@
-"""Turns logits into one record per scored position; nothing else passes over tokens x vocabulary.
+"""Turns logits into a record per scored position, with its KL divergence; nothing else passes over tokens x vocabulary.
 
 Two rows of logits and the token that came next become a `POSITION`: the divergence, both losses, and whether the most
 likely token is the same. Every number of a report is a statistic of these records. A new statistic of them needs no

@@ -102,7 +102,8 @@ class PackSettings:
         with_head: whether the pack gets a copy of the output matrix. One made from a checkpoint always has it.
         threads: threads that compute; None for all that this process may use.
         gpu_layers: layers computed on a GPU, -1 for all.
-        save_seconds: least time between two savings of an unfinished pack.
+        resume: go on where an interrupted run was saved; the pack is the same to the last byte.
+        save_seconds: least time between two savings of how far it is.
     """
 
     context: int = 512
@@ -112,6 +113,7 @@ class PackSettings:
     with_head: bool = False
     threads: int | None = None
     gpu_layers: int = 0
+    resume: bool = False
     save_seconds: float = 60.0
 
 
@@ -127,7 +129,6 @@ def make_reference(
     out: str | Path,
     settings: PackSettings,
     *,
-    resume: bool = False,
     is_result: bool = True,
     progress: Progress | None = None,
 ) -> Pack:
@@ -138,7 +139,6 @@ def make_reference(
         texts: the texts, as for `compare`.
         out: the pack to write; unfinished work lies beside it as `.NAME.unfinished` and `.NAME.state`.
         settings: how the pack is made.
-        resume: go on where an interrupted run was saved; the pack is the same to the last byte.
         is_result: as in `put_in_place`.
         progress: told after each window.
 
@@ -151,26 +151,23 @@ def make_reference(
     files = states_of(model, *(text.path for text in texts))
     with _open_run(model, texts, settings) as run:
         cuts = _cut(run.runtime, texts, model, settings)
-        settings = replace(settings, with_head=not settings.top and (settings.with_head or not run.tells_head))
         keeper = TopKeeper(run.runtime.n_vocab, settings.top) if settings.top else StateKeeper(run.head)
-        windows = np.concatenate([corpus.windows for corpus in cuts])
-        versions = list_versions() | dict(run.runtime.versions)
-        stated = _state_run(run, windows, cuts[0].first_scored, settings, versions)
-        work = UnfinishedPack(Path(out), stated, settings.save_seconds)
-        with work.begun(resume=resume):
+        stores_head = not settings.top and (settings.with_head or not run.tells_head)
+        work = UnfinishedPack(Path(out), _depends_on(run, cuts, settings, stores_head), settings.save_seconds)
+        with work.begun(resume=settings.resume):
             with PackWriter(work.path) as writer:
                 _write_rows(writer, work, run, keeper, cuts, progress)
-                if settings.with_head:
+                if stores_head:
                     for piece in run.head.stored_bytes():
                         writer.add("head", piece)
-                header = _header(run, keeper, texts, cuts, settings, versions, describe_quantized(Path(model)))
-                if header.floor.kld_mean >= MAX_FLOOR:
+                floor = keeper.floor()
+                if floor.kld_mean >= MAX_FLOOR:
                     raise EvalError(
-                        f"{model}: the pack would be {header.floor.kld_mean:g} nats from the reference itself, more "
-                        f"than {MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by "
-                        "side"
+                        f"{model}: the pack would be {floor.kld_mean:g} nats from the reference itself, more than "
+                        f"{MAX_FLOOR:g}; make it from a file in f32, bf16, f16 or q8_0, or run both files side by side"
                     )
-                writer.finish(header)
+                header = _header(run, keeper, texts, cuts, settings)
+                writer.finish(replace(header, quantized=describe_quantized(Path(model))))
             check_unchanged(files)
             work.finish(is_result=is_result)
     return read_pack(out)
@@ -184,7 +181,7 @@ def _write_rows(
     cuts: Sequence[Corpus],
     progress: Progress | None,
 ) -> None:
-    """Writes the tokens of all windows, and a row for each scored position, from the first window without any."""
+    """Writes the tokens of all windows, and a row for each scored position that is not there yet."""
     windows, first = np.concatenate([corpus.windows for corpus in cuts]), cuts[0].first_scored
     stride = max(windows.shape[0] * cuts[0].scored_per_window // _MEASURED, 1)
     writer.add("tokens", windows.astype("<i4").view(np.uint8))
@@ -208,8 +205,6 @@ def _header(
     texts: Sequence[Text],
     cuts: Sequence[Corpus],
     settings: PackSettings,
-    versions: Mapping[str, str],
-    quantized: str,
 ) -> PackHeader:
     return PackHeader(
         kind="top" if settings.top else "states",
@@ -229,23 +224,25 @@ def _header(
         head=None if settings.top else run.head.identify(),
         top=settings.top,
         floor=keeper.floor(),
-        versions=versions,
-        quantized=quantized,
+        versions=_versions(run),
     )
 
 
-def _state_run(
-    run: ReferenceRun, windows: I32Array, first: int, settings: PackSettings, versions: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything that the rows of a pack depend on."""
+def _versions(run: ReferenceRun) -> dict[str, str]:
+    return list_versions() | dict(run.runtime.versions)
+
+
+def _depends_on(run: ReferenceRun, cuts: Sequence[Corpus], settings: PackSettings, stores_head: bool) -> dict[str, Any]:
+    """All that the rows of a pack depend on."""
+    windows: I32Array = np.concatenate([corpus.windows for corpus in cuts])
     return {
         "model": asdict(run.identity),
         "tokens": digest_of_tokens(windows),
         "context": windows.shape[1],
-        "first": first,
+        "first": cuts[0].first_scored,
         "top": settings.top,
-        "head": settings.with_head,
-        "versions": dict(versions),
+        "head": stores_head,
+        "versions": _versions(run),
     }
 
 

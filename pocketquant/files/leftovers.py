@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pocketquant.activity import note_held, note_lock
 from pocketquant.errors import OutputError
+from pocketquant.files.interrupts import signals_held
 
 if sys.platform != "win32":
     import fcntl
@@ -124,9 +125,10 @@ def make_held_file(folder: Path, prefix: str, suffix: str) -> tuple[Path, int | 
         OSError: the folder is missing or cannot be written.
     """
     while True:
-        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
-        path = Path(name)
-        note_held(path)
+        with signals_held():  # between the two nobody knows of the file
+            descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
+            path = Path(name)
+            note_held(path)
         if sys.platform == "win32":
             os.close(descriptor)
             return path, None

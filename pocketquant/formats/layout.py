@@ -1,4 +1,4 @@
-"""One description of every block format, so that the same rounding code serves them all.
+"""Where a block keeps its codes and scales: one description for all formats, so that one rounding code serves them.
 
 A row is cut into blocks (super-blocks, in the K-quants), and a block into sub-blocks. Every weight has a code, every
 sub-block a small integer scale and offset, and every block the F16 numbers d and dmin, which multiply those integers:

@@ -81,7 +81,7 @@ def open_gguf(path: Path | str) -> Model:
         raise ArchitectureError(f"{path}: {OTHER_KINDS[kind]}, and no model; `inspect` shows what it holds")
     architecture = architecture_named(str(header.metadata.get("general.architecture", Value("str", "")).value))
     names = {entry.name for _, entry in entries}
-    if layout := foreign_layout(architecture.name, header.metadata, names) if architecture.blocks == "blk" else "":
+    if layout := foreign_layout(architecture.name, header.metadata, names) if architecture.is_text else "":
         raise ArchitectureError(f"{path}: {layout}")
     sizes = architecture.sizes_from_gguf(header.metadata)
     n_layer, n_mtp = sizes["n_layer"], sizes.get("n_mtp", 0)

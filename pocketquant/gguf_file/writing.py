@@ -46,7 +46,8 @@ def encode_rows(
         start: first row.
         stop: last row + 1.
         quant_format: what they become.
-        importance: f32[n_cols], or f32[n_expert, n_cols], where each expert's rows use its own.
+        importance: the tensor's entry of an importance matrix, which weighs the columns' squared errors: f32[n_cols],
+            or f32[n_expert, n_cols], where each expert's rows use its own.
 
     Raises:
         SourceError: unreadable or non-finite data.

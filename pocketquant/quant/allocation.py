@@ -1,4 +1,5 @@
-"""A size as the input: the format of every tensor, so that the whole file fits and the predicted loss is least.
+"""A target size as the input: every tensor gets the format, of those that suit a phone or any device, by which the
+whole file fits and the predicted loss is least.
 
 What a choice costs comes from `prediction` (statistics of this model) or `sensitivity` (figures of others), the best of
 all choices from `knapsack`, and the result is an ordinary recipe, planned like any other. The table of formats

@@ -143,6 +143,9 @@ def _run(
     matrix = folder / f"{sweep.importance_key}-imatrix.gguf"
     pack = sweep.pack or folder / f"{sweep.reference_key}.pqref"
     needs_matrix = bool(sweep.importance_key)
+    for path in folder.glob("*unfinished*"):  # of sweeps of other texts or settings, which no run takes up any more
+        if not path.name.lstrip(".").startswith((matrix.stem, pack.name)):
+            path.unlink()
     if missing and not (pack.exists() and (matrix.exists() or not needs_matrix)):
         _make_reference(sweep, passing / release.reference.name, pack, matrix, means)
     if needs_matrix and matrix.exists() and release.calibrating:
@@ -202,8 +205,8 @@ def _make_reference(sweep: Sweep, reference: Path, pack: Path, matrix: Path, mea
                     with_head=True,
                     threads=means.threads,
                     gpu_layers=means.gpu_layers,
+                    resume=True,
                 ),
-                resume=True,
                 is_result=False,
                 progress=advance,
             )

@@ -51,6 +51,7 @@ def test_nothing_is_left_out_for_a_model_that_is_not_in_it(
     assert quality.without_this_model(open_model(checkpoint), tmp_path / "table.toml") is None
 
 
+@pytest.mark.slow
 def test_the_table(quality: ModuleType, demo_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calibration = tmp_path / "calibration.txt"
     calibration.write_text(text_path("calibration").read_text(encoding="utf-8")[:20_000], encoding="utf-8")

@@ -120,7 +120,7 @@ def test_eval_weights_needs_no_inference(demo_gguf: Callable[[str], Path]) -> No
 
 def test_make_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["make", checkpoint_dir(), "--out", out, "--context", 128, "--chunks", 8]
+    arguments = ["make", checkpoint_dir(), "--out", out, "--context", 128, "--chunks", 8, "--calibrate-chunks", 8]
     run(*arguments)
     names = {path.name for path in out.iterdir()}
     assert {"report.json", "report.md", "report.html", "SHA256SUMS"} < names
@@ -144,6 +144,7 @@ def test_make_that_fails_changes_nothing(tmp_path: Path) -> None:
     (out / "report.md").write_text("good")
     (tmp_path / "short.txt").write_text("too short")
     arguments = [COMMAND, "make", checkpoint_dir(), "--out", out, "--text", tmp_path / "short.txt"]
+    arguments += ["--calibrate-chunks", 1]
     result = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
     assert result.returncode == 2
     assert "short.txt" in result.stderr
@@ -176,6 +177,7 @@ def test_make_says_the_cost_first(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     result = run("demo", cwd=tmp_path)
     assert "KL divergence" in result.stdout

@@ -273,6 +273,23 @@ def test_a_lock_that_a_killed_run_left_is_taken_over(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_just_behind_a_temporary_files_making_leaves_none(number: signal.Signals, tmp_path: Path) -> None:
+    program = (
+        "import os, sys, tempfile, pocketquant.cli\n"
+        "original = tempfile.mkstemp\n"
+        "def make(*args, **kwargs):\n"
+        "    found = original(*args, **kwargs)\n"
+        f"    if kwargs.get('suffix') == '.partial': os.kill(os.getpid(), {int(number)})\n"
+        "    return found\n"
+        "tempfile.mkstemp = make\n"
+        f"sys.argv = ['pocketquant', 'quantize', {str(checkpoint_dir())!r}, '-r', 'q8_0', '-o', 'm.gguf']\n"
+        "pocketquant.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, names(tmp_path)) == (130, []), done.stderr
+
+
 def test_a_work_folder_goes_whatever_happens(tmp_path: Path) -> None:
     def fail_in_one() -> None:
         with work_folder(tmp_path / "out") as folder:

@@ -20,6 +20,7 @@ from pocketquant.gguf_file.reading import read_header
 LIMIT_BYTES = 250e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_breaks_today_10_moe_memory_is_a_few_chunks_whatever_the_experts_weigh(tmp_path: Path) -> None:
     config = moe_config(

@@ -306,6 +306,8 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"ensure_weight_tying": "x"}, "ensure_weight_tying 'x', expected true or false"),
+        ({"use_rslora": 1}, "use_rslora '1', expected true or false"),
         ({"peft_type": "LOHA"}, r"peft_type 'LOHA', expected 'LORA'"),
         ({"use_dora": True}, r"use_dora 'True': not supported"),
         ({"lora_bias": True}, r"lora_bias 'True'"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapter_maker import make_adapter, rows_of
-from checkpoint_maker import make_checkpoint
+from checkpoint_maker import make_checkpoint, write_safetensors
 from weight_cases import CASES, NEW, OLD, change_config
 
 from pocketquant import open_model
@@ -20,7 +20,7 @@ from pocketquant.convert.quantized.settings import settings_file
 from pocketquant.convert.repository import named_snapshot, small_files
 from pocketquant.convert.snapshot import local_snapshot
 from pocketquant.convert.sources import open_parts
-from pocketquant.errors import SourceError
+from pocketquant.errors import ArchitectureError, SourceError
 from pocketquant.model import Model
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,17 @@ def test_stale_index_and_other_saves_leave_the_weights_that_transformers_loads(c
     assert holds(model, NEW)
     assert note in noted(model)
     assert bool(model.notes) == bool(note)
+
+
+def test_what_is_missing_from_a_file_read_alone_is_said_with_the_reason(tmp_path: Path) -> None:
+    """transformers would start the norm from random numbers."""
+    folder = make_checkpoint(tmp_path / "c", weights={k: v for k, v in NEW.items() if k != "model.norm.weight"})
+    write_safetensors(folder / "extra.safetensors", {"model.norm.weight": NEW["model.norm.weight"]})
+    weight_map = dict.fromkeys(NEW, "model.safetensors") | {"model.norm.weight": "extra.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ArchitectureError) as caught:
+        open_model(folder)
+    assert "  model.norm.weight [256]\nmodel.safetensors is read alone, as transformers does" in str(caught.value)
 
 
 def test_stale_index_beside_a_file_that_was_named(tmp_path: Path) -> None:

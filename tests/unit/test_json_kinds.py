@@ -140,6 +140,13 @@ def test_a_model_with_a_value_of_another_kind_is_refused(
     assert key in str(caught.value)
 
 
+def test_a_name_that_is_no_text_only_describes(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": [7]}))
+    assert "config.json: _name_or_path left out: [7] is no text" in open_model(folder).notes
+
+
 def test_null_says_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m")
     before = open_model(folder)

@@ -37,6 +37,12 @@ def table_of(folder: Path, parts: dict[str, Stored], settings: dict[str, Any]) -
         ([1], "quantization_config: \\[1\\], expected an object"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, r"format 'marlin', supported: gptq, gptq_v2"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "marlin"),
+        (
+            {"quant_method": "gptq", "desc_act": "x"},
+            r"config\.json: values of another kind(.|\n)*desc_act: 'x', expected",
+        ),
+        ({"quant_method": "awq", "zero_point": 1}, "zero_point: 1, expected true or false"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size: 128, expected a list"),
         ({"quant_method": "awq", "version": "gemv"}, r"format 'gemv', supported: gemm"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"format 'marlin-24'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"format 'W4A8_AWQ', supported: FP8, NVFP4"),

@@ -18,7 +18,7 @@ from pocketquant.calibration.importance import ImportanceSums, merge_sums
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.eval.kinship import check_architecture, describe_quantized
-from pocketquant.eval.reference import make_reference
+from pocketquant.eval.reference import PackSettings, make_reference
 from pocketquant.eval.report.markdown import to_markdown
 from pocketquant.extras import install_command
 from pocketquant.gguf_file.identity import identify, identify_model
@@ -83,7 +83,7 @@ def test_another_architecture_is_no_reference(checkpoint: Path, tmp_path: Path) 
         write(plan(open_model(folder), open_recipe("bf16")), tmp_path / f"{name}.gguf")
     (tmp_path / "text.txt").write_text("some words " * 100)
     for reference in (tmp_path / "moe.gguf", mixture):
-        with pytest.raises(EvalError, match=r"is a qwen35, .* a qwen35moe: another model"):
+        with pytest.raises(EvalError, match=r"is a qwen35, .* a qwen35moe: different models"):
             compare(tmp_path / "dense.gguf", reference, tmp_path / "text.txt", context=16)
     check_architecture(tmp_path / "dense.gguf", checkpoint)
     check_architecture(tmp_path / "dense.gguf", tmp_path / "dense.gguf")
@@ -95,7 +95,7 @@ def test_a_quantized_reference_is_called_one(checkpoint: Path, tmp_path: Path) -
         assert re.fullmatch(expected, describe_quantized(tmp_path / f"{recipe}.gguf"))
     (tmp_path / "text.txt").write_text("some words " * 100)
     reference, pack = tmp_path / "q8_0.gguf", tmp_path / "q8_0.pqref"
-    make_reference(reference, [Text("text", tmp_path / "text.txt")], pack, context=16, chunks=1)
+    make_reference(reference, [Text("text", tmp_path / "text.txt")], pack, PackSettings(context=16, chunks=1))
     for each in (reference, pack):
         report = compare(tmp_path / "bf16.gguf", each, tmp_path / "text.txt", context=16, chunks=1)
         assert re.fullmatch(r"\d+ % Q8_0", report.provenance.reference_quantized or "")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant.errors import SourceError, listing
+from pocketquant.files.json_kinds import FLAG, TEXT, WHOLE, Each, Fields, refuse_other_kinds
 from pocketquant.files.small import is_present, read_object
 
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
@@ -31,6 +32,13 @@ _FORMATS = {
     "awq": ("gemm",),
     "modelopt": ("FP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"),
 }
+_KINDS = Fields(
+    {
+        **dict.fromkeys(("quant_method", "quant_algo", "packing_format", "checkpoint_format", "format"), TEXT),
+        **dict.fromkeys(("desc_act", "zero_point", "is_marlin_format"), FLAG),
+        "weight_block_size": Each(WHOLE),
+    }
+)
 _AUTO_ROUND = {"auto_round:auto_gptq": ("gptq", "gptq"), "auto_round:auto_awq": ("awq", "gemm")}
 ADVICE = "convert the BF16, F16 or F32 checkpoint it was made from, or one that its own library has dequantized"
 
@@ -64,6 +72,7 @@ def read_settings(config: Mapping[str, Any], folder: Path) -> Settings:
         return Settings()
     if not isinstance(found, dict):
         raise SourceError(f"{where}: the quantization settings are no JSON object")
+    refuse_other_kinds(found, _KINDS, where, SourceError)
     method = str(found.get("quant_method") or _guessed_method(found)).lower()
     variants = _variants(method, found)
     if method == "auto-round" and variants[0] in _AUTO_ROUND:
