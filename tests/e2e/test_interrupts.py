@@ -139,7 +139,7 @@ def test_calibrate_keeps_all_that_it_had_summed(demo_gguf: Callable[[str], Path]
         (
             ("pocketquant.calibration.hessian:HessianSums.add", 10),
             ("pocketquant.calibration.hessian:HessianSums.add", 40),
-            ("pocketquant.calibration.hessian:_fold_softmax", 2),
+            ("pocketquant.calibration.hessian:_accumulate_softmax", 2),
             ("pocketquant.calibration.hessian:HeadSums.add_logits", 2),
             ("pocketquant.calibration.saved_sums:SavedSums.close_pass", 1),
         )
