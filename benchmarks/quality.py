@@ -49,7 +49,7 @@ from pocketquant.model import Model, Plan
 from pocketquant.quant import open_recipe, plan
 from pocketquant.quant.choosing import Choice, Target
 from pocketquant.quant.loss_table import LossTable, read_figures, write_losses
-from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.rounding.encoding import STEPS
 from pocketquant.quant.sensitivity import Sensitivity
 from pocketquant.texts.calibration import CalibrationSettings, cut_texts
@@ -96,15 +96,8 @@ class Bench:
         if not path.exists():
             assert table is None or isinstance(table, Sensitivity)
             options = None if steps == "none" else STEPS[steps]
-            made = predict_losses(
-                self.model,
-                self.statistics,
-                rounding=options,
-                sensitivity=table,
-                use_gradients=gradients,
-                activations=True,
-                thorough=True,
-            )
+            settings = PredictSettings(options, table, gradients, activations=True, thorough=True)
+            made = predict_losses(self.model, self.statistics, settings)
             write_losses(made, path)
         found = read_figures(path)
         assert isinstance(found, LossTable)

@@ -16,7 +16,8 @@ from typing import Any
 import typer.main
 
 import pocketquant
-from pocketquant.cli.app import app
+from pocketquant.cli.app import PANELS, app
+from pocketquant.cli.group import panels_of, spellings
 from pocketquant.formats import FORMATS
 from pocketquant.quant import Recipe, builtin_recipes, open_recipe
 
@@ -26,7 +27,8 @@ PAGES = Path(__file__).parent.parent / "docs/reference"
 _DOCUMENTS = """\
 `--json` prints one document, which begins with `schema` (`pocketquant.COMMAND/1`, and `pocketquant.COMMAND-plan/1` for
 a dry run) and the `version` that wrote it. What is wrong is a document, too, in place of the other:
-`pocketquant.error/1` with the `command` and the `error`'s `kind`, `message` and `exit_code`. Where stderr is no
+`pocketquant.error/1` with the `command` and the `error`'s `kind`, `message` and `exit_code`. A mode of a command
+(`eval --tasks`) prints the document of the command that is nothing but this mode (`tasks`). Where stderr is no
 terminal, long runs write a line a minute there."""
 
 
@@ -35,28 +37,49 @@ def commands_page() -> str:
     lines = ["# Commands", "", f"stdout is data, stderr is talk. Exit codes: {codes}, 141 nobody reads stdout."]
     lines.append("`--debug` anywhere shows the traceback of an error.")
     lines.append(f"\n{_DOCUMENTS}")
-    for name, command in _commands(typer.main.get_command(app)):
-        positional = [p for p in command.params if p.param_type_name == "argument"]
-        usage = " ".join(["pocketquant", name, *(p.metavar or p.name.upper() for p in positional), "[options]"])
-        lines += ["", f"## {name}", "", command.help or "", "", f"    {usage}", "", "| | | default |", "|---|---|---|"]
-        for parameter in command.params:
-            spelled = parameter.metavar or parameter.name.upper()
-            if parameter.param_type_name != "argument":
-                value = "" if getattr(parameter, "is_flag", False) else f" {parameter.metavar or 'N'}"
-                spelled = ", ".join(parameter.opts) + value
-            default = "" if parameter.default in (None, False) or parameter.required else f"`{parameter.default}`"
-            required = "required" if parameter.required else default
-            lines.append(f"| `{spelled.replace('|', chr(92) + '|')}` | {parameter.help or ''} | {required} |")
+    panel = ""
+    order = list(PANELS)
+    for name, command, shown_in in sorted(
+        _commands(typer.main.get_command(app)), key=lambda found: order.index(found[2])
+    ):
+        if shown_in != panel:
+            panel = shown_in
+            lines += ["", f"## {panel}"]
+        lines += ["", f"### {name}", *_command_lines(name, command)]
     return "\n".join(lines) + "\n"
 
 
-def _commands(group: Any, parent: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its whole name; those of a group after the group's."""
+def _command_lines(name: str, command: Any) -> Iterator[str]:
+    positional = [each for each in command.params if each.param_type_name == "argument"]
+    usage = " ".join(["pocketquant", name, *(each.metavar or each.name.upper() for each in positional), "[options]"])
+    yield from ["", command.help or "", "", f"    {usage}"]
+    panels = panels_of(command, command.params)
+    if positional:
+        title, options = panels[0] if panels else ("", [])
+        panels = [(title, [*positional, *options]), *panels[1:]]
+    for i, (panel, parameters) in enumerate(panels):
+        yield from ["", f"| {panel if i else ''} | | default |", "|---|---|---|"]
+        yield from map(_parameter_row, parameters)
+
+
+def _parameter_row(parameter: Any) -> str:
+    spelled = parameter.metavar or parameter.name.upper()
+    if parameter.param_type_name != "argument":
+        value = "" if getattr(parameter, "is_flag", False) else f" {parameter.metavar or 'N'}"
+        spelled = ", ".join(spellings(parameter)) + value
+    default = "" if parameter.default in (None, False) or parameter.required else f"`{parameter.default}`"
+    required = "required" if parameter.required else default
+    return f"| `{spelled.replace('|', chr(92) + '|')}` | {parameter.help or ''} | {required} |"
+
+
+def _commands(group: Any, parent: str = "", panel: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every command with its whole name and its panel; those of a group after the group's."""
     for name, command in group.commands.items():
+        shown_in = panel or command.rich_help_panel
         if hasattr(command, "commands"):
-            yield from _commands(command, f"{parent}{name} ")
+            yield from _commands(command, f"{parent}{name} ", shown_in)
         else:
-            yield parent + name, command
+            yield parent + name, command, shown_in
 
 
 def recipes_page() -> str:

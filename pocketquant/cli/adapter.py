@@ -1,16 +1,34 @@
-"""`pocketquant adapter`: plans the file, writes it unless it is only a plan, says what it holds."""
+"""`convert ADAPTER --base SRC`, and `adapter`: a LoRA adapter as a GGUF of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pocketquant.cli.screen import print_json, print_table, say, size
+import typer
+
+from pocketquant.cli.options import DryRun, Out, Talk, option
+from pocketquant.cli.screen import print_json, print_table, size
+
+_TYPES = ("f32", "f16", "bf16")
 
 
-def convert_adapter(
-    folder: Path, base: str, out: Path | None, type_name: str, max_size: str | None, *, json: bool, quiet: bool
+def adapter(
+    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, PEFT's or mlx-lm's.")],
+    base: Annotated[str, option("--base", "SRC", "The model it belongs to: checkpoint or GGUF.")],
+    *,
+    out: Out = None,
+    type: Annotated[str, option("--type", "f32|f16|bf16", "Number format of the matrices.")] = "f32",
+    split_max_size: Annotated[
+        str | None, option("--split-max-size", "SIZE", "Refuse a larger file: adapters are not read in shards.")
+    ] = None,
+    dry_run: DryRun = False,
+    talk: Talk,
 ) -> None:
-    """A PEFT folder -> GGUF adapter; `out` None prints the plan and writes nothing."""
+    """Convert a LoRA adapter to a GGUF, as `convert --base`.
+
+    llama.cpp loads it beside the base model (--lora).
+    """
     from pocketquant.convert import open_model
     from pocketquant.convert.adapter import open_adapter
     from pocketquant.convert.adapter_gguf import plan_adapter
@@ -18,11 +36,16 @@ def convert_adapter(
     from pocketquant.gguf_file.shards import check_whole, parse_size
     from pocketquant.gguf_file.writing import write
 
+    if type.lower() not in _TYPES:
+        raise typer.BadParameter("f32, f16 or bf16", param_hint="--type")
+    if out is None and not dry_run:
+        raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
+    out = None if dry_run else out
     if out is not None:
         refuse_overwriting([out], [folder, base])
-    planned = plan_adapter(open_adapter(folder), open_model(base), type_name)
-    if max_size:
-        check_whole("adapter", out or folder, planned.file_bytes, parse_size(max_size))
+    planned = plan_adapter(open_adapter(folder), open_model(base), type.lower())
+    if split_max_size:
+        check_whole("adapter", out or folder, planned.file_bytes, parse_size(split_max_size))
     entries = [
         {"name": item.tensor.name, "shape": list(item.tensor.shape), "type": item.format.name, "nbytes": item.nbytes}
         for item in planned.tensors
@@ -33,17 +56,15 @@ def convert_adapter(
         "tensors": entries,
     }
     if out is not None:
-        say(f"will write {out}: {size(planned.file_bytes)}, {len(entries)} matrices for {base}", quiet=quiet)
+        talk.say(f"will write {out}: {size(planned.file_bytes)}, {len(entries)} matrices for {base}")
         write(planned, out)
-        say(f"written: {out}: {size(planned.file_bytes)}", quiet=quiet)
-    if json:
+        talk.say(f"written: {out}: {size(planned.file_bytes)}")
+    if talk.json:
         print_json({"out": str(out), **summary} if out else summary)
     elif out is None:
-        print_table(
-            ["tensor", "shape", "type", "bytes"],
-            [
-                [item.tensor.name, " x ".join(map(str, item.tensor.shape)), item.format.name, f"{item.nbytes:,}"]
-                for item in planned.tensors
-            ],
-        )
+        rows = [
+            [item.tensor.name, " x ".join(map(str, item.tensor.shape)), item.format.name, f"{item.nbytes:,}"]
+            for item in planned.tensors
+        ]
+        print_table(["tensor", "shape", "type", "bytes"], rows)
         print(f"\n{planned.file_bytes:,} bytes in all")

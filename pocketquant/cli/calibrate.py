@@ -1,176 +1,189 @@
-"""`pocketquant calibrate`: statistics for rounding and for the choice of types, with or without gradients."""
+"""`calibrate`: statistics for rounding and for the choice of types, with or without gradients; or sensitivities."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pocketquant.cli.cost import can_try, say_pace
+from pocketquant.cli.group import refuse_given
+from pocketquant.cli.options import (
+    ADVANCED,
+    Chunks,
+    Compute,
+    CostOnly,
+    OutFile,
+    Resume,
+    Seed,
+    Talk,
+    TextFiles,
+    TorchDevice,
+    option,
+)
 from pocketquant.cli.planning import as_gguf
-from pocketquant.cli.screen import print_json, say, size, step_progress
+from pocketquant.cli.screen import print_json, set_document, size
+from pocketquant.cli.sensitivity import Runs, SensitivityOptions, TrainingContext, sensitivity
 
 if TYPE_CHECKING:
-    from pocketquant.texts.calibration import CalibrationSettings
+    from pocketquant.calibration.collecting import Collection, Steps
+    from pocketquant.model import Model
+    from pocketquant.pace import Pace
+
+_SETTINGS = {"memory", "reference_type", "seed", "torch_device"}
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """What is collected from which texts."""
+
+    text: TextFiles = None
+    curvature: Annotated[bool, option("--curvature", "", "Gradients too (extra `curvature`: torch, transformers).")] = (
+        False
+    )
+    resume: Resume = False
+    context: TrainingContext = 512
+    chunks: Chunks = None
+    dry_run: CostOnly = False
+    memory: Annotated[
+        str, option("--memory", "SIZE", "Bound of the sums in memory; less means more passes.", ADVANCED)
+    ] = "2GB"
+    reference_type: Annotated[str, option("--reference-type", "f32|bf16", "Type a checkpoint is run in.", ADVANCED)] = (
+        "f32"
+    )
+    seed: Seed = 0
+    torch_device: TorchDevice = "cpu"
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What else the command does than collect statistics, and what goes with it."""
+
+    options: SensitivityOptions
+    merge: Annotated[bool, option("--merge", "", "Add statistics of one model up instead of running it.")] = False
+    sensitivity: Annotated[
+        bool, option("--sensitivity", "", "Write what rounding each role and layer costs instead.")
+    ] = False
 
 
 def calibrate(
+    command_line: typer.Context,
     sources: Annotated[
         list[str], typer.Argument(metavar="SRC", help="Checkpoint or GGUF in F32 or BF16; with --merge, statistics.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The statistics file to write.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="FILE|self", help="UTF-8 text, several times for several; default: embedded."),
-    ] = None,
-    curvature: Annotated[
-        bool, typer.Option("--curvature", help="Gradients too (extra `curvature`: torch, transformers).")
-    ] = False,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Add statistics of one model up instead of running it.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was saved.")] = False,
-    memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="Bound of the sums in memory; less means more passes.")
-    ] = "2GB",
-    context: Annotated[int, typer.Option("--context", min=16, metavar="N", help="Tokens in a window.")] = 512,
-    chunks: Annotated[
-        int | None, typer.Option("--chunks", min=1, metavar="N", help="Windows of each text; default: all, self: 16.")
-    ] = None,
-    reference_type: Annotated[
-        str, typer.Option("--reference-type", metavar="f32|bf16", help="Type a checkpoint is run in.")
-    ] = "f32",
-    seed: Annotated[int, typer.Option("--seed", help="Of the labels, and of a text that the model writes.")] = 0,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where gradients are computed.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that compute.")] = None,
-    gpu_layers: Annotated[int, typer.Option("--gpu-layers", metavar="N", help="Layers llama.cpp runs on a GPU.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
+    out: OutFile,
+    options: Collecting,
+    modes: Modes,
+    compute: Compute,
+    talk: Talk,
 ) -> None:
-    """Collect statistics of a model on texts: what a rounding error of each weight will cost."""
+    """Collect statistics: what a rounding error of each weight costs.
+
+    The model is run over texts; `quantize --stats` rounds and chooses types by them.
+    """
     from pocketquant.calibration.statistics_writing import merge_statistics
     from pocketquant.demo import text_path
-    from pocketquant.files.leftovers import holding
-    from pocketquant.files.replacing import check_target, refuse_overwriting
+    from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.gguf_file.shards import parse_size
 
-    refuse_overwriting([out], [*sources, *(text or [])])
-    if merge:
-        if text or resume or curvature or dry_run:
-            raise typer.BadParameter("runs no model, so it takes no other options", param_hint="--merge")
+    if modes.merge:
+        others = _SETTINGS | {"text", "context", "chunks", "resume", "curvature", "dry_run", "sensitivity"}
+        refuse_given(command_line, others, "says nothing with --merge, which runs no model")
+        refuse_overwriting([out], sources)
         merge_statistics(sources, out)
-        _say_kernels(sources, quiet=quiet)
-        _report(out, json=json, quiet=quiet)
+        _say_kernels(sources, talk)
+        _report(out, talk)
         return
     if len(sources) != 1:
         raise typer.BadParameter("one model; to add statistics up, say --merge", param_hint="SRC")
-    if reference_type not in ("f32", "bf16"):
-        raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
-    task = _Task(
-        out,
-        tuple(text or [str(text_path("calibration"))]),
-        parse_size(memory),
-        context,
-        chunks,
-        seed,
-        threads,
-        gpu_layers,
-        device,
-        resume,
-        quiet,
-    )
-    if curvature:
-        from pocketquant.calibration.torch_layers import require_torch
-
-        require_torch()  # before hours of work
-    if dry_run:
-        _say_cost(sources[0], task, curvature, json=json)
+    if modes.sensitivity:
+        refuse_given(command_line, {*_SETTINGS, "curvature"}, "says nothing with --sensitivity")
+        set_document("sensitivity")
+        runs = Runs(options.text, options.context, options.chunks or 32, options.resume, options.dry_run)
+        sensitivity(sources[0], out, runs, modes.options, compute, talk)
         return
-    with (
-        holding(check_target(out)),
-        as_gguf(sources[0], out, reference_type, threads=threads, quiet=quiet) as gguf,
-    ):
-        if curvature:
-            _collect_both(gguf, task)
-        else:
-            _collect_inputs(gguf, task, out)
-    _report(out, json=json, quiet=quiet)
+    refuse_overwriting([out], [*sources, *(options.text or [])])
+    if options.reference_type not in ("f32", "bf16"):
+        raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
+    texts = options.text or [str(text_path("calibration"))]
+    _collect(sources[0], _Task(out, texts, parse_size(options.memory), options, compute, talk))
 
 
 @dataclass(frozen=True)
 class _Task:
     out: Path
-    texts: tuple[str, ...]
+    texts: list[str]
     memory_bytes: int
-    context: int
-    chunks: int | None
-    seed: int
-    threads: int | None
-    gpu_layers: int
-    device: str
-    resume: bool
-    quiet: bool
+    options: Collecting
+    compute: Compute
+    talk: Talk
 
-    @property
-    def settings(self) -> CalibrationSettings:
-        from pocketquant.texts.calibration import CalibrationSettings
+    def collection(self, gguf: Path, steps: Steps) -> Collection:
+        """The run over a GGUF in full precision."""
+        from pocketquant.calibration.collecting import Collection, CollectSettings
 
-        return CalibrationSettings(self.context, self.chunks, self.threads, self.gpu_layers, self.seed)
+        options = self.options
+        how = CollectSettings(
+            options.context,
+            options.chunks,
+            options.seed,
+            options.resume,
+            options.reference_type,
+            self.memory_bytes,
+            options.curvature,
+            options.torch_device,
+        )
+        return Collection(gguf, self.texts, how, steps, self.compute.threads, self.compute.gpu_layers)
 
 
-def _collect_inputs(gguf: Path, task: _Task, out: Path) -> None:
-    from pocketquant.calibration.statistics_run import collect_statistics
+def _collect(source: str, task: _Task) -> None:
+    from pocketquant.files.leftovers import holding
+    from pocketquant.files.replacing import check_target
 
-    with step_progress("inputs", quiet=task.quiet) as advance:
-        collect_statistics(
-            gguf,
-            task.texts,
-            out,
-            task.settings,
-            memory_bytes=task.memory_bytes,
-            resume=task.resume,
-            progress=advance,
+    options, threads = task.options, task.compute.threads
+    if options.curvature:
+        from pocketquant.calibration.torch_layers import require_torch
+
+        require_torch()  # before hours of work
+    if options.dry_run:
+        _say_cost(source, task)
+        return
+    numbers = {"inputs": (1, 2), "gradients": (2, 2)} if options.curvature else {}
+
+    def steps(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return task.talk.steps(label, "windows", numbers.get(label))
+
+    with (
+        holding(check_target(task.out)),
+        as_gguf(source, task.out, options.reference_type, threads=threads, quiet=task.talk.quiet) as gguf,
+    ):
+        task.collection(gguf, steps).write(task.out)
+    _report(task.out, task.talk)
+
+
+def _try_out(source: str, task: _Task, model: Model) -> Pace | None:
+    """The pace of the runs that collect inputs; None for a checkpoint that is too large to be converted for a trial."""
+    from pocketquant.convert.sources import names_gguf
+    from pocketquant.files.leftovers import work_folder
+    from pocketquant.files.replacing import check_target
+    from pocketquant.pace import try_out
+    from pocketquant.quant import open_recipe, plan
+
+    nbytes = 0 if names_gguf(source) else plan(model, open_recipe(task.options.reference_type)).file_bytes
+    if not can_try(nbytes, task.texts, task.talk):
+        return None
+    plain = replace(task, options=replace(task.options, curvature=False, resume=False))
+    with work_folder(check_target(task.out)) as folder, as_gguf(source, folder / "trial", quiet=True) as gguf:
+        return try_out(
+            lambda progress: plain.collection(gguf, lambda _: nullcontext(progress)).write(folder / "trial.stats")
         )
 
 
-def _collect_both(gguf: Path, task: _Task) -> None:
-    """Inputs and gradients into files of their own, which are then joined."""
-    from pocketquant.calibration.fisher import FisherSettings, collect_fisher
-    from pocketquant.calibration.statistics import fingerprint, open_statistics
-    from pocketquant.calibration.statistics_writing import merge_statistics
-    from pocketquant.files.interrupts import resumable
-    from pocketquant.files.replacing import hidden_beside
-    from pocketquant.gguf_file.opening import open_gguf
-    from pocketquant.texts.calibration import cut_texts
-
-    inputs, gradients = hidden_beside(task.out, "inputs"), hidden_beside(task.out, "gradients")
-    windows, texts, _ = cut_texts(gguf, task.texts, task.settings)
-    model = open_gguf(gguf)
-    is_done = False
-    if task.resume and inputs.exists():
-        made = open_statistics(inputs)
-        is_done = (made.texts, made.model_sha256) == (texts, fingerprint(model))
-    if not is_done:
-        _collect_inputs(gguf, task, inputs)
-    how = f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
-    with resumable(inputs, how), step_progress("gradients", quiet=task.quiet) as advance:
-        collect_fisher(
-            model,
-            windows,
-            texts,
-            gradients,
-            FisherSettings(device=task.device, threads=task.threads, seed=task.seed),
-            resume=task.resume,
-            progress=advance,
-        )
-    merge_statistics([inputs, gradients], task.out)
-    inputs.unlink()
-    gradients.unlink()
-
-
-def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
+def _say_cost(source: str, task: _Task) -> None:
     from pocketquant.calibration.statistics_run import plan_statistics
     from pocketquant.convert.sources import open_model
 
@@ -181,7 +194,7 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
         "memory_bytes": max(one.sum_bytes for one in calibration.passes),
         "file_bytes": calibration.file_bytes,
     }
-    if curvature:
+    if task.options.curvature:
         from pocketquant.calibration.fisher import cost_of_gradients
 
         outputs, largest = cost_of_gradients(model, set(calibration.shared))
@@ -194,27 +207,30 @@ def _say_cost(source: str, task: _Task, curvature: bool, *, json: bool) -> None:
     line = (
         f"{cost['passes']} pass(es), sums of {size(cost['memory_bytes'])} in memory, file of {size(cost['file_bytes'])}"
     )
-    if curvature:
+    if task.options.curvature:
         line += (
             f"; gradients: {size(cost['gradient_memory_bytes'])} of memory for the largest layer, and meanwhile "
             f"{size(cost['disk_bytes'])} of disk and {size(cost['disk_bytes_per_1000_tokens'])} for every 1000 tokens"
         )
-    say(line, quiet=task.quiet)
-    if json:
+    task.talk.say(line)
+    pace = _try_out(source, task, model)
+    if pace is not None:
+        say_pace(pace, "windows", cost["file_bytes"], task.talk, cost)
+    elif task.talk.json:
         print_json(cost, of="plan")
 
 
-def _say_kernels(merged: list[str], *, quiet: bool) -> None:
+def _say_kernels(merged: list[str], talk: Talk) -> None:
     from pocketquant.calibration.statistics import open_statistics
     from pocketquant.llama.kernels import note_on_sum
 
     opened = {name: open_statistics(name) for name in merged}
     of_inputs = {name: statistics.kernels for name, statistics in opened.items() if statistics.tokens}
     if of_inputs and (note := note_on_sum(of_inputs)):
-        say(f"note: {note}", quiet=quiet)
+        talk.say(f"note: {note}")
 
 
-def _report(out: Path, *, json: bool, quiet: bool) -> None:
+def _report(out: Path, talk: Talk) -> None:
     from pocketquant.calibration.statistics import open_statistics
 
     statistics = open_statistics(out)
@@ -229,13 +245,12 @@ def _report(out: Path, *, json: bool, quiet: bool) -> None:
         "curvature": statistics.has_outputs,
         "experts_without_input": statistics.n_unseen_experts,
     }
-    say(
+    talk.say(
         f"written: {out}: statistics of {summary['tensors']} tensors from {summary['tokens']} tokens"
         + (", with gradients" if statistics.has_outputs else "")
-        + f", {size(out.stat().st_size)}",
-        quiet=quiet,
+        + f", {size(out.stat().st_size)}"
     )
     if without := summary["experts_without_input"]:
-        say(f"note: {without} experts' matrices saw no input; they are rounded without statistics", quiet=quiet)
-    if json:
+        talk.say(f"note: {without} experts' matrices saw no input; they are rounded without statistics")
+    if talk.json:
         print_json(summary)

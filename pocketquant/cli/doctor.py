@@ -1,4 +1,4 @@
-"""`pocketquant doctor`: what this machine can do, and what to do where something fails."""
+"""`doctor`: what this machine can do, and what to do where something fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pocketquant.cli.options import Json
+from pocketquant.cli.options import Json, option
 from pocketquant.cli.screen import print_json
 
 SCHEMA = "pocketquant.doctor/1"
@@ -15,10 +15,13 @@ _MARK = {"ok": "ok    ", "remark": "remark", "fail": "FAIL  "}
 
 
 def doctor(
-    renew: Annotated[bool, typer.Option("--renew", help="Try llama.cpp's kernels again on this machine.")] = False,
+    renew: Annotated[bool, option("--renew", "", "Try llama.cpp's kernels again on this machine.")] = False,
     json: Json = False,
 ) -> None:
-    """Examine this machine: software, llama.cpp's kernels, memory, disk, extras; exit code 1 if a needed part fails."""
+    """Examine this machine, and say what to do where something fails.
+
+    Software, llama.cpp's kernels, memory, disk and extras are tried. The exit code is 1 if a part that is needed fails.
+    """
     from pocketquant.doctor import examine, is_fit
 
     parts = examine(renew=renew)

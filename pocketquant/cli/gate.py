@@ -2,84 +2,93 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocketquant.cli.screen import print_json, print_lines, print_table, say
+from pocketquant.cli.options import Talk, option
+from pocketquant.cli.screen import print_json, print_lines, print_table
 from pocketquant.escaping import one_line
 
 if TYPE_CHECKING:
     from pocketquant.eval.report.reading import Evidence
 
 
+@dataclass(frozen=True)
+class GateOptions:
+    """What the report is held against, and where the verdict goes."""
+
+    limits: Annotated[Path | None, option("--limits", "FILE", "TOML: [absolute] and [baseline] limits.")] = None
+    init: Annotated[
+        Path | None, option("--init", "FILE", "Write limits that this report keeps, to start with, and stop.")
+    ] = None
+    file: Annotated[str | None, option("--file", "NAME", "Which file of a report of `make` or `sweep`.")] = None
+    baseline: Annotated[Path | None, option("--baseline", "OLD.json", "Report of the last accepted file.")] = None
+    first: Annotated[bool, option("--first", "", "Nothing was accepted yet: leave the limits in [baseline] out.")] = (
+        False
+    )
+    strict: Annotated[bool, option("--strict", "", "A limit that the text is too short to decide fails, too.")] = False
+    explain: Annotated[
+        bool, option("--explain", "", "Name the tensors, roles and domains that moved since the baseline.")
+    ] = False
+    junit: Annotated[Path | None, option("--junit", "FILE", "Write JUnit XML.")] = None
+    markdown: Annotated[Path | None, option("--markdown", "FILE", "Write a summary for people.")] = None
+
+    def check(self) -> None:
+        """Refuses what does not go together."""
+        if self.explain and self.baseline is None:
+            advice = "says what moved since a baseline; give --baseline OLD.json"
+            raise typer.BadParameter(advice, param_hint="--explain")
+        if self.first and self.baseline is not None:
+            raise typer.BadParameter("there is a baseline; give one of the two", param_hint="--first")
+
+
 def gate(
     report: Annotated[
         Path, typer.Argument(metavar="REPORT.json", help="What `eval --json` printed, or `make` and `sweep` wrote.")
     ],
-    limits: Annotated[
-        Path | None, typer.Option("--limits", metavar="FILE", help="TOML: [absolute] and [baseline] limits.")
-    ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option("--init", metavar="FILE", help="Write limits that this report keeps, to start with, and stop."),
-    ] = None,
-    file: Annotated[
-        str | None, typer.Option("--file", metavar="NAME", help="Which file of a report of `make` or `sweep`.")
-    ] = None,
-    baseline: Annotated[
-        Path | None, typer.Option("--baseline", metavar="OLD.json", help="Report of the last accepted file.")
-    ] = None,
-    first: Annotated[
-        bool, typer.Option("--first", help="Nothing was accepted yet: leave the limits in [baseline] out.")
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="A limit that the text is too short to decide fails, too.")
-    ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Name the tensors, roles and domains that moved since the baseline.")
-    ] = False,
-    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write a summary for people.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")] = False,
+    *,
+    options: GateOptions,
+    talk: Talk,
 ) -> None:
-    """Hold a report against limits: exit 0 if none is broken for certain, 1 if one is, 2 for bad input."""
+    """Hold a report against limits, and fail where it lost too much.
+
+    The exit code is 0 if no limit is broken for certain, 1 if one is, 2 for bad input.
+    """
     from pocketquant.eval.gate.decide import decide, read_report
     from pocketquant.eval.gate.limits import read_limits
     from pocketquant.eval.gate.output import describe_moved, table, to_json, to_junit, verdict_to_markdown
     from pocketquant.eval.gate.report_diff import find_moved
     from pocketquant.files.replacing import refuse_overwriting, replacing
 
-    if explain and baseline is None:
-        raise typer.BadParameter("says what moved since a baseline; give --baseline OLD.json", param_hint="--explain")
-    if first and baseline is not None:
-        raise typer.BadParameter("there is a baseline; give one of the two", param_hint="--first")
-    outputs = [path for path in (junit, markdown, init) if path is not None]
-    refuse_overwriting(outputs, [report, limits, baseline])
-    candidate = read_report(report, file)
-    if init is not None:
-        _write_starter(init, candidate, json=json, quiet=quiet)
+    options.check()
+    outputs = [path for path in (options.junit, options.markdown, options.init) if path is not None]
+    refuse_overwriting(outputs, [report, options.limits, options.baseline])
+    candidate = read_report(report, options.file)
+    if options.init is not None:
+        _write_starter(options.init, candidate, talk)
         return
-    if limits is None:
+    if options.limits is None:
         raise typer.BadParameter("name a file of limits; --init FILE writes one to start with", param_hint="--limits")
-    accepted = None if baseline is None else _read_baseline(baseline, file)
-    verdict = decide(candidate, read_limits(limits), accepted, strict=strict, first=first)
-    moved = find_moved(candidate, accepted) if explain and accepted is not None else None
-    for path, text in ((junit, to_junit(verdict, moved)), (markdown, verdict_to_markdown(verdict, moved))):
+    accepted = None if options.baseline is None else _read_baseline(options.baseline, options.file)
+    verdict = decide(candidate, read_limits(options.limits), accepted, strict=options.strict, first=options.first)
+    moved = find_moved(candidate, accepted) if options.explain and accepted is not None else None
+    for path, text in (
+        (options.junit, to_junit(verdict, moved)),
+        (options.markdown, verdict_to_markdown(verdict, moved)),
+    ):
         if path is not None:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-    if json:
+    if talk.json:
         print_json(to_json(verdict, moved))
     else:
         print_table(["limit", "outcome", "found", "interval", "limit is", "note"], table(verdict))
         for line in describe_moved(moved):
             print_lines(one_line(line))
-    say(one_line(verdict.summary), quiet=quiet)
+    talk.say(one_line(verdict.summary))
     if not verdict.is_accepted:
         raise typer.Exit(1)
 
@@ -95,7 +104,7 @@ def _read_baseline(path: Path, file: str | None) -> Evidence:
     return read_report(path, file if is_release else None)
 
 
-def _write_starter(path: Path, report: Evidence, *, json: bool, quiet: bool) -> None:
+def _write_starter(path: Path, report: Evidence, talk: Talk) -> None:
     from pocketquant.errors import OutputError
     from pocketquant.eval.gate.starter import starter_limits
     from pocketquant.files.replacing import replacing
@@ -104,6 +113,6 @@ def _write_starter(path: Path, report: Evidence, *, json: bool, quiet: bool) -> 
         raise OutputError(f"{path}: exists; limits are edited by people, so they are not written over")
     with replacing(path) as temporary:
         temporary.write_text(starter_limits(report), encoding="utf-8")
-    say(f"written: {path}; look at the limits and tighten them", quiet=quiet)
-    if json:
+    talk.say(f"written: {path}; look at the limits and tighten them")
+    if talk.json:
         print_json({"out": str(path)}, of="init")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pocketquant.cli.options import Quiet, option
 from pocketquant.cli.screen import say
 
 _NOT_REPEATED = {
@@ -29,13 +30,14 @@ def report(
         list[Path],
         typer.Argument(metavar="REPORT.json", help="What `eval --json`, `make`, `sweep` and `tasks --json` wrote."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML page to write.")],
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write Markdown for a model card, too.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")] = False,
+    out: Annotated[Path, option("--out -o", "FILE", "The HTML page to write.")],
+    markdown: Annotated[Path | None, option("--markdown", "FILE", "Write Markdown for a model card, too.")] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Show measurements on a page: size against loss, by domain and position, every tensor, how to run it again."""
+    """Show measurements on a page.
+
+    Size against loss, by domain, position and tensor, and how to run it again.
+    """
     from pocketquant.eval.report.html import read_sheet, to_card, to_html
     from pocketquant.files.replacing import refuse_overwriting, replacing
 

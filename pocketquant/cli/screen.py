@@ -20,6 +20,7 @@ from pocketquant.escaping import as_lines, is_text, one_line
 
 _talk = Console(stderr=True, highlight=False)
 _command = ""
+_document = ""
 
 LINE_SECONDS = 60.0
 """How often a long run writes a line where it cannot draw a bar."""
@@ -44,13 +45,19 @@ def print_lines(text: str) -> None:
 
 def set_command(words: Sequence[str]) -> None:
     """Says which command runs, so that its documents can be named after it."""
-    global _command
-    _command = "-".join(words)
+    global _command, _document
+    _command = _document = "-".join(words)
+
+
+def set_document(name: str) -> None:
+    """Says what the document of this run is called, where it is not called as the command."""
+    global _document
+    _document = name
 
 
 def headed(value: Mapping[str, Any], *, of: str = "") -> dict[str, Any]:
     """A document with its schema and the version that wrote it in front; see `print_json`."""
-    schema = "-".join(filter(None, (_command, of)))
+    schema = "-".join(filter(None, (_document, of)))
     return {"schema": f"pocketquant.{schema}/1", "version": __version__, **value}
 
 
@@ -89,10 +96,23 @@ def print_table(columns: list[str], rows: list[list[str]], *, title: str = "") -
 
 
 @contextmanager
-def byte_progress(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar that counts bytes; gives the function to call with each piece's size."""
-    with _progress(DownloadColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
-        task, done = progress.add_task(one_line(label), total=total), 0
+def byte_progress(
+    label: str, total: int, *, quiet: bool, step: tuple[int, int] | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Progress that counts bytes; gives the function to call with each piece's size.
+
+    Args:
+        label: what is being done.
+        total: bytes in all.
+        quiet: show nothing.
+        step: which step of how many of the command this is.
+    """
+    label = _of_steps(label, step)
+    with (
+        _progress(DownloadColumn(), quiet=quiet) as progress,
+        _line_a_minute(label, lambda done, total: f"{size(done)} of {size(total)}", quiet=quiet) as at,
+    ):
+        task, done = progress.add_task(one_line(label), total=total, unit=""), 0
 
         def advance(nbytes: int) -> None:
             nonlocal done
@@ -104,50 +124,88 @@ def byte_progress(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[
 
 
 @contextmanager
-def step_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that counts steps; gives the function to call with (done, total)."""
-    with _progress(MofNCompleteColumn(), quiet=quiet) as progress, _line_a_minute(label, quiet=quiet) as at:
-        task = progress.add_task(one_line(label), total=None)
+def step_progress(
+    label: str, *, quiet: bool, unit: str = "", step: tuple[int, int] | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Progress that counts units, "windows"; gives the function to call with (done, total). The rest is as above."""
+    label = _of_steps(label, step)
+    with (
+        _progress(MofNCompleteColumn(), quiet=quiet) as progress,
+        _line_a_minute(label, lambda done, total: f"{done} of {total} {unit}".rstrip(), quiet=quiet) as at,
+    ):
+        task, begun = progress.add_task(one_line(label), total=None, unit=unit), False
 
         def advance(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun and done > 1:  # it goes on where an interrupted run was saved
+                at.begin(done)
+            begun = True
             progress.update(task, completed=done, total=total)
             at(done, total)
 
         yield advance
 
 
-@contextmanager
-def _line_a_minute(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Where no bar can be drawn, a line a minute that says how far it is, so that a log shows a run that lives."""
-    reached, ended, started = [0, 0], threading.Event(), time.monotonic()
+def _of_steps(label: str, step: tuple[int, int] | None) -> str:
+    return label if step is None else f"step {step[0]} of {step[1]}, {label}"
 
-    def at(done: int, total: int) -> None:
-        reached[:] = done, total
+
+class _Pace:
+    """How far a run is, and how long the rest will take at its pace."""
+
+    def __init__(self) -> None:
+        self.started = self._since = time.monotonic()
+        self._before = self.done = self.total = 0
+
+    def begin(self, done: int) -> None:
+        """What was done by an earlier run says nothing about the pace of this one."""
+        self._since, self._before = time.monotonic(), done
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+    def minutes_left(self) -> float | None:
+        """None as long as nothing was done."""
+        if self.done <= self._before:
+            return None
+        return (time.monotonic() - self._since) / 60 * (self.total - self.done) / (self.done - self._before)
+
+
+@contextmanager
+def _line_a_minute(label: str, count: Callable[[int, int], str], *, quiet: bool) -> Iterator[_Pace]:
+    """Where no bar can be drawn, a line a minute that says how far it is, so that a log shows a run that lives."""
+    pace, ended = _Pace(), threading.Event()
 
     def write() -> None:
         while not ended.wait(LINE_SECONDS):
-            done, total = reached
-            minutes = (time.monotonic() - started) / 60
+            minutes, left = (time.monotonic() - pace.started) / 60, pace.minutes_left()
             line = f"{label}: {minutes:.0f} min so far"
-            if done:
-                line = f"{label}: {100 * done / total:.0f} % after {minutes:.0f} min"
-                line += f", about {minutes * (total - done) / done:.0f} min left"
-            say(line, quiet=False)
+            if pace.done:
+                share = f"{100 * pace.done / pace.total:.0f} % ({count(pace.done, pace.total)})"
+                line = f"{label}: {share} after {minutes:.0f} min"
+            say(line if left is None else f"{line}, about {left:.0f} min left", quiet=False)
 
     if quiet or _talk.is_terminal:
-        yield at
+        yield pace
         return
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     try:
-        yield at
+        yield pace
     finally:
         ended.set()
         writer.join()
 
 
 def _progress(counter: MofNCompleteColumn | DownloadColumn, *, quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), counter, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        counter,
+        TextColumn("{task.fields[unit]}", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
     return Progress(*columns, console=_talk, transient=True, disable=quiet or not _talk.is_terminal)
 
 

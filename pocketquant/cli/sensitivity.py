@@ -1,4 +1,4 @@
-"""`pocketquant sensitivity`: what rounding each tensor costs, measured by runs or predicted from statistics."""
+"""`calibrate --sensitivity`, and `sensitivity`: what rounding each tensor costs, measured or predicted."""
 
 from __future__ import annotations
 
@@ -10,74 +10,94 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketquant.cli.screen import byte_progress, print_json, print_table, say, size, step_progress
+from pocketquant.cli.options import Compute, CostOnly, OutFile, Resume, Talk, mode_panel, option
+from pocketquant.cli.screen import print_json, print_table, size
 
 if TYPE_CHECKING:
     from pocketquant.model import Role
-    from pocketquant.quant.measuring import Runs
+    from pocketquant.quant.measuring import Runs as ModelRuns
+
+TrainingContext = Annotated[int, option("--context", "N", "Tokens in a window.", min=16)]
+_PANEL = mode_panel("--sensitivity")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs that measure."""
+
+    text: Annotated[
+        list[str] | None, option("--text", "FILE", "UTF-8 text, several times for several; default: embedded.")
+    ] = None
+    context: TrainingContext = 512
+    chunks: Annotated[int, option("--chunks", "N", "Most windows of each text to take.", min=1)] = 32
+    resume: Resume = False
+    dry_run: CostOnly = False
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Measured by runs, or predicted from statistics."""
+
+    stats: Annotated[Path | None, option("--stats", "FILE", "Predict from statistics instead of running.", _PANEL)] = (
+        None
+    )
+    rounding: Annotated[
+        str | None, option("--rounding", "STEPS", "With --stats: how the file will be rounded.", _PANEL)
+    ] = None
+    thorough: Annotated[
+        bool, option("--thorough", "", "With --stats: run the rounder for every type, not for one of seven.", _PANEL)
+    ] = False
+    recalibrate: Annotated[
+        bool, option("--recalibrate", "", "With --stats: correct every role by one run of it.", _PANEL)
+    ] = False
+    groups: Annotated[
+        int | None, option("--groups", "N", "Groups of layers of a role; default: every layer.", _PANEL, min=1)
+    ] = None
+
+    def check(self) -> None:
+        """Refuses what does not go together."""
+        if self.groups is not None and self.stats is not None:
+            raise typer.BadParameter("is for measuring; leave out --stats or it", param_hint="--groups")
+        if self.stats is not None:
+            return
+        if self.recalibrate:
+            raise typer.BadParameter("corrects predictions: needs --stats", param_hint="--recalibrate")
+        if self.rounding is not None:
+            raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
+        if self.thorough:
+            raise typer.BadParameter("is about predictions: needs --stats", param_hint="--thorough")
 
 
 def sensitivity(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint, or GGUF in F32.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The table to write: for --sensitivity.")],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--text", metavar="FILE", help="UTF-8 text to run on, several times for several; default: embedded."
-        ),
-    ] = None,
-    stats: Annotated[
-        Path | None, typer.Option("--stats", metavar="FILE", help="Predict from statistics instead of running.")
-    ] = None,
-    rounding: Annotated[
-        str | None, typer.Option("--rounding", metavar="STEPS", help="With --stats: how the file will be rounded.")
-    ] = None,
-    thorough: Annotated[
-        bool, typer.Option("--thorough", help="With --stats: run the rounder for every type, not for one of seven.")
-    ] = False,
-    recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="With --stats: correct every role by one run of it.")
-    ] = False,
-    groups: Annotated[
-        int | None,
-        typer.Option("--groups", min=1, metavar="N", help="Groups of layers of a role; default: every layer."),
-    ] = None,
-    context: Annotated[int, typer.Option("--context", min=16, metavar="N", help="Tokens in a window.")] = 512,
-    chunks: Annotated[int, typer.Option("--chunks", min=1, metavar="N", help="Windows of each text.")] = 32,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that compute.")] = None,
-    gpu_layers: Annotated[int, typer.Option("--gpu-layers", metavar="N", help="Layers llama.cpp runs on a GPU.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted series was saved.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk on stderr.")] = False,
+    out: OutFile,
+    runs: Runs,
+    options: SensitivityOptions,
+    compute: Compute,
+    talk: Talk,
 ) -> None:
-    """Measure what rounding each role and layer of a model costs, or predict it for every tensor and type."""
+    """Measure what rounding costs, as `calibrate --sensitivity`.
+
+    With --stats it is predicted, for every tensor and type.
+    """
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.texts.corpus import read_text
 
-    refuse_overwriting([out], [source, stats, *(text or [])])
-    if recalibrate and stats is None:
-        raise typer.BadParameter("corrects predictions: needs --stats", param_hint="--recalibrate")
-    if rounding is not None and stats is None:
-        raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
-    if thorough and stats is None:
-        raise typer.BadParameter("is about predictions: needs --stats", param_hint="--thorough")
-    if groups is not None and stats is not None:
-        raise typer.BadParameter("is for measuring; leave out --stats or it", param_hint="--groups")
-    texts = tuple(text or [text_path("calibration")])
-    task = _Task(source, out, texts, context, chunks, threads, gpu_layers, resume, quiet)
-    if dry_run:
-        _say_cost(task, groups, stats, recalibrate, json=json)
+    refuse_overwriting([out], [source, options.stats, *(runs.text or [])])
+    options.check()
+    texts = tuple(Path(text) for text in runs.text or [str(text_path("calibration"))])
+    task = _Task(source, out, texts, runs, options, compute, talk)
+    if runs.dry_run:
+        _say_cost(task)
         return
-    if stats is None or recalibrate:  # before hours of work
-        from pocketquant.texts.corpus import read_text
-
+    if options.stats is None or options.recalibrate:  # before hours of work
         for path in texts:
             read_text(path)
-    if stats is None:
-        _measure(task, groups, json=json)
+    if options.stats is None:
+        _measure(task)
     else:
-        _predict(task, stats, rounding, thorough, recalibrate, json=json)
+        _predict(task, options.stats)
 
 
 @dataclass(frozen=True)
@@ -85,16 +105,14 @@ class _Task:
     source: str
     out: Path
     texts: tuple[Path, ...]
-    context: int
-    chunks: int
-    threads: int | None
-    gpu_layers: int
-    resume: bool
-    quiet: bool
+    runs: Runs
+    options: SensitivityOptions
+    compute: Compute
+    talk: Talk
 
 
 @contextmanager
-def _running(task: _Task) -> Iterator[Runs]:
+def _running(task: _Task) -> Iterator[ModelRuns]:
     """Runs of the source; what they need on disk is deleted at the end, the results only where all went well."""
     from pocketquant.convert.sources import open_model
     from pocketquant.eval.compare import compare
@@ -104,7 +122,7 @@ def _running(task: _Task) -> Iterator[Runs]:
     from pocketquant.files.replacing import check_target, hidden_beside
     from pocketquant.gguf_file.writing import write
     from pocketquant.quant import open_recipe, plan
-    from pocketquant.quant.measuring import Runs
+    from pocketquant.quant.measuring import Runs as ModelRuns
     from pocketquant.texts.corpus import Text
 
     state = hidden_beside(task.out, "runs.json")
@@ -115,69 +133,74 @@ def _running(task: _Task) -> Iterator[Runs]:
             model,
             original,
             texts,
-            context=task.context,
-            chunks=task.chunks,
-            threads=task.threads,
-            gpu_layers=task.gpu_layers,
+            context=task.runs.context,
+            chunks=task.runs.chunks,
+            threads=task.compute.threads,
+            gpu_layers=task.compute.gpu_layers,
         )
         return report.metrics.kld.mean
 
-    conditions = {"texts": [sha256_of(path) for path in task.texts], "context": task.context, "chunks": task.chunks}
+    conditions = {
+        "texts": [sha256_of(path) for path in task.texts],
+        "context": task.runs.context,
+        "chunks": task.runs.chunks,
+    }
     how = f"finished runs are kept in {state}; the same command with --resume goes on from there"
     with holding(check_target(task.out)), work_folder(check_target(task.out)) as folder:
-        if not task.resume:
+        if not task.runs.resume:
             state.unlink(missing_ok=True)
         with resumable(state, how):
             planned, reference = plan(open_model(task.source), open_recipe("f32")), folder / "reference.gguf"
-            with byte_progress("converting", planned.file_bytes, quiet=task.quiet) as advance:
-                write(planned, reference, threads=task.threads, on_bytes=advance)
-            yield Runs(reference, folder / "work.gguf", judge, state, conditions)
+            with task.talk.bytes("converting", planned.file_bytes) as advance:
+                write(planned, reference, threads=task.compute.threads, on_bytes=advance)
+            yield ModelRuns(reference, folder / "work.gguf", judge, state, conditions)
         state.unlink(missing_ok=True)
 
 
-def _measure(task: _Task, groups: int | None, *, json: bool) -> None:
+def _measure(task: _Task) -> None:
     from pocketquant.files.replacing import replacing
     from pocketquant.quant.measuring import measure_sensitivity
     from pocketquant.quant.sensitivity import parse_sensitivity
 
-    with _running(task) as runs, step_progress("runs", quiet=task.quiet) as advance:
-        source = f"measured: {', '.join(path.name for path in task.texts)}, {task.chunks} windows of {task.context}"
-        table = measure_sensitivity(runs, groups, source, advance)
+    with _running(task) as runs, task.talk.steps("runs", "runs") as advance:
+        names = ", ".join(path.name for path in task.texts)
+        source = f"measured: {names}, {task.runs.chunks} windows of {task.runs.context}"
+        table = measure_sensitivity(runs, task.options.groups, source, advance)
         parse_sensitivity(table, str(task.out))
         with replacing(task.out) as temporary:
             temporary.write_text(table, encoding="utf-8")
-    say(f"written: {task.out}: sensitivities by role and layer", quiet=task.quiet)
-    if json:
+    task.talk.say(f"written: {task.out}: sensitivities by role and layer")
+    if task.talk.json:
         print_json({"out": str(task.out), "source": source})
 
 
-def _predict(task: _Task, stats: Path, rounding: str | None, thorough: bool, recalibrated: bool, *, json: bool) -> None:
+def _predict(task: _Task, stats: Path) -> None:
     from pocketquant.calibration.statistics import open_statistics
     from pocketquant.convert.sources import open_model
     from pocketquant.quant.loss_table import write_losses
     from pocketquant.quant.measuring import PROBE, recalibrate
-    from pocketquant.quant.prediction import predict_losses
+    from pocketquant.quant.prediction import PredictSettings, predict_losses
     from pocketquant.quant.rounding.encoding import STEPS
 
+    rounding = task.options.rounding
     if rounding not in (None, "none", *STEPS):
         raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")
     model, statistics = open_model(task.source), open_statistics(stats)
-    options = None if rounding == "none" else STEPS[rounding or "two-sided"]
-    with step_progress("predicting", quiet=task.quiet) as advance:
-        table = predict_losses(
-            model, statistics, rounding=options, thorough=thorough, activations=True, progress=advance
-        )
+    steps = None if rounding == "none" else STEPS[rounding or "two-sided"]
+    with task.talk.steps("predicting", "tensors") as advance:
+        settings = PredictSettings(steps, thorough=task.options.thorough, activations=True)
+        table = predict_losses(model, statistics, settings, advance)
     found: dict[Role, tuple[float, float]] = {}
-    if recalibrated:
-        plain = predict_losses(model, statistics, rounding=None, formats=(PROBE, "Q8_0"))
-        with _running(task) as runs, step_progress("runs", quiet=task.quiet) as advance:
+    if task.options.recalibrate:
+        plain = predict_losses(model, statistics, PredictSettings(rounding=None, formats=(PROBE, "Q8_0")))
+        with _running(task) as runs, task.talk.steps("runs", "runs") as advance:
             table, found = recalibrate(runs, table, plain, advance)
     write_losses(table, task.out)
-    say(f"written: {task.out}: predicted losses of {len(table.losses)} tensors, from {table.source}", quiet=task.quiet)
+    task.talk.say(f"written: {task.out}: predicted losses of {len(table.losses)} tensors, from {table.source}")
     rows = {
         role.value: {"predicted": a, "measured": b, "ratio": b / a if a else None} for role, (a, b) in found.items()
     }
-    if json:
+    if task.talk.json:
         print_json({"out": str(task.out), "source": table.source, "roles": rows})
     elif rows:
         cells = [
@@ -187,19 +210,19 @@ def _predict(task: _Task, stats: Path, rounding: str | None, thorough: bool, rec
         print_table([f"role in {PROBE}", "predicted", "measured", "measured / predicted"], cells)
 
 
-def _say_cost(task: _Task, groups: int | None, stats: Path | None, recalibrated: bool, *, json: bool) -> None:
+def _say_cost(task: _Task) -> None:
     from pocketquant.convert.sources import open_model
     from pocketquant.quant import open_recipe, plan
     from pocketquant.quant.measuring import count_runs, list_groups
 
     model = open_model(task.source)
-    runs = count_runs(model, groups) if stats is None else len(list_groups(model, 1)) * recalibrated
+    options = task.options
+    runs = len(list_groups(model, 1)) * options.recalibrate if options.stats else count_runs(model, options.groups)
     nbytes = 2 * plan(model, open_recipe("f32")).file_bytes if runs else 0
-    cost: dict[str, Any] = {"runs": runs, "windows": runs * task.chunks * len(task.texts), "disk_bytes": nbytes}
-    say(
-        f"{runs} runs of two models, {cost['windows']} windows of {task.context} tokens in all; meanwhile "
-        f"{size(nbytes)} of disk",
-        quiet=task.quiet,
+    cost: dict[str, Any] = {"runs": runs, "windows": runs * task.runs.chunks * len(task.texts), "disk_bytes": nbytes}
+    task.talk.say(
+        f"{runs} runs of two models, {cost['windows']} windows of {task.runs.context} tokens in all; meanwhile "
+        f"{size(nbytes)} of disk"
     )
-    if json:
+    if task.talk.json:
         print_json(cost, of="plan")

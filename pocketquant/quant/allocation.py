@@ -23,7 +23,7 @@ from pocketquant.quant.knapsack import MOST_LOSS, select
 from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.recipe_text import Place, check_types, recipe_of_types
-from pocketquant.quant.sensitivity import Prediction, read_sensitivity
+from pocketquant.quant.sensitivity import LossByRole, read_sensitivity
 
 FORMATS_ON_OFFER = tuple(item.name for item in offered_formats())
 """By ascending size. By figures of other models, IQ4_NL is offered only where a row does not fit the others."""
@@ -55,7 +55,7 @@ class Options:
     loss: tuple[float, ...]
 
 
-def list_options(model: Model, prediction: Prediction | LossTable, device: str = "phone") -> list[Options]:
+def list_options(model: Model, prediction: LossByRole | LossTable, device: str = "phone") -> list[Options]:
     """What each place of a model can be; the tensors kept in F32 are no places."""
     if device not in DEVICES:
         raise RecipeError(f"unknown device {device!r}; there is: {', '.join(DEVICES)}")
@@ -71,7 +71,7 @@ def list_options(model: Model, prediction: Prediction | LossTable, device: str =
             for name in FORMATS_ON_OFFER
             if name in DEVICES[device]
             and all(prediction.has(tensor, name) and _can_be(tensor, name, n_layer) for tensor in tensors)
-            and not (name == "IQ4_NL" and isinstance(prediction, Prediction) and _has_superblocks(tensors))
+            and not (name == "IQ4_NL" and isinstance(prediction, LossByRole) and _has_superblocks(tensors))
         )
         options.append(
             Options(

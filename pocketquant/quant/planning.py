@@ -11,7 +11,7 @@ from pocketquant.quant.allocation import plan_to_target
 from pocketquant.quant.applying import apply_recipe
 from pocketquant.quant.choosing import Choice, Target, as_choice
 from pocketquant.quant.loss_table import LossTable
-from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.rounding.encoding import rounding_metadata, with_rounding
 from pocketquant.quant.sensitivity import read_sensitivity
@@ -79,14 +79,8 @@ def with_figures(model: Model, choice: Choice, progress: Callable[[int, int], No
         return choice
     if choice.statistics is None:
         return replace(choice, figures=choice.figures or read_sensitivity())
-    table = predict_losses(
-        model,
-        choice.statistics,
-        rounding=choice.rounding,
-        sensitivity=choice.figures,
-        activations=True,
-        progress=progress,
-    )
+    settings = PredictSettings(choice.rounding, choice.figures, activations=True)
+    table = predict_losses(model, choice.statistics, settings, progress)
     return replace(choice, figures=table)
 
 

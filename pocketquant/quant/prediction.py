@@ -34,7 +34,7 @@ from pocketquant.quant.loss_table import LossTable
 from pocketquant.quant.recipe import Recipe
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.rows import DEFAULT, Rounding
-from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
+from pocketquant.quant.sensitivity import LossByRole, Sensitivity, read_sensitivity
 
 PREDICTED = tuple(item.name for item in offered_formats() if not item.is_plain)
 """Formats that a table has figures for; F16 and the like lose nothing that counts."""
@@ -49,16 +49,38 @@ Progress = Callable[[int, int], None]
 """Called with tensors done and tensors in all."""
 
 
+@dataclass(frozen=True)
+class PredictSettings:
+    """How losses are predicted.
+
+    Attributes:
+        rounding: how the file's weights will be rounded; None for the formats' own encoders.
+        sensitivity: for tensors without gradients; None for the table that comes with the package.
+        use_gradients: False to do as if there were none.
+        formats: those that get a figure.
+        thorough: run the rounder for every format, not for one.
+        activations: count what llama.cpp's CPU kernels lose beside each format, too.
+    """
+
+    rounding: Rounding | None = DEFAULT
+    sensitivity: Sensitivity | None = None
+    use_gradients: bool = True
+    formats: Sequence[str] = PREDICTED
+    thorough: bool = False
+    activations: bool = False
+
+    @property
+    def applied(self) -> Rounding | None:
+        """The rounding that is measured: without gradients no tensor is rounded from both sides."""
+        if self.rounding is None or self.use_gradients:
+            return self.rounding
+        return replace(self.rounding, two_sided=False)
+
+
 def predict_losses(
     model: Model,
     statistics: Statistics,
-    *,
-    rounding: Rounding | None = DEFAULT,
-    sensitivity: Sensitivity | None = None,
-    use_gradients: bool = True,
-    formats: Sequence[str] = PREDICTED,
-    thorough: bool = False,
-    activations: bool = False,
+    settings: PredictSettings = PredictSettings(),
     progress: Progress | None = None,
 ) -> LossTable:
     """Predicts the loss of every tensor in every format.
@@ -66,12 +88,7 @@ def predict_losses(
     Args:
         model: the one the statistics were made from.
         statistics: from `open_statistics`.
-        rounding: how the file's weights will be rounded; None for the formats' own encoders.
-        sensitivity: for tensors without gradients; None for the table that comes with the package.
-        use_gradients: False to do as if there were none.
-        formats: which.
-        thorough: run the rounder for every format, not for one.
-        activations: count what llama.cpp's CPU kernels lose beside each format, too.
+        settings: how.
         progress: told after each tensor.
 
     Raises:
@@ -79,40 +96,47 @@ def predict_losses(
     """
     check_statistics(statistics, model.tensors)
     tensors = [tensor for tensor in model.tensors if not tensor.keep_f32]
-    options = rounding if rounding is None or use_gradients else replace(rounding, two_sided=False)
+    options = settings.applied
     encoders = {} if options is None else _encoders(model, statistics, options)
-    table = sensitivity or read_sensitivity()
-    meter = _Meter(model, statistics, use_gradients)
+    table = settings.sensitivity or read_sensitivity()
+    meter = _Meter(model, statistics, settings.use_gradients)
     prior = None if all(meter.is_absolute(tensor) for tensor in tensors) else table.predict(model)
     losses: dict[str, dict[str, float]] = {}
     for done, tensor in enumerate(tensors, start=1):
-        encoder, fitting = encoders.get(tensor.name), [name for name in formats if FORMATS[name].fits(tensor.n_cols)]
-        base = next((name for name in _BASES if FORMATS[name].fits(tensor.n_cols)), None)
-        if base is None:
-            losses[tensor.name] = {}
-            continue
-        plain, scale = meter.error(tensor, base, None), 1.0
-        if encoder is not None and thorough:
-            measured = {name: meter.error(tensor, name, encoder) for name in fitting}
-        else:
-            measured = {name: plain if name == base else meter.error(tensor, name, None) for name in fitting}
-            if encoder is not None and plain > 0:
-                scale = meter.error(tensor, base, encoder) / plain
-        level = 1.0
-        if not meter.is_absolute(tensor):
-            assert prior is not None
-            level = prior.loss(tensor, base) / plain if plain > 0 else 0.0
-        losses[tensor.name] = {name: value * scale * level for name, value in measured.items()}
-        if activations:
-            coarse, fine = meter.kernel_errors(tensor)
-            for name in losses[tensor.name]:
-                losses[tensor.name][name] += level * (fine if FORMATS[name].activation_block == FINE else coarse)
+        losses[tensor.name] = _losses_of(tensor, meter, encoders.get(tensor.name), prior, settings)
         if progress is not None:
             progress(done, len(tensors))
     kind = "with gradients" if meter.has_gradients else f"without gradients, sensitivities of {table.source}"
     steps = next((name for name, known in STEPS.items() if known == options), "plain" if options is None else "own")
     source = f"{statistics.path.name} ({statistics.tokens} tokens, {kind}; rounding: {steps})"
     return LossTable(source, statistics.model_sha256, losses)
+
+
+def _losses_of(
+    tensor: Tensor, meter: _Meter, encoder: RowEncoder | None, prior: LossByRole | None, settings: PredictSettings
+) -> dict[str, float]:
+    """Format -> predicted loss of one tensor; {} where no format that can be measured fits its rows."""
+    fitting = [name for name in settings.formats if FORMATS[name].fits(tensor.n_cols)]
+    base = next((name for name in _BASES if FORMATS[name].fits(tensor.n_cols)), None)
+    if base is None:
+        return {}
+    plain, scale = meter.error(tensor, base, None), 1.0
+    if encoder is not None and settings.thorough:
+        measured = {name: meter.error(tensor, name, encoder) for name in fitting}
+    else:
+        measured = {name: plain if name == base else meter.error(tensor, name, None) for name in fitting}
+        if encoder is not None and plain > 0:
+            scale = meter.error(tensor, base, encoder) / plain
+    level = 1.0
+    if not meter.is_absolute(tensor):
+        assert prior is not None
+        level = prior.loss(tensor, base) / plain if plain > 0 else 0.0
+    losses = {name: value * scale * level for name, value in measured.items()}
+    if settings.activations:
+        coarse, fine = meter.kernel_errors(tensor)
+        for name in losses:
+            losses[name] += level * (fine if FORMATS[name].activation_block == FINE else coarse)
+    return losses
 
 
 def _encoders(model: Model, statistics: Statistics, options: Rounding) -> Mapping[str, RowEncoder]:

@@ -112,7 +112,7 @@ class Sensitivity:
     source: str
     measured: tuple[Measured, ...]
 
-    def predict(self, model: Model) -> Prediction:
+    def predict(self, model: Model) -> LossByRole:
         """What each tensor of a model is expected to lose, for every format with a figure.
 
         Raises:
@@ -128,7 +128,7 @@ class Sensitivity:
         whole = {name: self._between([item.whole_model[name] for item in self.measured], n_weights) for name in names}
         scale = whole["Q4_K"] / (sum(figures.values()) or 1.0)
         error = {name: figure / whole["Q4_K"] for name, figure in whole.items()} | dict.fromkeys(EXACT, 0.0)
-        return Prediction(
+        return LossByRole(
             {name: figure * scale for name, figure in figures.items()},
             {name: error[name] for name in FORMATS if name in error},
         )
@@ -161,7 +161,7 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class LossByRole:
     """What each tensor of one model is expected to lose.
 
     Attributes:

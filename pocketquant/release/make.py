@@ -26,34 +26,22 @@ from pocketquant.gguf_file.identity import identify
 from pocketquant.gguf_file.shards import split_file, split_plan
 from pocketquant.gguf_file.writing import Run
 from pocketquant.quant import read_importance
-from pocketquant.release.keys import keys_of
+from pocketquant.release.keys import Keys, keys_of
+from pocketquant.release.means import Bars, Means
 from pocketquant.release.measuring import (
     REPORTS,
-    Bars,
-    Means,
-    calibrate,
     describe_importance,
     describe_source,
+    make_importance,
     measure_variant,
-    to_markdown,
     write_reports,
     write_variant,
 )
-from pocketquant.release.planning import (
-    DEFAULT_RECIPES,
-    Calibrating,
-    Release,
-    Settings,
-    calibration_text,
-    plan_again,
-    plan_release,
-)
+from pocketquant.release.planning import Calibrating, Release, plan_again
 
 SCHEMA = "pocketquant.make/1"
 FOLDER = ".making"
 """Inside the target: where files are until all are finished."""
-
-__all__ = ["DEFAULT_RECIPES", "Bars", "Settings", "calibration_text", "make_release", "plan_release", "to_markdown"]
 
 
 def make_release(
@@ -90,35 +78,8 @@ def make_release(
     keys = keys_of(release)
     with _making(out) as (folder, passing):
         done = Finished(folder)
-        wanted = [
-            *zip(keys.variants, release.variants, strict=True),
-            *zip(keys.sidecars, release.sidecars, strict=True),
-        ]
-        named = [(key, variant.name) for key, variant in wanted]
-        named += [(keys.importance, release.calibrating.name)] if release.calibrating else []
-        state = folder / f"{keys.importance}.unfinished"
-        done.forget_all_but(named, state)
-        _check_space(folder, release.disk_bytes - sum(done.nbytes(*one) for one in named))
-        reference = passing / release.reference.name
-        n_measured = len(release.variants)
-        needed = [key for key, _ in wanted[:n_measured]] + ([keys.importance] if release.calibrating else [])
-        if not all(done.has(key) for key in needed):
-            write_variant(release.reference, reference, means, "reference")
-        importance = describe_importance(release, None)
-        if made := release.calibrating:
-            release, importance = _calibrated(release, made, keys.importance, done, reference, means, state)
-        measured = []
-        for key, variant in zip(keys.variants, release.variants, strict=True):
-            if not done.has(key):
-                write_variant(variant, folder / variant.name, means)
-                entry = measure_variant(release, variant, folder / variant.name, reference, means)
-                done.keep(key, variant.name, entry)
-            measured.append(done.entry(key))
-        reference.unlink(missing_ok=True)
-        for key, sidecar in zip(keys.sidecars, release.sidecars, strict=True):
-            if not done.has(key):
-                write_variant(sidecar, folder / sidecar.name, means)
-                done.keep(key, sidecar.name, {})
+        _take_up(release, keys, done)
+        release, importance = _make_files(release, keys, done, passing, means)
         result = {
             "schema": SCHEMA,
             "version": __version__,
@@ -130,20 +91,60 @@ def make_release(
                 {"recipe": item.recipe, "file": item.name, "file_bytes": item.plan.file_bytes}
                 for item in release.sidecars
             ],
-            "variants": measured,
+            "variants": [done.entry(key) for key in keys.variants],
         }
         _put_all_in_place(release, result, folder, out)
     return result
 
 
-def _calibrated(
-    release: Release, made: Calibrating, key: str, done: Finished, reference: Path, means: Means, state: Path
+def _take_up(release: Release, keys: Keys, done: Finished) -> None:
+    """Finds what an earlier run had finished, removes all else, and checks that there is room for the rest."""
+    named = list(zip(keys.variants, (variant.name for variant in release.variants), strict=True))
+    named += zip(keys.sidecars, (sidecar.name for sidecar in release.sidecars), strict=True)
+    named += [(keys.importance, release.calibrating.name)] if release.calibrating else []
+    done.forget_all_but(named, _state(keys, done))
+    _check_space(done.folder, release.disk_bytes - sum(done.nbytes(*one) for one in named))
+
+
+def _state(keys: Keys, done: Finished) -> Path:
+    """Where the sums of an unfinished importance matrix are."""
+    return done.folder / f"{keys.importance}.unfinished"
+
+
+def _make_files(
+    release: Release, keys: Keys, done: Finished, passing: Path, means: Means
+) -> tuple[Release, dict[str, Any] | None]:
+    """Makes and measures all that is not finished; gives the release as it was planned last, and what the report says
+    of its importance matrix. The reference lies in the folder `passing`, which goes when the run ends.
+    """
+    folder, reference = done.folder, passing / release.reference.name
+    needed = [*keys.variants, *([keys.importance] if release.calibrating else [])]
+    if not all(done.has(key) for key in needed):
+        write_variant(release.reference, reference, means, "reference")
+    importance = describe_importance(release, None)
+    if release.calibrating:
+        release, importance = _with_importance(release, release.calibrating, keys, done, reference, means)
+    for key, variant in zip(keys.variants, release.variants, strict=True):
+        if not done.has(key):
+            write_variant(variant, folder / variant.name, means)
+            done.keep(key, variant.name, measure_variant(release, variant, folder / variant.name, reference, means))
+    reference.unlink(missing_ok=True)
+    for key, sidecar in zip(keys.sidecars, release.sidecars, strict=True):
+        if not done.has(key):
+            write_variant(sidecar, folder / sidecar.name, means)
+            done.keep(key, sidecar.name, {})
+    return release, importance
+
+
+def _with_importance(
+    release: Release, made: Calibrating, keys: Keys, done: Finished, reference: Path, means: Means
 ) -> tuple[Release, dict[str, Any] | None]:
     """The release planned with its importance matrix, and what the report says of that; made unless it is there."""
+    key = keys.importance
     if done.has(key):
         importance = replace(read_importance(done.folder / made.name), file=made.name)
         return plan_again(release, importance), done.entry(key)
-    release, calibration = calibrate(release, reference, done.folder, means, state)
+    release, calibration = make_importance(release, reference, done.folder, means, _state(keys, done))
     described = describe_importance(release, calibration)
     done.keep(key, made.name, described)
     return release, described

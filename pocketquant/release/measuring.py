@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from pocketquant.eval.report.html import to_card, to_html, to_sheet
 from pocketquant.files.replacing import replacing_together
 from pocketquant.gguf_file.identity import identify
 from pocketquant.gguf_file.opening import open_gguf
-from pocketquant.gguf_file.writing import Run, write
+from pocketquant.gguf_file.writing import write
+from pocketquant.release.means import Means
 from pocketquant.release.planning import Release, Variant, plan_again
 from pocketquant.texts.calibration import SELF, CalibrationSettings
 from pocketquant.texts.corpus import Corpus
@@ -27,33 +26,6 @@ CALIBRATION_CHUNKS = 128
 REPORTS = ("report.json", "report.md", "report.html")
 """What `write_reports` writes."""
 
-ByteBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-StepBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Progress bars, given by whoever has a screen: `bytes(label, total)` and `steps(label)`."""
-
-    bytes: ByteBar = lambda label, total: nullcontext(lambda nbytes: None)
-    steps: StepBar = lambda label: nullcontext(lambda done, total: None)
-
-
-@dataclass(frozen=True)
-class Means:
-    """What the work is done with.
-
-    Attributes:
-        threads: for encoding and evaluation; None for all that this process may use.
-        gpu_layers: for the evaluation.
-        run: who encodes, as in `pipeline.write`.
-    """
-
-    threads: int | None = None
-    gpu_layers: int = 0
-    bars: Bars = Bars()
-    run: Run | None = None
-
 
 def write_variant(variant: Variant, path: Path, means: Means, label: str | None = None) -> None:
     """Writes a planned file, with a bar; it is not yet where the user will find it."""
@@ -62,7 +34,17 @@ def write_variant(variant: Variant, path: Path, means: Means, label: str | None 
         write(variant.plan, path, threads=means.threads, on_bytes=advance, run=means.run, is_result=False)
 
 
-def calibrate(
+def step_labels(release: Release) -> list[str]:
+    """What the bars of making a release are called, in the order of the work."""
+    labels = ["reference"]
+    if release.calibrating is not None:
+        labels += [*(["reference block"] if release.reference_block else []), "calibrate"]
+    for variant in release.variants:
+        labels += [variant.name, f"evaluate {variant.recipe}"]
+    return [*labels, *(sidecar.name for sidecar in release.sidecars)]
+
+
+def make_importance(
     release: Release, reference: Path, folder: Path, means: Means, state: Path | None = None
 ) -> tuple[Release, Corpus]:
     """Makes the importance matrix in `folder`, and plans every file again with it.

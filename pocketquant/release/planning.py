@@ -24,12 +24,15 @@ from pocketquant.quant.planning import importance_gaps
 from pocketquant.release.outputs import plan_sidecars
 from pocketquant.texts.calibration import SELF
 from pocketquant.texts.corpus import Text, read_text
+from pocketquant.texts.embedded import PACKAGE, read_texts
 
 DEFAULT_RECIPES = ("pocket_4bit", "q8_0")
+CALIBRATION = f"{PACKAGE}calibration"
+"""The embedded text that an importance matrix is made from by default."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReleaseSettings:
     """What a release is asked to be, besides the choices that decide its files.
 
     Attributes:
@@ -37,8 +40,9 @@ class Settings:
         context: tokens in a window.
         chunks: most windows of each text to score; None for all.
         positions: measure whole windows, for the numbers by position.
-        calibrate: the text to make an importance matrix from: a file, or "self" for a text that the model writes; None
-            makes none. `calibration_text()` is what the command takes.
+        calibrate: the text to make an importance matrix from, where the choices name none: a file,
+            "package:calibration" for the one that comes with the package, or "self" for one that the model writes;
+            None makes none.
         calibrate_chunks: most windows of it; None for the default.
         reference_type: recipe of the reference: f32, or bf16 where memory is short.
         mmproj: recipe of the vision tower; None for the one that goes with the first file.
@@ -49,7 +53,7 @@ class Settings:
     context: int = 512
     chunks: int | None = None
     positions: bool = False
-    calibrate: Path | str | None = None
+    calibrate: Path | str | None = CALIBRATION
     calibrate_chunks: int | None = None
     reference_type: str = "f32"
     mmproj: str | None = None
@@ -101,7 +105,7 @@ class Release:
     sidecars: tuple[Variant, ...]
     reference: Variant
     reference_block: Variant | None
-    settings: Settings
+    settings: ReleaseSettings
     importance: Importance | None = None
     calibrating: Calibrating | None = None
 
@@ -143,7 +147,7 @@ class Release:
 def plan_release(
     source: Path | str,
     choices: Sequence[Choice | Recipe | str] = DEFAULT_RECIPES,
-    settings: Settings | None = None,
+    settings: ReleaseSettings | None = None,
     *,
     parts: Parts | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -164,12 +168,12 @@ def plan_release(
         RecipeError: two of the files would have one name, or the choices name several importance matrices.
     """
     require_runtime()
-    settings = settings or Settings()
-    settings = replace(settings, texts=settings.texts or (_embedded_text(),))
-    _check_texts(settings)
+    asked = [as_choice(each) for each in choices]
+    settings = settings or ReleaseSettings()
+    importance = _common_importance(asked, settings)
+    settings = _with_texts(settings, is_calibrating=importance is None)
     parts = parts or open_parts(source)
-    wanted = _with_shared_figures(parts.model, [as_choice(each) for each in choices], progress)
-    importance, calibrating = _common_importance(wanted, settings), _calibrating(parts.model, settings)
+    wanted, calibrating = _with_shared_figures(parts.model, asked, progress), _calibrating(parts.model, settings)
     planned_for = _stand_in(parts, calibrating) if calibrating else importance
     variants, sidecars = _plan_files(parts, wanted, settings, planned_for)
     if calibrating and not any(variant.plan.importance for variant in (*variants, *sidecars)):
@@ -205,7 +209,7 @@ def plan_variant(model: Model, choice: Choice) -> Variant:
 
 
 def _plan_files(
-    parts: Parts, choices: Sequence[Choice], settings: Settings, importance: Importance | None
+    parts: Parts, choices: Sequence[Choice], settings: ReleaseSettings, importance: Importance | None
 ) -> tuple[tuple[Variant, ...], tuple[Variant, ...]]:
     """The models' files and, after the first of them, those beside it, all with one importance matrix."""
     variants = tuple(plan_variant(parts.model, replace(choice, importance=importance)) for choice in choices)
@@ -242,45 +246,38 @@ def _predicts_alike(one: Choice, other: Choice) -> bool:
     )
 
 
-def _common_importance(choices: Sequence[Choice], settings: Settings) -> Importance | None:
+def _common_importance(choices: Sequence[Choice], settings: ReleaseSettings) -> Importance | None:
     """The matrix of all choices; reports say one for all files."""
     if not choices:
         raise RecipeError("nothing to make: name a recipe or a size")
     given = choices[0].importance
     if any(choice.importance is not given for choice in choices):
         raise RecipeError("the files of a release are rounded with one importance matrix; give every choice the same")
-    if given is not None and settings.calibrate is not None:
+    if given is not None and settings.calibrate not in (None, CALIBRATION):
         raise RecipeError("the choices have an importance matrix: leave it out, or the text to make one from")
     return given
 
 
-def _calibrating(model: Model, settings: Settings) -> Calibrating | None:
+def _calibrating(model: Model, settings: ReleaseSettings) -> Calibrating | None:
     if settings.calibrate is None:
         return None
     name = file_name(model.metadata, "imatrix").replace("-IMATRIX.gguf", "-imatrix.gguf")  # no type of numbers
     return Calibrating(settings.calibrate, settings.calibrate_chunks, name)
 
 
-def calibration_text() -> Path:
-    """The embedded text that is calibrated on by default."""
-    return text_path("calibration")
-
-
-def _embedded_text() -> Text:
-    path = text_path("evaluation")
-    return Text(path.stem, path)
-
-
-def _check_texts(settings: Settings) -> None:
-    """Reads all texts, before hours of work."""
-    paths, made_from = [each.path for each in settings.texts], settings.calibrate
-    for path in paths:
-        read_text(path)
-    if made_from is None or made_from == SELF:
-        return
-    read_text(made_from)
-    if same := [path for path in paths if path.resolve() == Path(made_from).resolve()]:
-        raise EvalError(f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is")
+def _with_texts(settings: ReleaseSettings, *, is_calibrating: bool) -> ReleaseSettings:
+    """The settings with the files of the texts that they name, all read once, before hours of work."""
+    texts = settings.texts or (Text("evaluation", text_path("evaluation")),)
+    for text in texts:
+        read_text(text.path)
+    made_from = settings.calibrate if is_calibrating else None
+    if made_from is not None and made_from != SELF:
+        name = str(made_from)
+        made_from = read_texts([name])[0].path if name.startswith(PACKAGE) else Path(name)
+        read_text(made_from)
+        if same := [text.path for text in texts if text.path.resolve() == made_from.resolve()]:
+            raise EvalError(f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is")
+    return replace(settings, texts=texts, calibrate=made_from)
 
 
 def _refuse_one_name(variants: Sequence[Variant]) -> None:

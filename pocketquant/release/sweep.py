@@ -27,11 +27,11 @@ from pocketquant.files.small import read_json
 from pocketquant.gguf_file.identity import identify
 from pocketquant.quant import read_importance
 from pocketquant.release.keys import keys_of
+from pocketquant.release.means import Means
 from pocketquant.release.measuring import (
-    Means,
-    calibrate,
     describe_importance,
     describe_source,
+    make_importance,
     measure_variant,
     write_reports,
     write_variant,
@@ -190,7 +190,7 @@ def _make_reference(sweep: Sweep, reference: Path, pack: Path, matrix: Path, mea
     release = sweep.release
     write_variant(release.reference, reference, means, "reference")
     if sweep.importance_key and not matrix.exists() and release.calibrating:
-        calibrate(release, reference, matrix.parent, means, matrix.with_suffix(".unfinished"))
+        make_importance(release, reference, matrix.parent, means, matrix.with_suffix(".unfinished"))
         os.replace(matrix.with_name(release.calibrating.name), matrix)
     if not pack.exists():
         with means.bars.steps("reference") as advance:

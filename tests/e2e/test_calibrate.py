@@ -20,7 +20,7 @@ from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import EvalError
 from pocketquant.formats import FORMATS
 from pocketquant.gguf_file.opening import open_gguf
-from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.recipe_text import recipe_of_types
 from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
@@ -146,7 +146,9 @@ def test_what_kernels_lose_beside_the_head_is_predicted(
     collect_statistics(source, [TEXT], tmp_path / "s", CalibrationSettings(256, 8, threads=1))
     model, statistics = open_gguf(source), open_statistics(tmp_path / "s")
     bare, whole = (
-        predict_losses(model, statistics, rounding=None, formats=("Q4_K", kind), activations=flag).losses[name][kind]
+        predict_losses(
+            model, statistics, PredictSettings(rounding=None, formats=("Q4_K", kind), activations=flag)
+        ).losses[name][kind]
         for flag in (False, True)
     )
     types = {(t.role, t.layer): FORMATS[kind if t.name == name else "F32"] for t in model.tensors if not t.keep_f32}

@@ -21,7 +21,7 @@ from pocketquant.formats import FORMATS
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.planning import plan
-from pocketquant.quant.prediction import predict_losses
+from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.recipe_text import recipe_of_types
 from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
@@ -220,7 +220,9 @@ def test_predicted_loss_beside_a_format_is_what_its_kernel_loses(
 ) -> None:
     model = open_gguf(made.model)
     bare, whole = (
-        predict_losses(model, made.statistics, rounding=None, formats=(kind,), activations=flag).losses[name][kind]
+        predict_losses(
+            model, made.statistics, PredictSettings(rounding=None, formats=(kind,), activations=flag)
+        ).losses[name][kind]
         for flag in (False, True)
     )
     types = {(t.role, t.layer): FORMATS[kind if t.name == name else "F32"] for t in model.tensors if not t.keep_f32}

@@ -17,7 +17,7 @@ from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.architectures.qwen35 import QWEN35
 from pocketquant.check import ERROR, WARNING, check_gguf, check_model
 from pocketquant.check.contents import CHUNK_WEIGHTS, Entry
-from pocketquant.cli.findings import check_file_or_source
+from pocketquant.cli.check import check_file_or_source
 from pocketquant.convert.vision import open_vision
 from pocketquant.errors import SourceError
 from pocketquant.formats import FORMATS

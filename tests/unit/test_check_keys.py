@@ -16,7 +16,7 @@ from vision_maker import make_vision_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.check import ERROR, WARNING, CheckReport, check_gguf, check_model
-from pocketquant.cli.findings import check_file_or_source
+from pocketquant.cli.check import check_file_or_source
 from pocketquant.convert.checkpoint import open_mtp
 from pocketquant.convert.sources import open_counterpart
 from pocketquant.convert.vision import open_vision

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoint_maker import make_checkpoint
 
-from pocketquant import open_model
-from pocketquant.convert import repository
+from pocketquant import open_model, open_recipe, plan
+from pocketquant.convert import open_checkpoint, repository
 from pocketquant.convert.repository import check_digests, named_snapshot, small_files, weight_files
-from pocketquant.convert.safetensors import read_safetensors_header
+from pocketquant.convert.safetensors import LocalFile, read_safetensors_header
 from pocketquant.convert.snapshot import local_snapshot
 from pocketquant.convert.sources import Repository, find_repository
 from pocketquant.errors import OutputError, SourceError
@@ -136,6 +137,24 @@ def test_errors_name_the_repository_instead_of_the_temporary_folder(tmp_path: Pa
         with named_snapshot(folder, "Tiny-1M", "hf://org/Tiny-1M", local_snapshot(folder).weights) as snapshot:
             open_model(snapshot.folder)
     assert "pocketquant-" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class ListedFile(LocalFile):
+    """Weights that a hub has listed with an ETag; their folder says nothing of them."""
+
+    etag: str = ""
+
+
+def test_plans_of_repositories_differ_by_what_the_hub_lists(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "0123abcd")
+
+    def digest(etag: str) -> str:
+        weights = {"model.safetensors": ListedFile(folder / "model.safetensors", etag=etag)}
+        with named_snapshot(folder, "Tiny-1M", "hf://org/Tiny-1M", weights) as snapshot:
+            return plan(open_checkpoint(snapshot), open_recipe("q8_0")).digest
+
+    assert digest("a") == digest("a") != digest("b")
 
 
 def test_files_that_differ_from_their_digest_are_listed(tmp_path: Path) -> None:

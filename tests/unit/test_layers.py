@@ -12,7 +12,7 @@ import pocketquant
 ROOT = Path(pocketquant.__file__).parent
 LAYERS = [
     {"escaping"},
-    {"errors", "activity", "extras", "failures", "machine"},
+    {"errors", "activity", "extras", "failures", "machine", "pace"},
     {"formats"},
     {"files"},
     {"model"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"quant"},
     {"tuning"},
     {"release", "doctor"},
+    {"api"},
     {"cli"},
 ]
 """From the lowest: a part imports from those below it, never from one beside it."""

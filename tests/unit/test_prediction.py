@@ -34,7 +34,7 @@ from pocketquant.quant.choosing import Choice, Target
 from pocketquant.quant.explain import explain
 from pocketquant.quant.loss_table import SCHEMA, LossTable, parse_losses, read_figures, write_losses
 from pocketquant.quant.measuring import list_groups
-from pocketquant.quant.prediction import PREDICTED, predict_losses
+from pocketquant.quant.prediction import PREDICTED, PredictSettings, predict_losses
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
 from pocketquant.texts.corpus import TextRecord
@@ -97,7 +97,7 @@ def error_of(tensor: Tensor, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", ["Q3_K", "IQ4_XS", "Q8_0"])
 def test_both_sides_known_the_loss_is_half_the_trace(name: str, model: Model, statistics: Path) -> None:
     opened = open_statistics(statistics)
-    table = predict_losses(model, opened, rounding=None)
+    table = predict_losses(model, opened, PredictSettings(rounding=None))
     d, h, g = error_of(find(model, UP), name), opened.input(UP), opened.output(UP)
     assert table.loss(find(model, UP), name) == pytest.approx(
         0.5 * np.einsum("ab,bi,ij,aj->", g, d, h, d, optimize=True)
@@ -111,16 +111,16 @@ def test_rows_of_a_tied_embedding_cost_what_head_and_frequency_say(model: Model,
     of_head = [head.row_scale[v] * d[v] @ head.hessian(v % 2) @ d[v] for v in range(len(d))]
     of_embedding = head.frequency * np.einsum("vi,ij,vj->v", d, head.embed_output, d, optimize=True)
     expected = 0.5 * (sum(of_head) + of_embedding.sum())
-    table = predict_losses(model, opened, rounding=None)
+    table = predict_losses(model, opened, PredictSettings(rounding=None))
     assert table.loss(find(model, EMBED), "Q4_K") == pytest.approx(expected, rel=1e-5)
-    blind = predict_losses(model, opened, rounding=None, use_gradients=False)
+    blind = predict_losses(model, opened, PredictSettings(rounding=None, use_gradients=False))
     assert blind.loss(find(model, EMBED), "Q4_K") == pytest.approx(0.5 * sum(of_head), rel=1e-5)
 
 
 def test_without_gradients_sensitivities_set_the_level_and_inputs_the_ratios(model: Model, statistics: Path) -> None:
     opened, gate = open_statistics(statistics), find(model, GATE)
     prior = read_sensitivity().predict(model)
-    table = predict_losses(model, opened, rounding=None)
+    table = predict_losses(model, opened, PredictSettings(rounding=None))
     assert table.loss(gate, "Q4_K") == pytest.approx(prior.loss(gate, "Q4_K"))
     h = opened.input(UP)
     lost = {
@@ -139,9 +139,9 @@ def test_the_error_is_the_rounders_own(model: Model, statistics: Path) -> None:
     h, g = opened.input(UP), opened.output(UP)
     encoder = with_rounding(plan(model, open_recipe("q4_k_m")), opened).rounding[UP]
     rows = up.rows(0, up.n_rows)
-    thorough = predict_losses(model, opened, formats=("Q4_K", "Q6_K"), thorough=True)
-    quick = predict_losses(model, opened, formats=("Q4_K", "Q6_K"))
-    plain = predict_losses(model, opened, formats=("Q4_K", "Q6_K"), rounding=None)
+    thorough = predict_losses(model, opened, PredictSettings(formats=("Q4_K", "Q6_K"), thorough=True))
+    quick = predict_losses(model, opened, PredictSettings(formats=("Q4_K", "Q6_K")))
+    plain = predict_losses(model, opened, PredictSettings(formats=("Q4_K", "Q6_K"), rounding=None))
     for name in ("Q4_K", "Q6_K"):
         d = FORMATS[name].decode(encoder.encode(up, 0, up.n_rows, FORMATS[name]), up.n_cols).astype(np.float64) - rows
         exact = 0.5 * np.einsum("ab,bi,ij,aj->", g, d, h, d, optimize=True)
@@ -154,7 +154,7 @@ def test_the_error_is_the_rounders_own(model: Model, statistics: Path) -> None:
 def added_by_kernels(model: Model, statistics: Path, tensor: Tensor, **options: bool) -> dict[str, float]:
     opened = open_statistics(statistics)
     bare, whole = (
-        predict_losses(model, opened, rounding=None, activations=flag, **options).losses[tensor.name]
+        predict_losses(model, opened, PredictSettings(rounding=None, activations=flag, **options)).losses[tensor.name]
         for flag in (False, True)
     )
     return {name: whole[name] - bare[name] for name in PREDICTED}
@@ -219,7 +219,7 @@ def test_each_expert_adds_by_its_tokens_and_an_unseen_one_nothing(tmp_path: Path
             share = 1.0 if known else opened.share(name, expert)
             expected += level * share * (opened.rounding(name, expert) @ by_column)
         bare, whole = (
-            predict_losses(model, opened, rounding=None, formats=kinds, activations=flag).losses[name]
+            predict_losses(model, opened, PredictSettings(rounding=None, formats=kinds, activations=flag)).losses[name]
             for flag in (False, True)
         )
         for kind, value in whole.items():
@@ -228,7 +228,7 @@ def test_each_expert_adds_by_its_tokens_and_an_unseen_one_nothing(tmp_path: Path
 
 
 def test_a_target_takes_the_table_and_says_its_sum(model: Model, statistics: Path) -> None:
-    table = predict_losses(model, open_statistics(statistics), rounding=STEPS["search"])
+    table = predict_losses(model, open_statistics(statistics), PredictSettings(rounding=STEPS["search"]))
     size = plan(model, open_recipe("q4_k_m")).file_bytes
     made = plan(model, Choice(target=Target(size), figures=table))
     assert made.file_bytes <= size
@@ -241,7 +241,7 @@ def test_a_target_takes_the_table_and_says_its_sum(model: Model, statistics: Pat
 
 
 def test_devices_decide_what_is_on_offer(model: Model, statistics: Path) -> None:
-    table = predict_losses(model, open_statistics(statistics), rounding=None)
+    table = predict_losses(model, open_statistics(statistics), PredictSettings(rounding=None))
     offered = {
         device: {n for o in list_options(model, table, device) for n in o.formats} for device in ("phone", "any")
     }
@@ -285,7 +285,7 @@ def test_tables_survive_being_written(model: Model, statistics: Path, tmp_path: 
 
 
 def test_tables_of_another_model_are_refused(model: Model, statistics: Path, checkpoint: Path) -> None:
-    table = predict_losses(model, open_statistics(statistics), rounding=None, formats=("Q4_K", "Q8_0"))
+    table = predict_losses(model, open_statistics(statistics), PredictSettings(rounding=None, formats=("Q4_K", "Q8_0")))
     with pytest.raises(RecipeError, match="another model"):
         plan(open_model(checkpoint), Choice(target=Target(bits_per_weight=5.0), figures=table))
 

@@ -25,7 +25,7 @@ def test_a_long_run_writes_lines_where_it_draws_no_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(screen, "LINE_SECONDS", 0.05)
-    with step_progress("model.gguf", quiet=False) as advance:
+    with step_progress("model.gguf", quiet=False, unit="windows", step=(1, 2)) as advance:
         time.sleep(0.12)  # a first step that takes long
         advance(1, 4)
         time.sleep(0.12)
@@ -34,11 +34,25 @@ def test_a_long_run_writes_lines_where_it_draws_no_bar(
         write(60)
         time.sleep(0.12)
     lines = lines_of(capsys)
-    assert lines[0] == "model.gguf: 0 min so far"
-    assert "model.gguf: 25 % after 0 min, about 0 min left" in lines
-    assert "out.gguf: 50 % after 0 min, about 0 min left" in lines
+    assert lines[0] == "step 1 of 2, model.gguf: 0 min so far"
+    assert "step 1 of 2, model.gguf: 25 % (1 of 4 windows) after 0 min, about 0 min left" in lines
+    assert "out.gguf: 50 % (100 B of 200 B) after 0 min, about 0 min left" in lines
     time.sleep(0.12)
     assert lines_of(capsys) == []
+
+
+def test_what_an_interrupted_run_did_is_no_part_of_the_pace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(screen, "LINE_SECONDS", 0.05)
+    with step_progress("inputs", quiet=False, unit="windows") as advance:
+        advance(90, 100)
+        time.sleep(0.12)
+        advance(91, 100)
+        time.sleep(0.07)
+    lines = lines_of(capsys)
+    assert lines[0] == "inputs: 90 % (90 of 100 windows) after 0 min"  # nothing to tell the pace from yet
+    assert "inputs: 91 % (91 of 100 windows) after 0 min, about 0 min left" in lines
 
 
 def test_a_short_or_quiet_run_writes_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

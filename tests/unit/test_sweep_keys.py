@@ -11,7 +11,7 @@ from statistics_maker import make_statistics
 from pocketquant import open_model
 from pocketquant.calibration.statistics import open_statistics
 from pocketquant.quant import Choice, open_recipe
-from pocketquant.release.planning import Settings, plan_release
+from pocketquant.release.planning import ReleaseSettings, plan_release
 from pocketquant.release.sweep import plan_sweep
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -19,7 +19,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 def keys_with(checkpoint: Path, stats: Path) -> tuple[str, ...]:
     choice = Choice(open_recipe("q4_0"), statistics=open_statistics(stats))
-    release = plan_release(checkpoint, [choice], Settings(context=64, chunks=2))
+    release = plan_release(checkpoint, [choice], ReleaseSettings(context=64, chunks=2, calibrate=None))
     return plan_sweep(release).keys
 
 

@@ -1,4 +1,4 @@
-"""Options that decide a file's types and rounding, what was decided in words, and `recipe list` and `recipe show`."""
+"""The options that decide a file's types and rounding, as a `Choice`, and what was decided, in words."""
 
 from __future__ import annotations
 
@@ -9,53 +9,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketquant.cli.group import Commands
-from pocketquant.cli.options import RoundingSteps, Stats
-from pocketquant.cli.screen import print_json, print_lines, print_table, say
+from pocketquant.cli.options import ADVANCED, RoundingSteps, Stats, Talk, option
+from pocketquant.cli.screen import print_lines, print_table
 
 if TYPE_CHECKING:
     from pocketquant.model import Plan
     from pocketquant.quant import Choice, Target
     from pocketquant.quant.explain import Change, Explanation
 
+Sensitivity = Annotated[
+    Path | None, option("--sensitivity", "FILE", "Measured sensitivities to predict losses with.", ADVANCED)
+]
+
 
 @dataclass(frozen=True)
 class Deciding:
-    """Options that decide a file's types and how its weights are rounded."""
+    """What decides a file's types and how its weights are rounded."""
 
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="NAME|FILE",
-            help="Built-in recipe, a TOML file, or from:FILE.gguf for another file's types; default: pocket_4bit.",
+        option(
+            "--recipe -r",
+            "NAME|FILE",
+            "Built-in recipe, a TOML file, or from:FILE.gguf for another file's types; default: pocket_4bit.",
         ),
     ] = None
     target_size: Annotated[
-        str | None,
-        typer.Option("--target-size", metavar="SIZE", help="Least predicted loss in a file of 2.95GB, 700MB, 1.5GiB."),
+        str | None, option("--target-size", "SIZE", "Least predicted loss in a file of 2.95GB, 700MB, 1.5GiB.")
     ] = None
-    target_bpw: Annotated[
-        float | None, typer.Option("--target-bpw", metavar="BITS", help="The same for bits per weight: 4.8.")
-    ] = None
-    sensitivity: Annotated[
-        Path | None, typer.Option("--sensitivity", metavar="FILE", help="Measured sensitivities to predict with.")
-    ] = None
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print what each role takes, loses, and would lose in the next type.")
-    ] = False
-    device: Annotated[
-        str, typer.Option("--device", metavar="phone|any", help="Types to choose from: those fast on phones, or all.")
-    ] = "phone"
-    keep_types: Annotated[
-        bool, typer.Option("--keep-types", help="A pocket recipe's own types, though --stats could choose better ones.")
-    ] = False
-    imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix, llama.cpp's GGUF format.")
-    ] = None
+    target_bpw: Annotated[float | None, option("--target-bpw", "BITS", "The same for bits per weight: 4.8.")] = None
+    device: Annotated[str, option("--device", "phone|any", "Types to choose from: those fast on phones, or all.")] = (
+        "phone"
+    )
+    imatrix: Annotated[Path | None, option("--imatrix", "FILE", "Importance matrix, llama.cpp's GGUF format.")] = None
     stats: Stats = None
+    explain: Annotated[
+        bool, option("--explain", "", "Print what each role takes, loses, and would lose in the next type.")
+    ] = False
     rounding: RoundingSteps = None
+    sensitivity: Sensitivity = None
+    keep_types: Annotated[
+        bool,
+        option("--keep-types", "", "A pocket recipe's own types, though --stats could choose better ones.", ADVANCED),
+    ] = False
 
     @property
     def files(self) -> list[Path | str | None]:
@@ -132,7 +128,7 @@ def _read_target(given: Deciding) -> Target | None:
     return None if given.target_bpw is None else Target(bits_per_weight=given.target_bpw)
 
 
-def say_allocation(planned: Plan, *, quiet: bool) -> None:
+def say_allocation(planned: Plan, talk: Talk) -> None:
     """How near a plan comes to a size that was asked for, and what is not certain."""
     from pocketquant.quant.allocation import CLOSE_ENOUGH
 
@@ -145,7 +141,7 @@ def say_allocation(planned: Plan, *, quiet: bool) -> None:
     if made.least_loss < made.predicted_loss:
         gap = 1 - made.least_loss / made.predicted_loss
         line += f"; the search ended early: a plan that loses up to {100 * gap:.2g} % less may exist"
-    say(line, quiet=quiet)
+    talk.say(line)
 
 
 def print_explanation(explanation: Explanation) -> None:
@@ -178,33 +174,3 @@ def _change_row(role: str, change: Change) -> list[str]:
     layer = "" if change.layer is None else str(change.layer)
     step = f"{change.before} -> {change.after}"
     return [role, layer, step, f"{change.nbytes:+,}", f"{change.loss:+.3g}", f"{change.file_bytes:,}"]
-
-
-recipe_app = typer.Typer(
-    cls=Commands, help="Show the recipes, and the types of other files as recipes.", no_args_is_help=True
-)
-
-
-@recipe_app.command("list")
-def list_recipes(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-) -> None:
-    """List the built-in recipes."""
-    from pocketquant.quant import builtin_recipes, open_recipe
-
-    recipes = [open_recipe(name) for name in builtin_recipes()]
-    if json:
-        print_json({"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in recipes]})
-    else:
-        print_table(["recipe", "description"], [[recipe.name, recipe.description] for recipe in recipes])
-
-
-@recipe_app.command("show")
-def show_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME|FILE.toml|from:FILE.gguf", help="Recipe to print as TOML.")],
-) -> None:
-    """Print a recipe as TOML: a file for --recipe, to keep or to change."""
-    from pocketquant.quant import open_recipe
-    from pocketquant.quant.recipe_text import format_recipe
-
-    print(format_recipe(open_recipe(name)), end="")

@@ -1,27 +1,27 @@
-"""`inspect` and `weights`: what a source holds, and how far its tensors are from full precision."""
+"""`inspect`: what a source holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketquant.cli.options import Json, Source
 from pocketquant.cli.planning import describe_tensor, tensor_cells
-from pocketquant.cli.screen import print_json, print_lines, print_table, step_progress
+from pocketquant.cli.screen import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from pocketquant.model import Model, Value
 
 
-def inspect(source: str, *, json: bool) -> None:
-    """Prints metadata and tensors; reads no weights."""
+def inspect(source: Source, json: Json = False) -> None:
+    """List metadata and tensors of a GGUF or a checkpoint."""
     from pocketquant.convert.sources import names_gguf
     from pocketquant.formats import FORMATS
 
     if names_gguf(source) and _inspect_other(Path(source), json=json):
         return
-    model = _open_to_look(source)
+    model = open_to_look(source)
     entries = [
         describe_tensor(tensor, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
         for tensor in model.tensors
@@ -30,7 +30,7 @@ def inspect(source: str, *, json: bool) -> None:
     _show(model.architecture, sizes, model.notes, model.metadata, entries, json=json)
 
 
-def _open_to_look(source: str) -> Model:
+def open_to_look(source: str) -> Model:
     """Opens a source of which nothing is written: a GGUF's metadata may be as broken as it likes."""
     from pocketquant.convert import open_model
     from pocketquant.convert.chat_template import with_chat_template
@@ -81,14 +81,14 @@ def _show(
                 "architecture": architecture,
                 "file_bytes": sum(sizes),
                 "notes": list(notes),
-                "metadata": {key: _short(value.value) for key, value in metadata.items()},
+                "metadata": {key: shortened(value.value) for key, value in metadata.items()},
                 "tensors": entries,
             }
         )
         return
     print_table(
         ["key", "type", "value"],
-        [[key, value.kind, str(_short(value.value))[:100]] for key, value in metadata.items()],
+        [[key, value.kind, str(shortened(value.value))[:100]] for key, value in metadata.items()],
     )
     print()
     print_table(["tensor", "role", "shape", "type", "bytes"], [tensor_cells(entry) for entry in entries])
@@ -108,34 +108,8 @@ def _file_sizes(source: str) -> list[int]:
         return [file.size for file in snapshot.weights.values()]
 
 
-def _short(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """A metadata value with long lists cut: nobody reads 248,320 tokens."""
     if isinstance(value, list) and len(value) > 16:
         return {"count": len(value), "first": value[:4]}
     return value
-
-
-def weights(source: str, reference: str, *, json: bool, quiet: bool) -> None:
-    """Prints each tensor's error."""
-    from pocketquant.eval import weight_errors
-
-    with step_progress(Path(source).name, quiet=quiet) as advance:
-        errors = weight_errors(_open_to_look(source), _open_to_look(reference), progress=advance)
-    if json:
-        print_json({"tensors": [asdict(error) | {"role": error.role.value} for error in errors]})
-        return
-    print_table(
-        ["tensor", "role", "type", "SNR (dB)", "cosine", "relative RMSE", "largest error"],
-        [
-            [
-                error.name,
-                error.role.value,
-                error.format,
-                "exact" if error.snr_db is None else f"{error.snr_db:.2f}",
-                f"{error.cosine:.6f}",
-                "" if error.relative_rmse is None else f"{error.relative_rmse:.5f}",
-                f"{error.max_abs_error:.3g}",
-            ]
-            for error in errors
-        ],
-    )

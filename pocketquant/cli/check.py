@@ -1,26 +1,54 @@
-"""Runs a check on whatever was named, and shows what it found."""
+"""`check`: what is wrong with a file or a checkpoint, without running it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocketquant.check import ERROR, CheckReport, Finding, check_gguf, check_model
-from pocketquant.cli.screen import print_lines, size
-from pocketquant.convert import open_model
-from pocketquant.convert.sources import names_gguf, open_counterpart
+from pocketquant.cli.options import Talk, option
+from pocketquant.cli.screen import print_json, print_lines, size
 from pocketquant.errors import ArchitectureError, TokenizerError
 from pocketquant.escaping import one_line
+
+if TYPE_CHECKING:
+    from pocketquant.check import CheckReport
 
 _SHOWN = 8
 """Findings of one kind that are written out; a file without a block misses a dozen tensors for one reason."""
 
 
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE|SRC", help="GGUF file, or a checkpoint before it is converted.")],
+    source: Annotated[
+        str | None, option("--source", "SRC", "The checkpoint it was made from: compare every tensor with it.")
+    ] = None,
+    *,
+    talk: Talk,
+) -> None:
+    """Look for what is wrong with a GGUF or a checkpoint.
+
+    Nothing is run. The exit code is 1 if something is wrong.
+    """
+    with talk.steps(Path(file).name) as advance:
+        report = check_file_or_source(file, source, advance)
+    if talk.json:
+        print_json({"file": file, **report.to_json()})
+    else:
+        print_report(file, report)
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
 def check_file_or_source(file: str, source: str | None, progress: Callable[[int, int], None]) -> CheckReport:
     """Checks a GGUF, against a source if one is given, or a checkpoint: one that is refused is a finding."""
+    from pocketquant.check import ERROR, CheckReport, Finding, check_gguf, check_model
+    from pocketquant.convert import open_model
+    from pocketquant.convert.sources import names_gguf, open_counterpart
+
     if names_gguf(file):
         return check_gguf(Path(file), open_counterpart(file, source) if source else None, progress=progress)
     if source is not None:
@@ -34,6 +62,8 @@ def check_file_or_source(file: str, source: str | None, progress: Callable[[int,
 
 def print_report(file: str, report: CheckReport) -> None:
     """Findings on stdout, a line or two each, then the notes and how many there are."""
+    from pocketquant.check import ERROR
+
     shown: Counter[str] = Counter()
     totals = Counter(finding.code for finding in report.findings)
     for finding in report.findings:

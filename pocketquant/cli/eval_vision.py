@@ -1,0 +1,79 @@
+"""`eval --image`, and `eval-vision`: a vision tower beside its full precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketquant.cli.options import Compute, Gguf, ReportOut, Talk, mode_panel, option
+from pocketquant.cli.screen import headed, print_json, print_table
+from pocketquant.cli.tasks import TaskContext
+
+Images = Annotated[list[Path], option("--image", "FILE", "PNG or JPEG; once for each.")]
+_PANEL = mode_panel("--image")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """The two towers, and what is asked about the images."""
+
+    mmproj: Annotated[Path | None, option("--mmproj", "GGUF", "The vision tower to judge.", _PANEL)] = None
+    reference_mmproj: Annotated[
+        Path | None, option("--reference-mmproj", "GGUF", "The vision tower at full precision.", _PANEL)
+    ] = None
+    question: Annotated[str, option("--question", "TEXT", "Asked about each image.", _PANEL)] = "Describe this image."
+    answer_tokens: Annotated[
+        int, option("--answer-tokens", "N", "Most tokens of an answer to compare.", _PANEL, min=1)
+    ] = 32
+
+
+def eval_vision(
+    gguf: Gguf,
+    image: Images,
+    *,
+    options: ImageOptions,
+    context: TaskContext = None,
+    compute: Compute,
+    out: ReportOut = None,
+    talk: Talk,
+) -> None:
+    """Compare vision towers on images, as `eval --image`."""
+    from pocketquant.eval.tasks.compare import write_report
+    from pocketquant.eval.vision import VisionSettings, compare_towers
+    from pocketquant.files.replacing import refuse_overwriting
+
+    mmproj, reference = options.mmproj, options.reference_mmproj
+    if mmproj is None or reference is None:
+        missing = "--mmproj" if mmproj is None else "--reference-mmproj"
+        raise typer.BadParameter("name both vision towers, the one to judge and full precision", param_hint=missing)
+    refuse_overwriting([out] if out else [], [gguf, mmproj, reference, *image])
+    with talk.steps(mmproj.name, "images") as advance:
+        report = compare_towers(
+            gguf,
+            mmproj,
+            reference,
+            image,
+            VisionSettings(options.question, options.answer_tokens, context, compute.threads, compute.gpu_layers),
+            progress=advance,
+        )
+    if out is not None:
+        write_report(headed(report.to_json()), out)
+    if talk.json:
+        print_json(report.to_json())
+        return
+    rows = [
+        [
+            each.image.name,
+            f"{each.width} x {each.height}",
+            f"{each.cosine_mean:.6f}",
+            f"{each.cosine_min:.6f}",
+            f"{each.kld_mean:.3g}",
+            f"{each.kld_max:.3g}",
+            f"{100 * each.same_top:.0f} %",
+        ]
+        for each in report.images
+    ]
+    print_table(["image", "pixels", "cosine", "worst", "KL, nats a token", "largest", "same word"], rows)

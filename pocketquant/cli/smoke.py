@@ -1,0 +1,70 @@
+"""`eval --chats`, and `smoke`: a few chats, and what went wrong with the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pocketquant.cli.options import Compute, Gguf, ReferenceGguf, Talk, mode_panel, option
+from pocketquant.cli.screen import headed, print_json, print_table
+from pocketquant.cli.tasks import ReportOptions, note_quantized
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How long the answers may be."""
+
+    max_tokens: Annotated[
+        int, option("--max-tokens", "N", "Most tokens of an answer.", mode_panel("--chats"), min=1)
+    ] = 256
+
+
+def smoke(
+    gguf: Gguf,
+    reference: ReferenceGguf,
+    options: ChatOptions,
+    compute: Compute,
+    report: ReportOptions,
+    talk: Talk,
+) -> None:
+    """Compare answers to a few chats, as `eval --chats`."""
+    from pocketquant.eval.tasks.compare import write_report
+    from pocketquant.eval.tasks.smoke import PROMPTS, compare_smoke
+    from pocketquant.files.replacing import refuse_overwriting
+
+    refuse_overwriting([report.out] if report.out else [], [gguf, reference])
+    if report.dry_run:
+        most = len(PROMPTS) * options.max_tokens
+        talk.say(f"{len(PROMPTS)} prompts; each model writes at most {most} tokens")
+        if talk.json:
+            print_json({"prompts": len(PROMPTS), "written_tokens": most}, of="plan")
+        return
+    with talk.steps(gguf.name, "answers") as advance:
+        found = compare_smoke(
+            gguf,
+            Path(reference),
+            max_tokens=options.max_tokens,
+            threads=compute.threads,
+            gpu_layers=compute.gpu_layers,
+            progress=advance,
+        )
+    if report.out is not None:
+        write_report(headed(found.to_json()), report.out)
+    note_quantized(found, talk)
+    if talk.json:
+        print_json(found.to_json())
+        return
+    count = len(found.answers)
+    rows = [
+        [
+            fault.replace("_", " "),
+            f"{paired.model * count:.0f} of {count}",
+            f"{paired.reference * count:.0f}",
+            f"{paired.gained}",
+            f"{paired.lost}",
+            f"{paired.p_value:.2g}",
+        ]
+        for fault, paired in found.faults.items()
+    ]
+    print_table(["fault", gguf.name, "reference", "only here", "only there", "p"], rows)
