@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 
@@ -141,63 +141,93 @@ def merge_adapter(
     Raises:
         SourceError: another vocabulary; modules that the checkpoint does not have, or of another shape (all listed).
     """
-    merged, reads = dict(stored), Reads()
-    problems: list[str] = []
-    replaced: list[str] = []
-    embedding = name_in(merged, _EMBEDDING)
-    _refuse_resized(adapter, None if embedding is None else merged[embedding].shape)
+    embedding = name_in(stored, _EMBEDDING)
+    _refuse_resized(adapter, None if embedding is None else stored[embedding].shape)
     _refuse_two_bases(adapter, tied)
-
-    def replace_weights(weights: Mapping[str, StoredTensor], what: str) -> None:
-        for module, tensor in weights.items():
-            name = name_in(merged, module) or name_in(merged, module, "")
-            if name is None and tied and _last(module) == HEAD:
-                name = embedding
-            if name is None:
-                problems.append(f"{module}: the checkpoint has no such weight")
-            elif tensor.shape != merged[name].shape:
-                found = f"{what}, {list(tensor.shape)}, in the checkpoint {list(merged[name].shape)}"
-                problems.append(f"{module}: {found}")
-            else:
-                merged[name] = replace(tensor, name=name)
-                replaced.append(name)
-        if weights:
-            notes.append(f"adapter {adapter.name}: {len(weights)} weights {what} in place of the checkpoint's")
-
-    replace_weights(adapter.base_weights, "of the base model that it brings along")
-    changed = [*adapter.trained_weights, *(change.module for change in adapter.changes)]
-    ends = {_last(module) for module in changed} & {_EMBEDDING, HEAD}
-    if tied and adapter.keeps_tie and ends == {HEAD}:
-        problems.append(f"{HEAD}: trained as one with the embedding (ensure_weight_tying), which is not saved along")
-    if tied and embedding is not None and ends and not (adapter.keeps_tie and ends == {_EMBEDDING}):
-        head = name_in(merged, HEAD) or f"{HEAD}.weight"
-        merged[head] = MergedTensor(head, merged[embedding], (), reads)
-        notes.append(f"adapter {adapter.name}: trained one of embedding and head, which were tied: now they are two")
-    replace_weights(adapter.trained_weights, "trained whole")
-    pieces: dict[str, list[Piece]] = {}
-    for change in adapter.changes:
-        placed = pieces_of(change, merged)
-        if isinstance(placed, str):
-            problems.append(f"{change.module}: {placed}")
-            continue
-        for name, piece in placed:
-            pieces.setdefault(name, []).append(piece)
-    for parts in pieces.values():
-        parts.sort(key=lambda piece: piece.at)
-        problems += [
-            f"{late.change.module}: changes what {early.change.module} changes already"
-            for early, late in pairwise(parts)
-            if late.at < early.stop
-        ]
-    stacks = {stack_of(name) for name in pieces}  # experts have to agree on their data type: all of them become F32
-    for name in [name for name in merged if stack_of(name) in stacks]:
-        merged[name] = MergedTensor(name, merged[name], tuple(pieces.get(name, ())), reads)
-    if problems:
+    merge = _Merge(dict(stored), adapter, embedding if tied else None, notes)
+    merge.replace_weights(adapter.base_weights, "of the base model that it brings along")
+    merge.untie()
+    merge.replace_weights(adapter.trained_weights, "trained whole")
+    merge.add_changes()
+    if merge.problems:
         raise SourceError(
-            f"adapter {adapter.name}: does not fit the checkpoint; is it of another base model?\n{listing(problems)}"
+            f"adapter {adapter.name}: does not fit the checkpoint; is it of another base model?\n"
+            f"{listing(merge.problems)}"
         )
-    notes.extend(_describe(adapter, merged, replaced, dropped))
-    return merged
+    notes.extend(_describe(adapter, merge.tensors, merge.replaced, dropped))
+    return merge.tensors
+
+
+@dataclass
+class _Merge:
+    """Tensors while an adapter is merged into them; `tied` is the embedding's name where it is the head, too."""
+
+    tensors: dict[str, CheckpointTensor]
+    adapter: Adapter
+    tied: str | None
+    notes: list[str]
+    problems: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    reads: Reads = field(default_factory=Reads)
+
+    def replace_weights(self, weights: Mapping[str, StoredTensor], what: str) -> None:
+        """Puts whole weights in the place of the checkpoint's."""
+        for module, tensor in weights.items():
+            name = name_in(self.tensors, module) or name_in(self.tensors, module, "")
+            if name is None and _last(module) == HEAD:
+                name = self.tied
+            if name is None:
+                self.problems.append(f"{module}: the checkpoint has no such weight")
+            elif tensor.shape != self.tensors[name].shape:
+                found = f"{what}, {list(tensor.shape)}, in the checkpoint {list(self.tensors[name].shape)}"
+                self.problems.append(f"{module}: {found}")
+            else:
+                self.tensors[name] = replace(tensor, name=name)
+                self.replaced.append(name)
+        if weights:
+            self.notes.append(
+                f"adapter {self.adapter.name}: {len(weights)} weights {what} in place of the checkpoint's"
+            )
+
+    def untie(self) -> None:
+        """Gives the model a head of its own where one of two that were tied was trained."""
+        adapter = self.adapter
+        changed = [*adapter.trained_weights, *(change.module for change in adapter.changes)]
+        ends = {_last(module) for module in changed} & {_EMBEDDING, HEAD}
+        if self.tied is None or not ends:
+            return
+        if adapter.keeps_tie and ends == {HEAD}:
+            self.problems.append(
+                f"{HEAD}: trained as one with the embedding (ensure_weight_tying), which is not saved along"
+            )
+        if adapter.keeps_tie and ends == {_EMBEDDING}:
+            return
+        head = name_in(self.tensors, HEAD) or f"{HEAD}.weight"
+        self.tensors[head] = MergedTensor(head, self.tensors[self.tied], (), self.reads)
+        self.notes.append(
+            f"adapter {adapter.name}: trained one of embedding and head, which were tied: now they are two"
+        )
+
+    def add_changes(self) -> None:
+        """Adds the products of the low-rank matrices."""
+        pieces: dict[str, list[Piece]] = {}
+        for change in self.adapter.changes:
+            placed = pieces_of(change, self.tensors)
+            if isinstance(placed, str):
+                self.problems.append(f"{change.module}: {placed}")
+                continue
+            for name, piece in placed:
+                pieces.setdefault(name, []).append(piece)
+        for parts in pieces.values():
+            parts.sort(key=lambda piece: piece.at)
+            self.problems += [
+                f"{late.change.module}: changes what {early.change.module} changes already"
+                for early, late in pairwise(parts)
+                if late.at < early.stop
+            ]
+        stacks = {stack_of(name) for name in pieces}  # experts have to agree on their type: all of them become F32
+        for name in [name for name in self.tensors if stack_of(name) in stacks]:
+            self.tensors[name] = MergedTensor(name, self.tensors[name], tuple(pieces.get(name, ())), self.reads)
 
 
 def refuse_whole_on_mlx(adapter: Adapter) -> None:

@@ -22,7 +22,7 @@ from pocketquant.formats.kquant_block import decode_rows
 
 IQ1_S = np.dtype(
     [
-        ("d", "<u2"),  # F16 bits: unit of the scales
+        ("d", "<u2"),  # F16 bits: super-block scale
         ("qs", "u1", 32),  # low eight bits of each group's point
         # for 32 weights: three high bits for each of four groups, the scale's three bits, the shift's sign on top
         ("qh", "<u2", 8),
@@ -32,7 +32,7 @@ IQ1_M = np.dtype(
     [
         ("qs", "u1", 32),  # low eight bits of each group's point
         ("qh", "u1", 16),  # a nibble for each group: three high bits, above them the shift's sign
-        # each word: four scales of three bits, for sixteen weights each; on top a quarter of the unit's F16 bits
+        # each word: four scales of three bits, for sixteen weights each; on top a quarter of the bits of d, in F16
         ("scales", "<u2", 4),
     ]
 )

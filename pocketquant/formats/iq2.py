@@ -22,7 +22,7 @@ from pocketquant.formats.kquant_block import decode_rows
 
 IQ2_XXS = np.dtype(
     [
-        ("d", "<u2"),  # F16 bits: unit of the scales
+        ("d", "<u2"),  # F16 bits: super-block scale
         # for 32 weights: four points of eight bits in the first word; in the second four times seven signs, the scale
         ("qs", "<u4", (8, 2)),
     ]

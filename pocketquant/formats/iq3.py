@@ -22,7 +22,7 @@ from pocketquant.formats.kquant_block import decode_rows
 
 IQ3_XXS = np.dtype(
     [
-        ("d", "<u2"),  # F16 bits: unit of the scales
+        ("d", "<u2"),  # F16 bits: super-block scale
         ("qs", "u1", 64),  # each group's point
         ("signs", "<u4", 8),  # for 32 weights: four times seven signs, one for two groups; above them the scale
     ]

@@ -58,8 +58,8 @@ F = np.float32
 _BETWEEN = (LEVELS[1:] + LEVELS[:-1]) / 2
 _STEP = LEVELS[1:] - LEVELS[:-1]
 _CLOSER = candidates(LEVELS)
-# Blocks that keep an error below this share of their energy are searched again: one in some hundreds of gaussian ones
-# under uneven importance.
+# Blocks whose error is below this share of their energy are searched again. Of blocks of normally distributed weights
+# under uneven importance, fewer than one in a hundred are.
 _RARE_NL, _RARE_XS = F(4e-4), F(8e-4)
 _EXTREME_MULTIPLES = np.arange(-32.0, -24.0, 0.5, dtype=F)
 _PEAK_LEVELS = LEVELS[[0, 15, 1, 14]]
@@ -249,10 +249,10 @@ def fit_super_block(x: F32Array, w: F32Array, at: int, unit: np.float32, s: Scra
 def look_closer(
     x: F32Array, w: F32Array, at: int, unit: np.float32, whole: np.float32, is_odd: bool, shared: np.float32, s: Scratch
 ) -> np.float32:
-    """`fit_super_block` in one that levels fit almost exactly: there the blocks must agree on one unit.
+    """`fit_super_block` in one that levels fit almost exactly: there all its blocks must suit one shared scale.
 
     In each round the largest weight of every block takes the same level; where only the rounding of the shared scale
-    is left, or most weights are zero, that of every unit is tried.
+    is left, or most weights are zero, others are tried, too.
     """
     best, best_loss = _best_neighbour(x, w, at, unit, shared, s.multiples)
     s.best_multiples[:] = s.multiples

@@ -1,4 +1,4 @@
-"""What the five K-quants share: 256 weights a block, cut into parts that each have a small scale of their own."""
+"""What the five K-quants share: 256 weights a block, in sub-blocks that each have a small scale of their own."""
 
 from __future__ import annotations
 

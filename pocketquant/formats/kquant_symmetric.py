@@ -1,16 +1,16 @@
 """The search behind Q6_K and Q3_K: weight = d * scale code * code.
 
-A block of 256 weights has one F16 number, `d`; each of its 16 parts of 16 weights has a small signed integer scale.
-Codes run from -n to n - 1, so the sign of a scale decides which end of a part gets the extra code. The search
-minimises sum importance * (weight - decoded)**2:
+A block of 256 weights has one F16 number, `d`; each of its 16 sub-blocks of 16 weights has a small signed integer
+scale. Codes run from -n to n - 1, so the sign of a scale decides which end of a sub-block gets the extra code. The
+search minimises sum importance * (weight - decoded)**2:
 
-1. `fit_parts`: every part alone. Sixteen scales compete, one a lane; the best scale for the codes that each gives has
-   a closed form.
-2. `best_unit`: the `d` whose multiples come nearest to what the parts want.
-3. `choose_codes` and `refit`: sixteen integer scales around each part's wish compete with the codes they really lead
-   to; then `d` is solved again for the codes chosen, as long as that helps.
+1. `fit_sub_blocks`: every sub-block alone. Sixteen scales compete, one a lane; the best scale for the codes that each
+   gives has a closed form.
+2. `best_super_scale`: the `d` whose multiples come nearest to what the sub-blocks want.
+3. `choose_codes` and `refit`: sixteen integer scales around each sub-block's wish compete with the codes they really
+   lead to; then `d` is solved again for the codes chosen, as long as that helps.
 4. `look_closer`, in rare blocks that are mostly zeros, of one sign, or that codes fit almost exactly: starts where the
-   parts agree.
+   sub-blocks agree.
 
 Sources: the layouts and the idea of sub-block fits are ggml's (ggml-quants.c of llama.cpp); weighted least squares
 with alternating assignment is Lloyd, "Least squares quantization in PCM", 1982.
@@ -45,18 +45,18 @@ _REFITS = 2
 _EXACT = _F32(3.0)  # an error of so many squared steps of `d` comes from its rounding
 _SPARSE = _F32(208.0)  # zeros in a block that are many
 _TINY = _F32(1e-36)  # scales below have no finite inverse
-# Candidates of `best_unit`: how far below the highest integer the largest wish shall land.
+# Candidates of `best_super_scale`: how far below the highest integer the largest wish shall land.
 _BELOW_TOP = (np.arange(16) / 2.0).astype(np.float32)
 # Candidates of `choose_codes`: steps from the wished scale, the shortest first: among equals the first lane wins.
 _STEP = np.array([0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -8], np.float32)
 
 
 class Scratch(NamedTuple):
-    """Room for one block; arrays of 16 have one place a part.
+    """Room for one block; arrays of 16 have one place for each sub-block.
 
     Attributes:
         x, w: f32[256], weights and importance.
-        scale: what each part wants, unquantized.
+        scale: what each sub-block wants, unquantized.
         curvature: how much it minds: the second derivative of its error by scale.
         scale_code: its integer, as f32; `best_scale_code` belongs to the best error so far.
         codes: i32[256], from -n to n - 1.
@@ -74,17 +74,17 @@ class Scratch(NamedTuple):
 @jit
 def new_scratch() -> Scratch:
     """Room for one block, uninitialised."""
-    part = np.zeros((4, 16), np.float32)
+    place = np.zeros((4, 16), np.float32)
     block = np.empty((2, 256), np.float32)
-    return Scratch(block[0], block[1], part[0], part[1], part[2], part[3], np.empty(256, np.int32))
+    return Scratch(block[0], block[1], place[0], place[1], place[2], place[3], np.empty(256, np.int32))
 
 
 @jit
-def fit_parts(s: Scratch, n: np.float32, reach: F32Array) -> None:
-    """Fits every part on its own: fills scales and curvatures.
+def fit_sub_blocks(s: Scratch, n: np.float32, reach: F32Array) -> None:
+    """Fits every sub-block on its own: fills scales and curvatures.
 
     Args:
-        reach: f32[16], the candidates: the code of the part's largest weight, as a multiple of -n.
+        reach: f32[16], the candidates: the code of the sub-block's largest weight, as a multiple of -n.
     """
     zero = splat(0.0)
     for j in range(16):
@@ -106,7 +106,7 @@ def fit_parts(s: Scratch, n: np.float32, reach: F32Array) -> None:
 
 
 @jit
-def best_unit(s: Scratch, scale_n: np.float32) -> np.float32:
+def best_super_scale(s: Scratch, scale_n: np.float32) -> np.float32:
     """The number whose multiples, -scale_n to scale_n - 1 times, come nearest to the wished scales."""
     peak = _F32(0.0)
     for j in range(16):
@@ -129,7 +129,7 @@ def best_unit(s: Scratch, scale_n: np.float32) -> np.float32:
 
 @jit
 def choose_codes(s: Scratch, n: np.float32, scale_n: np.float32, d: np.float32) -> None:
-    """Chooses every part's integer scale under a given `d`."""
+    """Chooses every sub-block's integer scale under a given `d`."""
     per_d = _F32(1.0) / d if d != 0.0 else _F32(0.0)
     for j in range(16):
         scale_code = load(_STEP, 0) + np.rint(s.scale[j] * per_d)
@@ -208,14 +208,14 @@ def fit_block(
 
     Args:
         n, scale_n: codes run from -n to n - 1, integer scales from -scale_n to scale_n - 1.
-        reach: see `fit_parts`.
+        reach: see `fit_sub_blocks`.
         closer: f32[m, 16], what `reach` becomes one after the other in blocks that are searched again.
-        passes: how often the parts may choose again under a refitted `d`.
+        passes: how often the sub-blocks may choose again under a refitted `d`.
         rare: blocks that keep an error below this share of their energy are searched again.
         grow: the factor `take_block` returned.
     """
-    fit_parts(s, n, reach)
-    d_bits = f16_bits(_F32(best_unit(s, scale_n) * grow))
+    fit_sub_blocks(s, n, reach)
+    d_bits = f16_bits(_F32(best_super_scale(s, scale_n) * grow))
     best = settle(s, n, scale_n, passes, grow, d_bits, (d_bits, _F32(np.inf)))
     whole, is_sparse, is_one_sided = energy_and_oddness(s)
     if best[1] < rare * whole or is_sparse or is_one_sided:
@@ -256,12 +256,12 @@ def look_closer(
 ) -> tuple[np.uint16, np.float32]:
     """Searches again in a block that codes fit almost exactly, as weights of few values or under few columns are.
 
-    There many scales suit a part equally well, and what counts is whether the parts agree on one unit: so all of them
-    take the same number of steps, and where only the rounding of `d` is left, that of every unit is tried.
+    There many scales suit a sub-block equally well, and what counts is that all sub-blocks can use the same `d`. So all
+    of them take the same number of steps, and where only the rounding of `d` to F16 is left, others are tried, too.
     """
     for v in range(closer.shape[0]):
-        fit_parts(s, n, closer[v])
-        d = best_unit(s, scale_n) * grow
+        fit_sub_blocks(s, n, closer[v])
+        d = best_super_scale(s, scale_n) * grow
         best = settle(s, n, scale_n, passes, grow, f16_bits(_F32(d)), best)
         # relative to d, half a step of its F16
         coarse = _F32(1.0) / _F32(min(max(best[0] & np.uint16(0x7FFF), np.uint16(1)), np.uint16(1024)))

@@ -55,8 +55,8 @@ _LEVELS_4 = np.arange(-8, 8).astype(np.float32)
 _LEVELS_5 = np.arange(-16, 16).astype(np.float32)
 _CLOSER_4, _CLOSER_5 = candidates(_LEVELS_4), candidates(_LEVELS_5)
 _LINES_4, _LINES_5 = line_candidates(15), line_candidates(31)
-# Blocks that keep an error below this share of their energy are searched again: one in some hundreds of gaussian ones
-# under uneven importance.
+# Blocks whose error is below this share of their energy are searched again. Of blocks of normally distributed weights
+# under uneven importance, fewer than one in a hundred are.
 _RARE_Q4_0, _RARE_Q4_1, _RARE_Q5_0, _RARE_Q5_1 = F(5e-4), F(3e-4), F(1.2e-4), F(6e-5)
 ROUNDER = 12582912.0  # 1.5 * 2^23: a sum with it keeps no fraction
 Blocks = npt.NDArray[np.void]

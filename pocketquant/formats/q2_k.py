@@ -1,4 +1,4 @@
-"""Q2_K: 2.625 bits a weight; 16 parts of 16 weights with 4-bit scales and offsets. See `kquant_affine` for the search.
+"""Q2_K: 2.625 bits a weight; 16 sub-blocks of 16 weights with 4-bit scales and offsets (`kquant_affine`).
 
 Source for the layout: block_q2_K in ggml-common.h of llama.cpp.
 """
@@ -19,17 +19,17 @@ from pocketquant.formats.layout import Blocks, affine_layout, stacked
 
 BLOCK = np.dtype(
     [
-        ("scales", "u1", 16),  # byte j: scale of part j, above it its offset
+        ("scales", "u1", 16),  # byte j: scale of sub-block j, above it its offset
         ("qs", "u1", 64),  # byte 32 h + i: from bit 2 q on, the code of weight 128 h + 32 q + i
-        ("d", "<u2"),  # F16 bits: unit of the scales
-        ("dmin", "<u2"),  # F16 bits: unit of the offsets
+        ("d", "<u2"),  # F16 bits: super-block scale of the scales
+        ("dmin", "<u2"),  # F16 bits: super-block scale of the offsets
     ]
 )
 
 _CODE_MAX, _SCALE_MAX = np.float32(3), np.float32(15)
 _REACH = np.linspace(0.8, 1.8, 16).astype(np.float32)
 _PASSES = 2
-_RARE = np.float32(0.008)  # so good are one in some hundreds of gaussian blocks under uneven importance
+_RARE = np.float32(0.008)  # blocks that keep less of their energy as error are searched again
 
 
 def encode_q2_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:

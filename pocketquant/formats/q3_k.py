@@ -1,4 +1,4 @@
-"""Q3_K: 3.4375 bits a weight; 16 parts of 16 weights with 6-bit scales. See `kquant_symmetric` for the search.
+"""Q3_K: 3.4375 bits a weight; 16 sub-blocks of 16 weights with 6-bit scales. See `kquant_symmetric` for the search.
 
 Source for the layout: block_q3_K in ggml-common.h of llama.cpp.
 """
@@ -23,7 +23,7 @@ BLOCK = np.dtype(
         ("qs", "u1", 64),  # byte 32 h + i: from bit 2 q on, the low two bits of code 128 h + 32 q + i
         ("scales", "u1", 12),  # byte j: low four bits of scale j, above them those of scale j + 8;
         # byte 8 + j % 4: from bit 2 (j / 4) on, the top two bits of scale j
-        ("d", "<u2"),  # F16 bits: unit of the scales
+        ("d", "<u2"),  # F16 bits: super-block scale of the scales
     ]
 )
 """Codes are stored plus 4, scales plus 32."""
@@ -36,7 +36,7 @@ _CLOSER = np.append(
     axis=0,
 ).astype(np.float32)
 _PASSES = 2
-_RARE = np.float32(4e-3)  # so good are one in some hundreds of gaussian blocks under uneven importance
+_RARE = np.float32(4e-3)  # blocks that keep less of their energy as error are searched again
 
 
 def encode_q3_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:

@@ -1,4 +1,4 @@
-"""Q4_K: 4.5 bits a weight; 8 parts of 32 weights with 6-bit scales and offsets. See `kquant_affine` for the search.
+"""Q4_K: 4.5 bits a weight; 8 sub-blocks of 32 weights with 6-bit scales and offsets (`kquant_affine`).
 
 Source for the layout: block_q4_K in ggml-common.h of llama.cpp.
 """
@@ -19,17 +19,17 @@ from pocketquant.formats.layout import Blocks, affine_layout, fill_six_bits, rea
 
 BLOCK = np.dtype(
     [
-        ("d", "<u2"),  # F16 bits: unit of the scales
-        ("dmin", "<u2"),  # F16 bits: unit of the offsets
+        ("d", "<u2"),  # F16 bits: super-block scale of the scales
+        ("dmin", "<u2"),  # F16 bits: super-block scale of the offsets
         ("scales", "u1", 12),  # see pack_six_bits
-        ("qs", "u1", 128),  # byte 32 j + i: code i of part 2 j, above it code i of part 2 j + 1
+        ("qs", "u1", 128),  # byte 32 j + i: code i of sub-block 2 j, above it code i of sub-block 2 j + 1
     ]
 )
 
 _CODE_MAX, _SCALE_MAX = np.float32(15), np.float32(63)
 _REACH = np.linspace(0.85, 1.2, 16).astype(np.float32)
 _PASSES = 1
-_RARE = np.float32(0.001)  # so good are one in some hundreds of gaussian blocks under uneven importance
+_RARE = np.float32(0.001)  # blocks that keep less of their energy as error are searched again
 
 
 def encode_q4_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:

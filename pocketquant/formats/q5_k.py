@@ -1,4 +1,4 @@
-"""Q5_K: 5.5 bits a weight; 8 parts of 32 weights with 6-bit scales and offsets. See `kquant_affine` for the search.
+"""Q5_K: 5.5 bits a weight; 8 sub-blocks of 32 weights with 6-bit scales and offsets (`kquant_affine`).
 
 Source for the layout: block_q5_K in ggml-common.h of llama.cpp.
 """
@@ -19,18 +19,22 @@ from pocketquant.formats.layout import Blocks, affine_layout, fill_six_bits, rea
 
 BLOCK = np.dtype(
     [
-        ("d", "<u2"),  # F16 bits: unit of the scales
-        ("dmin", "<u2"),  # F16 bits: unit of the offsets
+        ("d", "<u2"),  # F16 bits: super-block scale of the scales
+        ("dmin", "<u2"),  # F16 bits: super-block scale of the offsets
         ("scales", "u1", 12),  # see pack_six_bits
-        ("qh", "u1", 32),  # bit j of byte i: the fifth bit of code i of part j
-        ("qs", "u1", 128),  # byte 32 j + i: low four bits of code i of part 2 j, above them those of part 2 j + 1
+        ("qh", "u1", 32),  # bit j of byte i: the fifth bit of code i of sub-block j
+        (
+            "qs",
+            "u1",
+            128,
+        ),  # byte 32 j + i: low four bits of code i of sub-block 2 j, above them those of sub-block 2 j + 1
     ]
 )
 
 _CODE_MAX, _SCALE_MAX = np.float32(31), np.float32(63)
 _REACH = np.linspace(0.9, 1.12, 16).astype(np.float32)
 _PASSES = 1
-_RARE = np.float32(0.00025)  # so good are one in some hundreds of gaussian blocks under uneven importance
+_RARE = np.float32(0.00025)  # blocks that keep less of their energy as error are searched again
 
 
 def encode_q5_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:

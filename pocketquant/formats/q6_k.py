@@ -1,4 +1,4 @@
-"""Q6_K: 6.5625 bits a weight; 16 parts of 16 weights with 8-bit scales. See `kquant_symmetric` for the search.
+"""Q6_K: 6.5625 bits a weight; 16 sub-blocks of 16 weights with 8-bit scales. See `kquant_symmetric` for the search.
 
 Source for the layout: block_q6_K in ggml-common.h of llama.cpp.
 """
@@ -22,7 +22,7 @@ BLOCK = np.dtype(
         ("ql", "u1", 128),  # byte 64 h + i: low four bits of code 128 h + i, above them those of code 128 h + 64 + i
         ("qh", "u1", 64),  # byte 32 h + i: from bit 2 q on, the top two bits of code 128 h + 32 q + i
         ("scales", "i1", 16),
-        ("d", "<u2"),  # F16 bits: unit of the scales
+        ("d", "<u2"),  # F16 bits: super-block scale of the scales
     ]
 )
 """Codes are stored plus 32."""
@@ -31,7 +31,7 @@ _N, _SCALE_N = np.float32(32), np.float32(128)
 _REACH = np.append(np.linspace(0.85, 1.15, 12), [1.3, 1.6, 2.0, 3.0]).astype(np.float32)
 _CLOSER = np.repeat(np.array([1.0, 31 / 32, -31 / 32, 30 / 32], np.float32), 16).reshape(4, 16)
 _PASSES = 1
-_RARE = np.float32(6e-5)  # so good are one in some hundreds of gaussian blocks under uneven importance
+_RARE = np.float32(6e-5)  # blocks that keep less of their energy as error are searched again
 
 
 def encode_q6_k(rows: F32Array, importance: F32Array | None = None) -> U8Array:
