@@ -59,6 +59,11 @@ def compute_buffer_bytes(sizes: Mapping[str, int], kinds: tuple[str, ...], batch
     return _Build(sizes, batch).graph_of(kinds).buffer_bytes()
 
 
+def mtp_buffer_bytes(sizes: Mapping[str, int], batch: Batch) -> int:
+    """The same for a context that drafts with the multi-token-prediction block; arguments as `compute_buffer_bytes`."""
+    return _Build(sizes, batch).mtp_graph().buffer_bytes()
+
+
 class _Build:
     """Builds the graph block by block; the methods are named as what they stand for in llama.cpp."""
 
@@ -78,12 +83,28 @@ class _Build:
             current = _in_place(mixed, current)
             residual = current
             current = _in_place(self.feed_forward(self.norm(current)), residual)
+        return self.head(current, keeps_chosen=True)
+
+    def mtp_graph(self) -> Graph:
+        """`graph_mtp`: an embedding and a hidden state side by side, one block, and the head."""
+        width, n = self.sizes["n_embd"], self.n
+        hidden, token = _input(width, n), _op((width, n), _input(n, item_bytes=I32_BYTES))
+        of_hidden, of_token = self.norm(hidden), self.norm(token)
+        current = _op((width, n), _op((2 * width, n), of_token, of_hidden))
+        residual = current
+        current = _in_place(self.attention(self.norm(current)), residual)
+        residual = current
+        current = _in_place(self.feed_forward(self.norm(current)), residual)
+        return self.head(current, keeps_chosen=False)
+
+    def head(self, current: Node, *, keeps_chosen: bool) -> Graph:
+        """The last norm and the logits of the tokens that get some; what is read afterwards is never freed."""
+        outputs = self.batch.outputs
         hidden = self.norm(current)
-        hidden.is_output = True
-        chosen = _op((width, self.batch.outputs), hidden, _input(self.batch.outputs, item_bytes=I32_BYTES))
-        chosen.is_output = True
-        logits = _op((self.sizes["n_vocab"], self.batch.outputs), chosen)
-        logits.is_output = True
+        chosen = _op((self.sizes["n_embd"], outputs), hidden, _input(outputs, item_bytes=I32_BYTES))
+        logits = _op((self.sizes["n_vocab"], outputs), chosen)
+        hidden.is_output = logits.is_output = True
+        chosen.is_output = keeps_chosen
         self.graph.expand(logits)
         return self.graph
 

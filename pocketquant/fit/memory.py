@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from pocketquant.architectures.table import ATTENTION, DELTA
 from pocketquant.errors import RecipeError
-from pocketquant.fit.compute import Batch, compute_buffer_bytes
+from pocketquant.fit.compute import Batch, compute_buffer_bytes, mtp_buffer_bytes
 from pocketquant.fit.weights import REPACKED_ROWS, Held, Weights, held
 from pocketquant.formats import FORMATS
 
@@ -186,11 +186,11 @@ def mtp_parts(weights: Weights, settings: Settings, mtp: Weights | None) -> list
         nbytes -= sum(weight.nbytes for weight in weights.trunk)
     alone = replace(settings, draft=0)
     cache = settings.cells * _cell_bytes(weights.sizes, settings)
-    buffer = compute_buffer_bytes(weights.sizes, (ATTENTION,), _batch(weights.sizes, alone))
+    buffer = mtp_buffer_bytes(weights.sizes, _batch(weights.sizes, alone))
     return [
         Part("MTP weights", nbytes, False, "a file of its own, with its embedding" if mtp else "in the model's file"),
         Part("MTP KV cache", cache, False, "one block"),
-        Part("MTP compute buffer", buffer, True, "as a trunk of one full-attention block"),
+        Part("MTP compute buffer", buffer, False, "one block and the head"),
     ]
 
 
