@@ -101,24 +101,23 @@ def fit(
 def _read(source: str, files: Files, settings: Settings) -> tuple[Weights, Beside]:
     """The model's weights, and what is loaded beside it: the files given, or those that the source would become."""
     from pocketquant.convert.sources import names_gguf
-    from pocketquant.fit import Beside, weights_of
-    from pocketquant.gguf_file.reading import read_header
+    from pocketquant.fit import Beside, tower_of, weights_of
     from pocketquant.quant import Choice, open_recipe
     from pocketquant.quant.choosing import DEFAULT_RECIPE
     from pocketquant.release.outputs import Opening, plan_outputs
 
-    mmproj_bytes = sum(item.nbytes for item in read_header(files.mmproj).tensors) if files.mmproj else 0
+    tower = tower_of(files.mmproj) if files.mmproj else None
     mtp = weights_of(files.mtp) if files.mtp else None
     if names_gguf(source) and files.recipe is None:
-        return weights_of(Path(source)), Beside(mmproj_bytes, mtp=mtp)
+        return weights_of(Path(source)), Beside(tower, mtp)
     parts = Opening().open(source)
     choice = Choice(open_recipe(files.recipe or DEFAULT_RECIPE))
     planned = {output.kind: output.plan for output in plan_outputs(parts, Path("model.gguf"), choice)}
-    if files.mmproj is None and "mmproj" in planned:
-        mmproj_bytes = sum(item.nbytes for item in planned["mmproj"].tensors)
+    if tower is None and "mmproj" in planned:
+        tower = tower_of(planned["mmproj"])
     if mtp is None and settings.draft and "mtp" in planned and parts.mtp is not None:
         mtp = weights_of(planned["mtp"], parts.mtp)
-    return weights_of(planned["model"], parts.model), Beside(mmproj_bytes, mtp=mtp)
+    return weights_of(planned["model"], parts.model), Beside(tower, mtp)
 
 
 def _show(found: Fit, weights: Weights, device: Device | None, *, json: bool) -> None:

@@ -6,6 +6,7 @@
 from pocketquant.fit.devices import Device, Figure, device_named, devices
 from pocketquant.fit.fitting import Beside, Fit, Speed, fit
 from pocketquant.fit.memory import Part, Settings, memory_parts
+from pocketquant.fit.vision import Tower, tower_of
 from pocketquant.fit.weights import Held, Weights, held, weights_of
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "Part",
     "Settings",
     "Speed",
+    "Tower",
     "Weights",
     "device_named",
     "devices",
     "fit",
     "held",
     "memory_parts",
+    "tower_of",
     "weights_of",
 ]

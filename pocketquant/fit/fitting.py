@@ -9,9 +9,11 @@ from typing import Any
 from pocketquant.errors import RecipeError
 from pocketquant.fit.devices import Device, bandwidth_shares
 from pocketquant.fit.memory import CELLS, Part, Settings, kv_bytes, memory_parts, state_bytes
+from pocketquant.fit.vision import Tower
 from pocketquant.fit.weights import Weights
 
 _SMALL_UBATCH, _SMALL_CONTEXT = 128, 4096
+_BACKENDS_OWN = {"compute buffer", "vision buffer", "MTP compute buffer"}
 _WIDE_CACHES = {"f32", "f16", "bf16"}
 _LEAST_TYPES = {"delta_alpha": 8.5, "delta_beta": 8.5}
 """Roles that lose too much below so many bits per weight, at any target size."""
@@ -72,13 +74,11 @@ class Beside:
     """What is loaded beside the model.
 
     Attributes:
-        mmproj_bytes: weights of a vision tower; 0 for none.
-        n_pixels: of an image that it looks at.
+        tower: a vision tower.
         mtp: a multi-token-prediction block in a file of its own.
     """
 
-    mmproj_bytes: int = 0
-    n_pixels: int = 1024 * 1024
+    tower: Tower | None = None
     mtp: Weights | None = None
 
 
@@ -136,13 +136,11 @@ def _adder(weights: Weights, device: Device | None, beside: Beside) -> _PartsAt:
 
     def parts_at(settings: Settings) -> tuple[Part, ...]:
         mtp = beside.mtp if settings.draft else None
-        parts = memory_parts(
-            weights, settings, cpu, mmproj_bytes=beside.mmproj_bytes, n_pixels=beside.n_pixels, mtp=mtp
-        )
+        parts = memory_parts(weights, settings, cpu, tower=beside.tower, mtp=mtp)
         if is_cpu:
             return parts
         note = "as on a CPU; this backend's own was not checked"
-        return tuple(replace(p, is_estimate=True, how=note) if p.name == "compute buffer" else p for p in parts)
+        return tuple(replace(p, is_estimate=True, how=note) if p.name in _BACKENDS_OWN else p for p in parts)
 
     return parts_at
 
@@ -184,7 +182,7 @@ def _changes(parts_at: _PartsAt, settings: Settings, limit: int, beside: Beside)
         yield f"{words}: then {total:,} bytes{', which fits' if total <= limit else ''}"
         if total <= limit:
             return
-    if beside.mmproj_bytes:
+    if beside.tower is not None:
         parts = parts_at(current)
         total -= sum(part.nbytes for part in parts if part.name.startswith("vision"))
         yield f"leave the vision tower out: then {total:,} bytes{', which fits' if total <= limit else ''}"

@@ -27,7 +27,6 @@ class Node:
         sources: what it is computed from, in ggml's order.
         view_of: the tensor whose memory it shares; never itself a view.
         in_place: whether the operator may write over an operand of the same layout.
-        is_input: filled before the computation, so allocated first.
         is_output: read after the computation, so never freed.
         is_external: lies in another buffer: weights, caches, and views of them.
     """
@@ -36,7 +35,6 @@ class Node:
     sources: tuple[Node, ...] = ()
     view_of: Node | None = None
     in_place: bool = False
-    is_input: bool = False
     is_output: bool = False
     is_external: bool = False
     is_strided: bool = False
@@ -158,3 +156,18 @@ class Graph:
         if owner.offset >= 0 and not owner.is_output:
             blocks.give_back(owner.offset, owner.nbytes)
             owner.offset = -1
+
+
+def new_input(*shape: int, item_bytes: int = F32_BYTES) -> Node:
+    """A tensor that is filled before the computation."""
+    return Node(shape, item_bytes=item_bytes)
+
+
+def op(shape: Shape, *sources: Node, item_bytes: int = F32_BYTES) -> Node:
+    """An operator that writes into memory of its own."""
+    return Node(shape, sources, item_bytes=item_bytes)
+
+
+def in_place(first: Node, *others: Node) -> Node:
+    """An operator that may write over one of its operands; its result has the shape of the first."""
+    return Node(first.shape, (first, *others), in_place=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pocketquant.architectures.table import ATTENTION, DELTA
 from pocketquant.errors import RecipeError
 from pocketquant.fit.compute import Batch, compute_buffer_bytes, mtp_buffer_bytes
+from pocketquant.fit.vision import RESERVED_SIDE, Tower, vision_buffer_bytes
 from pocketquant.fit.weights import REPACKED_ROWS, Held, Weights, held
 from pocketquant.formats import FORMATS
 
@@ -97,8 +98,7 @@ def memory_parts(
     settings: Settings,
     cpu: str,
     *,
-    mmproj_bytes: int = 0,
-    n_pixels: int = 0,
+    tower: Tower | None = None,
     mtp: Weights | None = None,
 ) -> tuple[Part, ...]:
     """All parts, largest first.
@@ -107,8 +107,7 @@ def memory_parts(
         weights: of the model's file.
         settings: how it is run.
         cpu: the kind of CPU, a key of `REPACKED_ROWS`; "none" where nothing is packed anew.
-        mmproj_bytes: weights of a vision tower that is loaded beside it; 0 for none.
-        n_pixels: pixels of an image, for the tower's buffers.
+        tower: a vision tower that is loaded beside it.
         mtp: a multi-token-prediction block in a file of its own, where one drafts.
     """
     kept = held(weights, cpu)
@@ -120,9 +119,11 @@ def memory_parts(
         Part("logits", weights.sizes["n_vocab"] * _F32 * settings.outputs, False, f"{settings.outputs} rows"),
         Part("runtime", runtime_bytes(weights, settings), True, "vocabulary, graph and cells, measured on x86 Linux"),
     ]
-    if mmproj_bytes:
-        parts.append(Part("vision tower", mmproj_bytes, False, "weights of the mmproj file"))
-        parts.append(Part("vision buffers", vision_buffer_bytes(n_pixels), True, f"an image of {n_pixels:,} pixels"))
+    if tower is not None:
+        flash = settings.flash_attention
+        buffer = vision_buffer_bytes(tower, flash_attention=flash)
+        parts.append(Part("vision tower", tower.nbytes, False, "weights of the mmproj file"))
+        parts.append(Part("vision buffer", buffer, False, f"set aside for {RESERVED_SIDE} x {RESERVED_SIDE} pixels"))
     if mtp is not None or settings.draft:
         parts += mtp_parts(weights, settings, mtp)
     return tuple(sorted((part for part in parts if part.nbytes), key=lambda part: -part.nbytes))
@@ -172,11 +173,6 @@ def runtime_bytes(weights: Weights, settings: Settings) -> int:
     """The runtime's own tables: vocabulary, description of the graph, positions of the cache's cells."""
     vocabulary = weights.n_tokens * _TOKEN_BYTES + weights.n_merges * _MERGE_BYTES
     return vocabulary + settings.cells * _CELL_BYTES + _GRAPH_BYTES
-
-
-def vision_buffer_bytes(n_pixels: int) -> int:
-    """An estimate of the tower's buffers: about 16 rows of f32 of 4,096 numbers for every patch of 16 x 16 pixels."""
-    return n_pixels // 256 * 16 * 4096 * _F32
 
 
 def mtp_parts(weights: Weights, settings: Settings, mtp: Weights | None) -> list[Part]:

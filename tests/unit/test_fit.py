@@ -7,16 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoint_maker import make_checkpoint
+from checkpoint_maker import make_checkpoint, mtp_weights_for, text_config, weights_for
 from llama_memory import MIB, Loaded, cpu_kind, hollow_gguf, loaded
 from typer.testing import CliRunner
+from vision_maker import make_vision_checkpoint
 
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
 from pocketquant.demo import checkpoint_dir
-from pocketquant.errors import RecipeError
-from pocketquant.fit import Settings, Weights, device_named, devices, fit, held, memory_parts, weights_of
+from pocketquant.errors import ArchitectureError, RecipeError
+from pocketquant.fit import (
+    Part,
+    Settings,
+    Weights,
+    device_named,
+    devices,
+    fit,
+    held,
+    memory_parts,
+    tower_of,
+    weights_of,
+)
+from pocketquant.fit.vision import vision_buffer_bytes
 from pocketquant.formats import FORMATS
+from pocketquant.quant import Choice
+from pocketquant.release.outputs import Opening, plan_outputs
 
 ROUNDING = 0.0051 * MIB
 """llama.cpp logs hundredths of a MiB."""
@@ -79,6 +94,74 @@ def test_weights_are_those_that_llama_maps_and_packs(recipe: str, tmp_path: Path
         for settings in SETTINGS[::5]:
             with loaded(file, weights=True) as runtime:  # weights that are there change nothing
                 assert_same(weights, runtime, settings)
+
+
+@pytest.fixture
+def with_mtp(tmp_path: Path) -> Path:
+    config = text_config(mtp_num_hidden_layers=1)
+    weights = weights_for(config) | mtp_weights_for(config)
+    return make_checkpoint(tmp_path / "mtp", weights=weights, mtp_num_hidden_layers=1)
+
+
+DRAFTING = [
+    Settings(4096, draft=2),
+    Settings(512, draft=1, flash_attention=False),
+    Settings(4096, draft=1, cache_type_k="q8_0", cache_type_v="q8_0"),
+]
+
+
+def test_drafting_takes_what_llama_allocates(with_mtp: Path, tmp_path: Path) -> None:
+    parts = Opening().open(str(with_mtp))
+    plans = {o.kind: o.plan for o in plan_outputs(parts, tmp_path / "m.gguf", Choice(open_recipe("q8_0")))}
+    model, block = weights_of(plans["model"], parts.model), weights_of(hollow_gguf(tmp_path / "b.gguf", plans["mtp"]))
+    with loaded(tmp_path / "b.gguf", has_mtp=True) as runtime:
+        for settings in DRAFTING:
+            assert_drafts(memory_parts(model, settings, "none", mtp=block), runtime, settings)
+    found = {part.name: part.nbytes for part in memory_parts(model, DRAFTING[0], "none", mtp=block)}
+    assert found["MTP weights"] == sum(item.nbytes for item in plans["mtp"].tensors)
+
+
+def test_a_block_in_the_models_file_is_counted_where_one_drafts(with_mtp: Path, tmp_path: Path) -> None:
+    model = open_model(with_mtp, mtp="embed")
+    planned = plan(model, open_recipe("q8_0"))
+    file = hollow_gguf(tmp_path / "m.gguf", planned)
+    weights = weights_of(file)
+    with loaded(file) as runtime:
+        assert_same(weights, runtime, Settings(4096))
+    with loaded(file, has_mtp=True) as runtime:
+        assert_same(weights, runtime, DRAFTING[0])
+        for settings in DRAFTING:
+            assert_drafts(memory_parts(weights, settings, "none"), runtime, settings)
+    names = {part.name for part in memory_parts(weights, Settings(), "none")}
+    assert not any("MTP" in name for name in names)
+    block = [part.nbytes for part in memory_parts(weights, DRAFTING[0], "none") if part.name == "MTP weights"]
+    assert block == [sum(item.nbytes for item in planned.tensors if item.tensor.layer == 4)]
+
+
+def assert_drafts(parts: tuple[Part, ...], runtime: Loaded, settings: Settings) -> None:
+    found = {part.name: part.nbytes for part in parts}
+    measured = runtime.measure(replace(settings, draft=0), drafts=True)
+    assert measured["RS"] == 0
+    assert found["MTP KV cache"] == pytest.approx(measured["KV"], rel=1e-4, abs=ROUNDING)
+    assert found["MTP compute buffer"] == pytest.approx(measured["compute"], rel=1e-4, abs=ROUNDING)
+
+
+def test_a_vision_tower_takes_what_llama_allocates(tmp_path: Path) -> None:
+    parts = Opening().open(str(make_vision_checkpoint(tmp_path / "vision")))
+    for recipe in ("q8_0", "bf16"):
+        outputs = plan_outputs(parts, tmp_path / "m.gguf", Choice(open_recipe(recipe)))
+        plans = {output.kind: output.plan for output in outputs}
+        model, mmproj = (hollow_gguf(tmp_path / f"{kind}.gguf", plans[kind]) for kind in ("model", "mmproj"))
+        tower = tower_of(mmproj)
+        assert tower == tower_of(plans["mmproj"])
+        assert tower.nbytes == sum(item.nbytes for item in plans["mmproj"].tensors)
+        with loaded(model, weights=True) as runtime:
+            for flash_attention in (True, False):
+                buffer = vision_buffer_bytes(tower, flash_attention=flash_attention)
+                measured = runtime.tower_buffer(mmproj, flash_attention=flash_attention)
+                assert buffer == pytest.approx(measured, rel=1e-4, abs=ROUNDING)
+    with pytest.raises(ArchitectureError, match="no vision tower"):
+        tower_of(model)
 
 
 def test_a_plan_says_what_its_file_says(tmp_path: Path) -> None:
