@@ -1,4 +1,4 @@
-"""The memory that a file takes when it runs, part by part, from its header alone.
+"""The memory that a file takes when it runs: weights, KV cache, state and buffers, from its header alone.
 
 Source: src/llama-kv-cache.cpp, src/llama-memory-recurrent.cpp, src/llama-hparams.cpp (`n_embd_r`, `n_embd_s`) and
 `output_reserve` of src/llama-context.cpp, of the llama.cpp in llama-cpp-python 0.3.36. What is called an estimate was
