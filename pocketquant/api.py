@@ -130,15 +130,24 @@ def make(
     Raises:
         PocketquantError: see `plan_release` and `make_release`; nothing in `out` has changed.
     """
-    from pocketquant.release.make import make_release
+    from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.release.make import list_outputs, make_release
     from pocketquant.release.planning import plan_release
 
     means, out = means or Means(), Path(out)
     parts = (opening or Opening()).open(source)
     with means.bars.steps("predicting") as advance:
         release = plan_release(source, choices, settings, parts=parts, progress=advance)
+    read = [source, *(text.path for text in release.settings.texts)]
+    read += _files_of([variant.choice for variant in release.variants])
+    refuse_overwriting(list_outputs(release, out), read, makes_folder=True)
     done = make_release(release, out, **vars(means))
     return Made(out, tuple(_made_file(entry, out) for entry in done["variants"]), done)
+
+
+def _files_of(choices: Sequence[Choice]) -> list[Path]:
+    """The statistics that files are rounded by, which are read while they are written."""
+    return [choice.statistics.path for choice in choices if choice.statistics is not None]
 
 
 def _made_file(entry: Mapping[str, Any], out: Path) -> MadeFile:
@@ -189,7 +198,8 @@ def quantize(
 
     opening, chosen, means = opening or Opening(), as_choice(choice), means or Means()
     outputs = plan_outputs(opening.open(source), Path(out), chosen, mmproj, split_bytes)
-    refuse_overwriting([path for _, path in all_files(outputs)], [source, opening.chat_template, opening.adapter])
+    read = [source, opening.chat_template, opening.adapter, *_files_of([chosen])]
+    refuse_overwriting([path for _, path in all_files(outputs)], read)
     write_outputs(outputs, means)
     return outputs
 
@@ -279,6 +289,7 @@ def imatrix(
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import hidden_beside, refuse_overwriting
     from pocketquant.release.outputs import as_gguf
+    from pocketquant.texts.calibration import CalibrationSettings
 
     how, means, out = settings or CollectSettings(), means or Means(), Path(out)
     refuse_overwriting([out], [source, text])
@@ -288,16 +299,13 @@ def imatrix(
             sums, _ = collect_importance(
                 gguf,
                 text,
-                context=how.context,
-                chunks=how.chunks,
-                threads=means.threads,
-                gpu_layers=means.gpu_layers,
-                seed=how.seed,
+                CalibrationSettings(how.context, how.chunks, means.threads, means.gpu_layers, how.seed),
                 state=state,
                 resume=how.resume,
                 progress=advance,
             )
-    write_sums(sums, out)
+        write_sums(sums, out)
+        state.unlink(missing_ok=True)
     return read_importance(out)
 
 

@@ -184,11 +184,11 @@ def _try_out(source: str, task: _Task, model: Model) -> Pace | None:
 
 
 def _say_cost(source: str, task: _Task) -> None:
-    from pocketquant.calibration.statistics_run import plan_calibration
+    from pocketquant.calibration.statistics_run import plan_statistics
     from pocketquant.convert.sources import open_model
 
     model = open_model(source)
-    calibration = plan_calibration(model, memory_bytes=task.memory_bytes)
+    calibration = plan_statistics(model, memory_bytes=task.memory_bytes)
     cost: dict[str, Any] = {
         "passes": len(calibration.passes),
         "memory_bytes": max(one.sum_bytes for one in calibration.passes),

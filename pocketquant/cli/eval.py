@@ -12,10 +12,10 @@ import typer
 from pocketquant.cli.cost import say_pace
 from pocketquant.cli.eval_vision import ImageOptions, eval_vision
 from pocketquant.cli.group import refuse_given
-from pocketquant.cli.options import Chunks, Compute, EvalTexts, Gguf, Talk, mode_panel, option
-from pocketquant.cli.screen import headed, print_json, set_document
+from pocketquant.cli.options import Chunks, EvalTexts, Gguf, Talk, mode_panel, option
+from pocketquant.cli.screen import set_document
 from pocketquant.cli.smoke import ChatOptions, smoke
-from pocketquant.cli.tasks import ReportOptions, TaskOptions, tasks
+from pocketquant.cli.tasks import Run, TaskOptions, tasks
 from pocketquant.cli.weights import weights
 
 if TYPE_CHECKING:
@@ -87,15 +87,6 @@ class ModeOptions:
     images: ImageOptions
 
 
-@dataclass(frozen=True)
-class Run:
-    """How it is run and what becomes of the result."""
-
-    report: ReportOptions
-    compute: Compute
-    talk: Talk
-
-
 def eval(
     gguf: Gguf,
     modes: Modes,
@@ -125,33 +116,16 @@ def eval(
     set_document(_DOCUMENT[mode])
     if mode == "--image":
         images = modes.image or []
-        eval_vision(
-            gguf,
-            images,
-            options=options.images,
-            context=context,
-            compute=run.compute,
-            out=run.report.out,
-            talk=run.talk,
-        )
+        eval_vision(gguf, images, options=options.images, context=context, run=run)
         return
     if reference is None:
         raise typer.BadParameter("name the full precision to compare with", param_hint="--reference")
     if mode == "--weights":
         weights(str(gguf), reference, run.talk)
     elif mode == "--tasks":
-        tasks(
-            gguf,
-            reference,
-            modes.tasks or "",
-            options=options.tasks,
-            context=context,
-            compute=run.compute,
-            report=run.report,
-            talk=run.talk,
-        )
+        tasks(gguf, reference, modes.tasks or "", options=options.tasks, context=context, run=run)
     elif mode == "--chats":
-        smoke(gguf, reference, options.chats, run.compute, run.report, run.talk)
+        smoke(gguf, reference, options.chats, run)
     else:
         _on_texts(gguf, Path(reference), modes, context or 512, options.text, run)
 
@@ -174,16 +148,13 @@ def _on_texts(gguf: Path, reference: Path, modes: Modes, context: int, options: 
     from pocketquant.eval.compare import SCORERS
     from pocketquant.eval.reference import open_reference
     from pocketquant.eval.report.markdown import to_markdown
-    from pocketquant.eval.tasks.compare import write_report
-    from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.pace import try_out
     from pocketquant.texts.embedded import read_texts
 
     if options.like not in SCORERS:
         raise typer.BadParameter(" or ".join(name for name in SCORERS if name), param_hint="--like")
     texts = read_texts(modes.text or [])
-    if run.report.out is not None:
-        refuse_overwriting([run.report.out], [gguf, reference, *(each.path for each in texts)])
+    run.refuse_overwriting(gguf, reference, *(each.path for each in texts))
 
     def measure(progress: Progress) -> Report:
         return compare(
@@ -202,18 +173,15 @@ def _on_texts(gguf: Path, reference: Path, modes: Modes, context: int, options: 
             reference_opener=partial(open_reference, head=options.head),
         )
 
-    if run.report.dry_run:
+    if run.dry_run:
         say_pace(try_out(measure), "windows", 0, run.talk)
         return
     with run.talk.steps(gguf.name, "windows", (1, 2) if modes.weights else None) as advance:
         report = measure(advance)
     if modes.weights:
         report = replace(report, tensors=_tensors(gguf, reference, run.talk))
-    if run.report.out is not None:
-        write_report(headed(report.to_json()), run.report.out)
-    if run.talk.json:
-        print_json(report.to_json())
-    else:
+    run.keep(report)
+    if not run.talk.json:
         print(to_markdown(report), end="")
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from pocketquant.cli.options import Compute, Gguf, ReportOut, Talk, mode_panel, option
-from pocketquant.cli.screen import headed, print_json, print_table
-from pocketquant.cli.tasks import TaskContext
+from pocketquant.cli.options import Gguf, mode_panel, option
+from pocketquant.cli.screen import print_table
+from pocketquant.cli.tasks import Run, TaskContext
 
 Images = Annotated[list[Path], option("--image", "FILE", "PNG or JPEG; once for each.")]
 _PANEL = mode_panel("--image")
@@ -36,33 +36,32 @@ def eval_vision(
     *,
     options: ImageOptions,
     context: TaskContext = None,
-    compute: Compute,
-    out: ReportOut = None,
-    talk: Talk,
+    run: Run,
 ) -> None:
     """Compare vision towers on images, as `eval --image`."""
-    from pocketquant.eval.tasks.compare import write_report
     from pocketquant.eval.vision import VisionSettings, compare_towers
-    from pocketquant.files.replacing import refuse_overwriting
 
     mmproj, reference = options.mmproj, options.reference_mmproj
     if mmproj is None or reference is None:
         missing = "--mmproj" if mmproj is None else "--reference-mmproj"
         raise typer.BadParameter("name both vision towers, the one to judge and full precision", param_hint=missing)
-    refuse_overwriting([out] if out else [], [gguf, mmproj, reference, *image])
-    with talk.steps(mmproj.name, "images") as advance:
+    if run.dry_run:
+        raise typer.BadParameter("says nothing with --image", param_hint="--dry-run")
+    settings = VisionSettings(
+        options.question, options.answer_tokens, context, run.compute.threads, run.compute.gpu_layers
+    )
+    run.refuse_overwriting(gguf, mmproj, reference, *image)
+    with run.talk.steps(mmproj.name, "images") as advance:
         report = compare_towers(
             gguf,
             mmproj,
             reference,
             image,
-            VisionSettings(options.question, options.answer_tokens, context, compute.threads, compute.gpu_layers),
+            settings,
             progress=advance,
         )
-    if out is not None:
-        write_report(headed(report.to_json()), out)
-    if talk.json:
-        print_json(report.to_json())
+    run.keep(report)
+    if run.talk.json:
         return
     rows = [
         [

@@ -69,19 +69,17 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
     from pocketquant.files.replacing import check_target, hidden_beside, refuse_overwriting
     from pocketquant.gguf_file.opening import open_gguf
     from pocketquant.pace import try_out
+    from pocketquant.texts.calibration import CalibrationSettings
 
     refuse_overwriting([out], [gguf, text, options.mtp_file])
+    settings = CalibrationSettings(options.context, options.chunks, compute.threads, compute.gpu_layers, options.seed)
 
     def collect(state: Path, progress: Progress, *, resume: bool) -> Any:
         return collect_importance(
             gguf,
             text,
+            settings,
             mtp=options.mtp_file,
-            context=options.context,
-            chunks=options.chunks,
-            threads=compute.threads,
-            gpu_layers=compute.gpu_layers,
-            seed=options.seed,
             state=state,
             resume=resume,
             progress=progress,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pocketquant.cli.group import Commands
+from pocketquant.cli.group import Command, Commands
 from pocketquant.cli.options import Json
 from pocketquant.cli.screen import print_json, print_table
 
@@ -15,7 +15,7 @@ recipe_app = typer.Typer(
 )
 
 
-@recipe_app.command("list")
+@recipe_app.command("list", cls=Command)
 def list_recipes(json: Json = False) -> None:
     """List the built-in recipes."""
     from pocketquant.quant import builtin_recipes, open_recipe
@@ -27,7 +27,7 @@ def list_recipes(json: Json = False) -> None:
         print_table(["recipe", "description"], [[recipe.name, recipe.description] for recipe in recipes])
 
 
-@recipe_app.command("show")
+@recipe_app.command("show", cls=Command)
 def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE.toml|from:FILE.gguf", help="Recipe to print as TOML.")],
 ) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What a pack holds."""
+    """What a pack holds, and how it is made."""
 
     context: Context = 512
     chunks: Chunks = None
@@ -30,6 +30,8 @@ class PackOptions:
     with_head: Annotated[
         bool, option("--with-head", "", "Put the output matrix into the pack, so that it needs no other file.")
     ] = False
+    resume: Resume = False
+    dry_run: CostOnly = False
 
 
 def reference(
@@ -39,8 +41,6 @@ def reference(
     *,
     options: PackOptions,
     compute: Compute,
-    resume: Resume = False,
-    dry_run: CostOnly = False,
     talk: Talk,
 ) -> None:
     """Keep what full precision says about texts, to compare with later."""
@@ -62,7 +62,7 @@ def reference(
         options.with_head,
         compute.threads,
         compute.gpu_layers,
-        resume and not dry_run,
+        options.resume and not options.dry_run,
     )
     plan = plan_reference(model, texts, settings)
     kept = plan.pack_bytes - plan.head_bytes
@@ -75,7 +75,7 @@ def reference(
     def make(path: Path, progress: Progress) -> Pack:
         return make_reference(model, texts, path, settings, progress=progress)
 
-    if dry_run:
+    if options.dry_run:
         with work_folder(check_target(out)) as folder:
             pace = try_out(lambda progress: make(folder / "trial.pqref", progress))
         say_pace(pace, "windows", plan.pack_bytes, talk, asdict(plan))

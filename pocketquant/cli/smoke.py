@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pocketquant.cli.options import Compute, Gguf, ReferenceGguf, Talk, mode_panel, option
-from pocketquant.cli.screen import headed, print_json, print_table
-from pocketquant.cli.tasks import ReportOptions, note_quantized
+from pocketquant.cli.options import Gguf, ReferenceGguf, mode_panel, option
+from pocketquant.cli.screen import print_json, print_table
+from pocketquant.cli.tasks import Run, note_quantized
 
 
 @dataclass(frozen=True)
@@ -24,36 +24,30 @@ def smoke(
     gguf: Gguf,
     reference: ReferenceGguf,
     options: ChatOptions,
-    compute: Compute,
-    report: ReportOptions,
-    talk: Talk,
+    run: Run,
 ) -> None:
     """Compare answers to a few chats, as `eval --chats`."""
-    from pocketquant.eval.tasks.compare import write_report
     from pocketquant.eval.tasks.smoke import PROMPTS, compare_smoke
-    from pocketquant.files.replacing import refuse_overwriting
 
-    refuse_overwriting([report.out] if report.out else [], [gguf, reference])
-    if report.dry_run:
+    run.refuse_overwriting(gguf, reference)
+    if run.dry_run:
         most = len(PROMPTS) * options.max_tokens
-        talk.say(f"{len(PROMPTS)} prompts; each model writes at most {most} tokens")
-        if talk.json:
+        run.talk.say(f"{len(PROMPTS)} prompts; each model writes at most {most} tokens")
+        if run.talk.json:
             print_json({"prompts": len(PROMPTS), "written_tokens": most}, of="plan")
         return
-    with talk.steps(gguf.name, "answers") as advance:
+    with run.talk.steps(gguf.name, "answers") as advance:
         found = compare_smoke(
             gguf,
             Path(reference),
             max_tokens=options.max_tokens,
-            threads=compute.threads,
-            gpu_layers=compute.gpu_layers,
+            threads=run.compute.threads,
+            gpu_layers=run.compute.gpu_layers,
             progress=advance,
         )
-    if report.out is not None:
-        write_report(headed(found.to_json()), report.out)
-    note_quantized(found, talk)
-    if talk.json:
-        print_json(found.to_json())
+    run.keep(found)
+    note_quantized(found, run.talk)
+    if run.talk.json:
         return
     count = len(found.answers)
     rows = [

@@ -37,11 +37,28 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
-class ReportOptions:
-    """Where the report goes, or whether only the cost is wanted."""
+class Run:
+    """How a comparison is run, and what becomes of the result."""
 
+    compute: Compute
+    talk: Talk
     out: ReportOut = None
     dry_run: CostOnly = False
+
+    def refuse_overwriting(self, *read: Path | str) -> None:
+        """Refuses a report in the place of what is read."""
+        from pocketquant.files import replacing
+
+        replacing.refuse_overwriting([self.out] if self.out else [], read)
+
+    def keep(self, report: Any) -> None:
+        """Writes the report where it is wanted, and prints it where JSON is."""
+        from pocketquant.eval.tasks.compare import write_report
+
+        if self.out is not None:
+            write_report(headed(report.to_json()), self.out)
+        if self.talk.json:
+            print_json(report.to_json())
 
 
 def tasks(
@@ -51,38 +68,32 @@ def tasks(
     *,
     options: TaskOptions,
     context: TaskContext = None,
-    compute: Compute,
-    report: ReportOptions,
-    talk: Talk,
+    run: Run,
 ) -> None:
     """Compare answers to benchmarks, as `eval --tasks`."""
-    from pocketquant.eval.tasks.compare import compare_on_tasks, count_cost, write_report
+    from pocketquant.eval.tasks.compare import compare_on_tasks, count_cost
     from pocketquant.eval.tasks.loading import TaskSettings
-    from pocketquant.files.replacing import refuse_overwriting
 
-    refuse_overwriting([report.out] if report.out else [], [gguf, reference])
+    run.refuse_overwriting(gguf, reference)
     settings = TaskSettings(
         names=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         include_path=options.include_path,
         limit=options.limit,
         num_fewshot=options.num_fewshot,
         context=context,
-        threads=compute.threads,
-        gpu_layers=compute.gpu_layers,
+        threads=run.compute.threads,
+        gpu_layers=run.compute.gpu_layers,
         uses_chat_template=options.chat,
     )
-    if report.dry_run:
-        _say_cost(count_cost(Path(reference), settings), talk)
+    if run.dry_run:
+        _say_cost(count_cost(Path(reference), settings), run.talk)
         return
-    with talk.steps(gguf.name, "items") as advance:
+    with run.talk.steps(gguf.name, "items") as advance:
         found = compare_on_tasks(gguf, Path(reference), settings, progress=advance)
-    if report.out is not None:
-        write_report(headed(found.to_json()), report.out)
-    if talk.json:
-        print_json(found.to_json())
-    else:
+    run.keep(found)
+    if not run.talk.json:
         _print_results(found)
-    _say_notes(found, talk)
+    _say_notes(found, run.talk)
 
 
 def _say_cost(cost: Any, talk: Talk) -> None:

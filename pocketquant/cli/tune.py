@@ -52,12 +52,11 @@ def tune(
 
     By runs of the whole model, forwards and backwards (extra `curvature`: torch, transformers).
     """
-    from pocketquant.calibration.imatrix import SELF
-    from pocketquant.calibration.statistics_run import cut_texts
     from pocketquant.calibration.torch_layers import require_torch
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.texts.calibration import SELF, CalibrationSettings, cut_texts
     from pocketquant.tuning.tune import check_file
 
     texts = training.text or [str(text_path("calibration"))]
@@ -70,7 +69,8 @@ def tune(
         n_codes = 0
     if not dry_run:
         require_torch()  # before the texts are read
-    windows, about = cut_texts(file, texts, training.context, training.chunks, compute.threads, 0, training.seed)
+    settings = CalibrationSettings(training.context, training.chunks, compute.threads, seed=training.seed)
+    windows, about, _ = cut_texts(file, texts, settings)
     tokens = windows.size + training.sampled * training.context
     disk = 4 * tokens * model.sizes["n_embd"] + 8 * n_codes
     talk.say(

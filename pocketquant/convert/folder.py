@@ -3,7 +3,7 @@
 A folder is listed once and every entry accounted for: what is not read is named in a note, with the reason. Which files
 make the model is decided as transformers 5.24 does (`modeling_utils.py` `_get_resolved_checkpoint_files`,
 `tokenization_utils_base.py` `from_pretrained`), as PEFT 0.21 (`utils/save_and_load.py`) and huggingface_hub name them.
-docs/guide/model-folder.md shows `KINDS` to people.
+docs/explain/model-folder.md shows `KINDS` to people.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every command of the guides: understood by the command line, and run, on a small model in the large one's place.
+"""Every command of the guides and explanations: understood by the command line, and run, on a small model.
 
 Names and sizes are the guides' own, but for sizes that a small model cannot have. What needs a network, torch, a
 cluster or another program is only checked for its options, with the reason in `NOT_RUN`.
@@ -30,7 +30,8 @@ except ImportError:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+PAGES = [*GUIDES, ROOT / "docs/fit.md", *sorted((ROOT / "docs/explain").glob("*.md"))]
 NOT_RUN = {
     "Qwen/Qwen3.5-4B": "asks a hub",
     "arc_easy": "asks a hub for the tasks' data",
@@ -40,12 +41,12 @@ NOT_RUN = {
     "pocketquant tune": "needs torch",
     "my.stats": "needs the statistics of a run with torch",
     "0.8b.stats": "the same",
-    "eval-vision": "needs pictures; tests/e2e/test_eval_vision.py draws some",
-    "sensitivity 4b-bf16.gguf": "minutes; tests/e2e/test_sensitivity_cli.py runs it",
-    "sensitivity my-model --text other.txt --groups 6 --out": "minutes; tests/e2e/test_sensitivity_cli.py runs it",
+    "with-gradients.stats": "the same",
+    "--image": "needs pictures; tests/e2e/test_eval_vision.py draws some",
+    "--sensitivity --text other.txt --groups 6 --out": "minutes; tests/e2e/test_sensitivity_cli.py runs it",
     "--sensitivity my.toml": "needs the file of that run",
     "pocketquant doctor": "examines the machine; tests of its own run it",
-    "pocketquant smoke": "writes long answers; tests/e2e/test_tasks.py runs it",
+    "--chats": "writes long answers; tests/e2e/test_tasks.py runs it",
 }
 """Part of a command -> why it is not run here."""
 SHORTER = {
@@ -60,10 +61,11 @@ SENTENCES = "The river is wide here, and slow. Boats pass under the bridge; nobo
 
 def commands_of(page: Path) -> list[str]:
     """The commands of a page that are spelled out: no `[options]` in brackets, no list of several commands."""
-    found = []
+    found, is_fenced = [], False
     for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-        match = re.match(r"(?:    )?(?:\.pq/bin/)?(pocketquant [a-z].*?)(?:\s+#.*)?$", line)
-        if match and " | " not in match[1]:
+        is_fenced ^= line.startswith("```")
+        match = re.match(r" *(?:\.pq/bin/)?(pocketquant [a-z].*?)(?:\s+#.*)?$", line)
+        if match and (is_fenced or line.startswith("    ")) and " | " not in match[1]:
             found.append(re.sub(r" \[--[^\]]*\]", "", match[1]))
     return found
 
@@ -94,7 +96,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def world(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the guides take for granted."""
     monkeypatch.chdir(tmp_path)
-    for name in ("Qwen3.5-4B", "my-model", "my-finetune"):
+    for name in ("Qwen3.5-4B", "my-model", "my-finetune", "SRC"):
         (tmp_path / name).symlink_to(files["checkpoint"])
     shutil.copytree(files["lora"], tmp_path / "my-lora")
     kinds = {"BF16": "bf16", "F32": "f32", "Q4_K_M": "q4_k_m", "Q4": "q4_k_m"}
@@ -104,7 +106,7 @@ def world(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copy(files["q8_0"], tmp_path / "Qwen3.5-4B.gguf")
     for name, kind in {"ref": "f32", "a": "q4_k_m", "b": "q8_0", "candidate": "q4_k_m", "model": "q8_0"}.items():
         shutil.copy(files[kind], tmp_path / f"{name}.gguf")
-    for i, name in enumerate(("text", "broad", "book", "prose", "code", "calibration", "some-text", "other")):
+    for i, name in enumerate(("text", "broad", "book", "prose", "code", "calibration", "some-text", "other", "notes")):
         (tmp_path / f"{name}.txt").write_text(f"{name} {i}\n" + SENTENCES * (16 + i))
     turns = '{"messages": [{"role": "user", "content": "%s"}]}\n' % ("hello there " * 60)
     (tmp_path / "chat.jsonl").write_text(turns * 4)
@@ -125,6 +127,23 @@ def shortened(words: list[str]) -> list[str]:
     if "domains" in words and words[0] == "eval":
         extra = ["--chunks", "1"]
     return words + [word for word in extra if word not in words]
+
+
+def test_a_command_is_one_that_is_set_apart(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "pocketquant is prose\n\n    pocketquant inspect a  # why\n\n```sh\npocketquant check b \\\n  --json\n```\n"
+    )
+    assert commands_of(page) == ["pocketquant inspect a", "pocketquant check b    --json"]
+
+
+def test_the_guides_have_commands() -> None:
+    assert {page.stem for page in GUIDES if len(commands_of(page)) > 4} >= {
+        "README",
+        "gate-in-ci",
+        "least-loss",
+        "make-my-file",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -170,7 +189,7 @@ def _existing(word: str, world: Path) -> str:
 
 def test_the_limits_of_the_guide_can_be_held_against_its_own_pack(world: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    page = ROOT / "docs/guide/in-ci.md"
+    page = ROOT / "docs/guide/gate-in-ci.md"
     for command in commands_of(page)[:2]:
         words, target = words_of(command)
         result = CliRunner().invoke(app, words)
@@ -178,7 +197,7 @@ def test_the_limits_of_the_guide_can_be_held_against_its_own_pack(world: Path) -
         if target:
             (world / target).write_text(result.stdout, encoding="utf-8")
     [block] = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    limits = parse_limits(tomllib.loads(block), "in-ci.md")
+    limits = parse_limits(tomllib.loads(block), page.name)
     report = read_report(world / "report.json")
     assert len(decide(report, limits, report).decisions) >= len(limits.absolute) + len(limits.baseline)
 

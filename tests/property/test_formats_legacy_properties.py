@@ -21,7 +21,7 @@ NAMES = list(BOUNDS)
 def weights(draw: st.DrawFn, n_cols: int = 512) -> F32Array:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows = rng.standard_t(draw(st.sampled_from([2.5, 4, 100])), (draw(st.integers(1, 5)), n_cols))
-    rows *= 2.0 ** draw(st.integers(-14, 10))
+    rows = np.clip(rows * 2.0 ** draw(st.integers(-14, 10)), -3e4, 3e4)  # a rare weight is beyond what Q5_1 can hold
     rows += draw(st.sampled_from([0.0, 0.0, 1.0])) * np.abs(rows).max()
     if draw(st.booleans()):
         rows[:, rng.integers(0, n_cols, 8)] = 0.0

@@ -306,7 +306,7 @@ def test_the_sidecars_of_a_source_do_not_say_it_again(tmp_path: Path) -> None:
 
 
 def test_the_guide_lists_every_kind_of_file() -> None:
-    guide = (ROOT / "docs/guide/model-folder.md").read_text()
+    guide = (ROOT / "docs/explain/model-folder.md").read_text()
     for kind in KINDS:
         patterns = " ".join(f"`{pattern}`" for pattern in kind.patterns)
         assert f"| {patterns} | {kind.what} | {kind.done} |" in guide, kind.patterns

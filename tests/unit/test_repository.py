@@ -16,8 +16,6 @@ except ImportError:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-AWAITED = {"docs/add-a-format.md"}
-"""Pages that others name already, and that are still to be written."""
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -80,16 +78,40 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links_of(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     lost = []
     for page in pages:
-        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        for target in links_of(page):
             path, _, anchor = target.partition("#")
             found = (page.parent / path).resolve() if path else page
-            if ":" in path or found in {(ROOT / name).resolve() for name in AWAITED}:
+            if ":" in path:
                 continue
             if not found.exists() or (anchor and anchor not in anchors_of(found)):
                 lost.append(f"{page.relative_to(ROOT)}: {target}")
     assert len(pages) > 20
+    assert not lost
+
+
+def test_the_first_page_of_the_documentation_leads_to_every_page() -> None:
+    first = ROOT / "docs/README.md"
+    linked = {(first.parent / target.partition("#")[0]).resolve() for target in links_of(first)}
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"} - {first}
+    assert pages <= linked, sorted(str(page.relative_to(ROOT)) for page in pages - linked)
+
+
+def test_files_that_pages_name_exist() -> None:
+    """But for decisions and experiments, which tell what was."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/guide").glob("*.md")]
+    pages += (ROOT / "docs/explain").glob("*.md")
+    lost = []
+    for page in sorted({*pages} - {ROOT / "docs/experiments.md", ROOT / "CHANGELOG.md"}):
+        named = re.findall(
+            r"`((?:pocketquant|tests|tools|benchmarks|docs)/[\w/.-]+)`", page.read_text(encoding="utf-8")
+        )
+        lost += [f"{page.relative_to(ROOT)}: {name}" for name in named if not (ROOT / name).exists()]
     assert not lost
