@@ -1,4 +1,4 @@
-"""Layouts of other tools' GGUF files that neither llama.cpp nor this program reads, told by keys and names."""
+"""Layouts of other tools' GGUF files that neither llama.cpp nor this program reads, recognized by keys and names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLAIN_GATES = ("silu", "swish")
 
 
 def foreign_layout(architecture: str, metadata: Mapping[str, Value], names: Collection[str]) -> str:
-    """What a text model's file is where it is none that llama.cpp runs; "" where nothing says so.
+    """Describes the layout of a text model's file that llama.cpp does not run; "" for any other file.
 
     Args:
         architecture: `general.architecture`.
