@@ -21,8 +21,8 @@ def foreign_layout(architecture: str, metadata: Mapping[str, Value], names: Coll
     folded = next((key for key in metadata if key.startswith("prism.")), None)
     if folded is not None:
         return (
-            f"its weights are folded by a Hadamard rotation ({folded}): PrismML's fork of llama.cpp turns the "
-            "activations likewise, every other program computes nonsense from them; take the unfolded checkpoint"
+            f"its weights are folded by a Hadamard rotation ({folded}): PrismML's fork of llama.cpp rotates the "
+            "activations too, and every other program computes nonsense; take the unfolded checkpoint"
         )
     signs = []
     heads = metadata.get(f"{architecture}.attention.head_count_kv")
