@@ -31,8 +31,8 @@ class TextOptions:
 
 def compare(
     command_line: typer.Context,
-    first: Annotated[Path, typer.Argument(metavar="A.gguf", help="A GGUF.")],
-    second: Annotated[Path, typer.Argument(metavar="B.gguf", help="Another of the same model.")],
+    first: Annotated[Path, typer.Argument(metavar="A.gguf", help="The first GGUF.")],
+    second: Annotated[Path, typer.Argument(metavar="B.gguf", help="The second GGUF, of the same model.")],
     *,
     options: TextOptions,
     compute: Compute,
@@ -40,14 +40,14 @@ def compare(
 ) -> None:
     """Set two GGUF files side by side: types, bytes, metadata, weights.
 
-    With --text also how far they diverge on it, in both directions.
+    With --text, it also measures the KL divergence between them, in both directions.
     """
     from pocketquant.eval.difference import find_differences, measure_both_ways
     from pocketquant.texts.embedded import read_texts
 
     directions = None
     if options.text is None:
-        refuse_given(command_line, _WITH_TEXT, "goes with --text")
+        refuse_given(command_line, _WITH_TEXT, "is used only with --text")
     else:
         texts = read_texts(options.text)
         with talk.steps("divergence", "windows", (1, 2)) as advance:

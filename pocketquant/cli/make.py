@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Recipes = Annotated[
     list[str] | None,
-    option("--recipe -r", "NAME|FILE", "One file each; may be repeated; `make` takes pocket_4bit and q8_0 by default."),
+    option("--recipe -r", "NAME|FILE", "Recipe of a file; may be repeated; default of `make`: pocket_4bit and q8_0."),
 ]
 
 
@@ -50,7 +50,8 @@ class Measured:
 
     text: EvalTexts = None
     imatrix: Annotated[
-        str | None, option("--imatrix", "FILE|none", "Importance matrix; default: one is made and kept.")
+        str | None,
+        option("--imatrix", "FILE|none", "Importance matrix to round by, or none; default: one is made and kept."),
     ] = None
     stats: Stats = None
     chunks: Chunks = None
@@ -59,10 +60,20 @@ class Measured:
     positions: Positions = False
     rounding: RoundingSteps = None
     calibrate: Annotated[
-        str | None, option("--calibrate", "FILE|self", "Text to make it from; self: the model writes it.", ADVANCED)
+        str | None,
+        option(
+            "--calibrate", "FILE|self", "Text to make the importance matrix from; self: the model writes it.", ADVANCED
+        ),
     ] = None
     calibrate_chunks: Annotated[
-        int | None, option("--calibrate-chunks", "N", "Windows of it; default 128, self 16.", ADVANCED, min=1)
+        int | None,
+        option(
+            "--calibrate-chunks",
+            "N",
+            "Windows to make the importance matrix from; default: 128, of self 16.",
+            ADVANCED,
+            min=1,
+        ),
     ] = None
     reference_type: ReferenceType = "f32"
     threads: Threads = None
@@ -89,7 +100,7 @@ class Measured:
         if self.imatrix is not None and (self.calibrate is not None or self.calibrate_chunks is not None):
             raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
         if self.reference_type not in ("f32", "bf16"):
-            raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
+            raise typer.BadParameter("must be f32 or bf16", param_hint="--reference-type")
         return ReleaseSettings(
             texts=tuple(read_texts(self.text)) if self.text else (),
             context=self.context,

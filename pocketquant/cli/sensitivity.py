@@ -26,10 +26,10 @@ class Runs:
     """The runs that measure."""
 
     text: Annotated[
-        list[str] | None, option("--text", "FILE", "UTF-8 text, several times for several; default: embedded.")
+        list[str] | None, option("--text", "FILE", "UTF-8 text; may be repeated; default: the embedded text.")
     ] = None
     context: TrainingContext = 512
-    chunks: Annotated[int, option("--chunks", "N", "Most windows of each text to take.", min=1)] = 32
+    chunks: Annotated[int, option("--chunks", "N", "Use at most this many windows of each text.", min=1)] = 32
     resume: Resume = False
     dry_run: CostOnly = False
 
@@ -38,34 +38,46 @@ class Runs:
 class SensitivityOptions:
     """Measured by runs, or predicted from statistics."""
 
-    stats: Annotated[Path | None, option("--stats", "FILE", "Predict from statistics instead of running.", _PANEL)] = (
-        None
-    )
+    stats: Annotated[
+        Path | None, option("--stats", "FILE", "Predict from these statistics, in place of running the model.", _PANEL)
+    ] = None
     rounding: Annotated[
         str | None, option("--rounding", "STEPS", "With --stats: how the file will be rounded.", _PANEL)
     ] = None
     thorough: Annotated[
-        bool, option("--thorough", "", "With --stats: run the rounder for every type, not for one of seven.", _PANEL)
+        bool,
+        option(
+            "--thorough",
+            "",
+            "With --stats: round each tensor in every type, in place of estimating most from one.",
+            _PANEL,
+        ),
     ] = False
     recalibrate: Annotated[
-        bool, option("--recalibrate", "", "With --stats: correct every role by one run of it.", _PANEL)
+        bool,
+        option("--recalibrate", "", "With --stats: correct each role's prediction by one run of the model.", _PANEL),
     ] = False
     groups: Annotated[
-        int | None, option("--groups", "N", "Groups of layers of a role; default: every layer.", _PANEL, min=1)
+        int | None,
+        option(
+            "--groups", "N", "Measure a role in so many groups of layers; default: each layer by itself.", _PANEL, min=1
+        ),
     ] = None
 
     def check(self) -> None:
         """Refuses what does not go together."""
         if self.groups is not None and self.stats is not None:
-            raise typer.BadParameter("is for measuring; leave out --stats or it", param_hint="--groups")
+            raise typer.BadParameter(
+                "is used only without --stats, which predicts and does not measure", param_hint="--groups"
+            )
         if self.stats is not None:
             return
         if self.recalibrate:
-            raise typer.BadParameter("corrects predictions: needs --stats", param_hint="--recalibrate")
+            raise typer.BadParameter("corrects predictions, so it needs --stats", param_hint="--recalibrate")
         if self.rounding is not None:
             raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
         if self.thorough:
-            raise typer.BadParameter("is about predictions: needs --stats", param_hint="--thorough")
+            raise typer.BadParameter("is about predictions, so it needs --stats", param_hint="--thorough")
 
 
 def sensitivity(
@@ -78,7 +90,7 @@ def sensitivity(
 ) -> None:
     """Measure what rounding costs, as `calibrate --sensitivity`.
 
-    With --stats it is predicted, for every tensor and type.
+    With --stats the cost is predicted, for every tensor and type.
     """
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
@@ -187,7 +199,7 @@ def _predict(task: _Task, stats: Path) -> None:
 
     rounding = task.options.rounding
     if rounding not in (None, "none", *STEPS):
-        raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")
+        raise typer.BadParameter(f"must be one of none, {', '.join(STEPS)}", param_hint="--rounding")
     model, statistics = open_model(task.source), open_statistics(stats)
     steps = None if rounding == "none" else STEPS[rounding or "two-sided"]
     with task.talk.steps("predicting", "tensors") as advance:

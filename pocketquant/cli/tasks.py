@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from pocketquant.eval.tasks.paired import Paired
     from pocketquant.eval.tasks.smoke import SmokeReport
 
-TaskNames = Annotated[str, option("--tasks", "NAME,…", "Tasks of lm-evaluation-harness or of --include-path.")]
+TaskNames = Annotated[
+    str, option("--tasks", "NAME,…", "Tasks of lm-evaluation-harness, or your own in --include-path.")
+]
 TaskContext = Annotated[
     int | None, option("--context", "N", "Tokens of a prompt and its answer; default: 4096.", min=8)
 ]
@@ -31,9 +33,11 @@ class TaskOptions:
     include_path: Annotated[
         Path | None, option("--include-path", "DIR", "Folder with YAML task files of your own.", _PANEL)
     ] = None
-    limit: Annotated[int | None, option("--limit", "N", "Only the first N items of each task.", _PANEL, min=1)] = None
+    limit: Annotated[int | None, option("--limit", "N", "Ask only the first N items of each task.", _PANEL, min=1)] = (
+        None
+    )
     num_fewshot: Annotated[
-        int | None, option("--num-fewshot", "K", "Examples before each question.", _PANEL, min=0)
+        int | None, option("--num-fewshot", "K", "Solved examples in front of each question.", _PANEL, min=0)
     ] = None
     chat: Annotated[bool, option("--chat", "", "Put each prompt into the model's chat template.", _PANEL)] = False
 

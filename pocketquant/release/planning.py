@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketquant.calibration.imatrix import SELF
 from pocketquant.convert.sources import Parts, names_gguf, open_parts
 from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
@@ -23,6 +22,7 @@ from pocketquant.quant import Choice, Importance, Recipe, plan, with_figures
 from pocketquant.quant.choosing import as_choice
 from pocketquant.quant.planning import importance_gaps
 from pocketquant.release.outputs import plan_sidecars
+from pocketquant.texts.calibration import SELF
 from pocketquant.texts.corpus import Text, read_text
 from pocketquant.texts.embedded import PACKAGE, read_texts
 
