@@ -126,17 +126,20 @@ class _Task:
 @contextmanager
 def _running(task: _Task) -> Iterator[ModelRuns]:
     """Runs of the source; what they need on disk is deleted at the end, the results only where all went well."""
-    from pocketquant.convert.sources import open_model
+    from pocketquant.convert.sources import names_gguf, open_model
     from pocketquant.eval.compare import compare
     from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding, work_folder
     from pocketquant.files.reading import sha256_of
     from pocketquant.files.replacing import check_target, hidden_beside
     from pocketquant.gguf_file.writing import write
+    from pocketquant.llama.library import check_loadable
     from pocketquant.quant import open_recipe, plan
     from pocketquant.quant.measuring import Runs as ModelRuns
     from pocketquant.texts.corpus import Text
 
+    if names_gguf(task.source):
+        check_loadable(Path(task.source))  # by its own name, not by that of the copy that would be run
     state = hidden_beside(task.out, "runs.json")
     texts = [Text(f"{n} {path.stem}", path) for n, path in enumerate(task.texts)]
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pocketquant.cli.options import Compute, CostOnly, Gguf, ReferenceGguf, ReportOut, Talk, mode_panel, option
 from pocketquant.cli.screen import headed, print_json, print_table
+from pocketquant.cli.streams import keep_elsewhere
+from pocketquant.errors import OutputError
 
 if TYPE_CHECKING:
     from pocketquant.eval.tasks.compare import TasksReport
@@ -57,10 +59,16 @@ class Run:
 
     def keep(self, report: Any) -> None:
         """Writes the report where it is wanted, and prints it where JSON is."""
-        from pocketquant.eval.tasks.compare import write_report
+        from pocketquant.eval.tasks.compare import report_text, write_report
 
         if self.out is not None:
-            write_report(headed(report.to_json()), self.out)
+            document = headed(report.to_json())
+            try:
+                write_report(document, self.out)
+            except OutputError as error:  # hours of work are not lost to a disk that filled up meanwhile
+                kept = keep_elsewhere(report_text(document))
+                where = f"the report is kept in {kept}" if kept else "nor could the report be kept elsewhere"
+                raise OutputError(f"{error}; {where}") from error
         if self.talk.json:
             print_json(report.to_json())
 

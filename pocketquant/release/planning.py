@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketquant.convert.sources import Parts, open_parts
+from pocketquant.convert.sources import Parts, names_gguf, open_parts
 from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.gguf_file.header import file_name
 from pocketquant.gguf_file.shards import check_whole, split_plan
-from pocketquant.llama.library import require_runtime
+from pocketquant.llama.library import check_loadable, require_runtime
 from pocketquant.model import Model, Plan
 from pocketquant.quant import Choice, Importance, Recipe, plan, with_figures
 from pocketquant.quant.choosing import as_choice
@@ -168,6 +168,8 @@ def plan_release(
         RecipeError: two of the files would have one name, or the choices name several importance matrices.
     """
     require_runtime()
+    if parts is None and names_gguf(source):
+        check_loadable(Path(source))  # by its own name, not by that of the reference that would be made of it
     asked = [as_choice(each) for each in choices]
     settings = settings or ReleaseSettings()
     importance = _common_importance(asked, settings)
