@@ -20,7 +20,7 @@ LAYERS = [
     {"gguf_file"},
     {"llama", "demo"},
     {"texts"},
-    {"cluster", "convert", "calibration", "check", "eval"},
+    {"cluster", "convert", "calibration", "check", "eval", "fit"},
     {"quant"},
     {"tuning"},
     {"release", "doctor"},
