@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Where:
     """What it is to run on."""
 
-    device: Annotated[str | None, option("--device", "NAME", "One of `fit --devices`.")] = None
-    memory: Annotated[str | None, option("--memory", "SIZE", "What may be used: 6GB, 4096MiB.")] = None
+    device: Annotated[str | None, option("--device", "NAME", "Device, one of those that `fit --devices` lists.")] = None
+    memory: Annotated[str | None, option("--memory", "SIZE", "Memory that may be used: 6GB, 4096MiB.")] = None
     devices: Annotated[bool, option("--devices", "", "List the devices, with the source of each figure.")] = False
 
 
@@ -29,12 +29,12 @@ class Run:
     """How it is to be run."""
 
     context: Annotated[int, option("--context -c", "N", "Tokens of context, of all sequences together.", min=1)] = 4096
-    cache_type: Annotated[str, option("--cache-type", "TYPE", "Of the KV cache: f16, q8_0, ...")] = "f16"
+    cache_type: Annotated[str, option("--cache-type", "TYPE", "Number format of the KV cache: f16, q8_0, ...")] = "f16"
     ubatch: Annotated[int, option("--ubatch-size", "N", "Tokens computed together.", ADVANCED, min=1)] = 512
     outputs: Annotated[
         int, option("--outputs", "N", "Tokens of a batch that get logits; 512 in llama-cpp-python.", ADVANCED, min=1)
     ] = 1
-    sequences: Annotated[int, option("--sequences", "N", "Sequences kept apart.", ADVANCED, min=1)] = 1
+    sequences: Annotated[int, option("--sequences", "N", "Number of separate sequences.", ADVANCED, min=1)] = 1
     flash_attention: Annotated[
         bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.", rich_help_panel=ADVANCED)
     ] = True
@@ -51,7 +51,8 @@ class Files:
         None
     )
     mmproj: Annotated[
-        Path | None, option("--mmproj-file", "GGUF", "Vision tower loaded beside it.", ADVANCED, exists=True)
+        Path | None,
+        option("--mmproj-file", "GGUF", "Vision tower that is loaded beside the model.", ADVANCED, exists=True),
     ] = None
     mtp: Annotated[Path | None, option("--mtp-file", "GGUF", "MTP block to draft with.", ADVANCED, exists=True)] = None
 
@@ -66,7 +67,7 @@ def fit(
 ) -> None:
     """Say whether a file fits a device, at which context, how fast.
 
-    From the header of a GGUF, or from the plan of the file that a checkpoint would become; no weights are read. Exit
+    It reads the header of a GGUF, or plans the file that a checkpoint would become. No weights are read. Exit
     code 1 if it does not fit.
     """
     from pocketquant.fit import Settings, device_named
