@@ -46,6 +46,7 @@ _IMPORT_SECONDS = 5.0
 """How long an interrupt waits for the end of an import that it came in; a second or less on a machine at rest."""
 
 _interrupted_at: float | None = None
+_interrupted_by = signal.SIGINT.value
 _waiting_since: float | None = None
 
 
@@ -58,8 +59,8 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
     Libraries take what is raised in an import for something that is missing, and some go on without it.
     """
-    global _interrupted_at, _waiting_since
-    now = time.monotonic()
+    global _interrupted_at, _interrupted_by, _waiting_since
+    now, _interrupted_by = time.monotonic(), signal_number
     if _interrupted_at is None and _is_importing(frame):
         _waiting_since = _waiting_since or now
         if now - _waiting_since < _IMPORT_SECONDS:
@@ -83,7 +84,8 @@ def _raise_again(unraisable: UnraisableHookArgs) -> None:
 
 
 def _raise_soon() -> None:
-    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    """The signal that came, not another in its place: a shell has what it starts with `&` ignore SIGINT."""
+    timer = threading.Timer(0.05, signal.raise_signal, [_interrupted_by])
     timer.daemon = True
     timer.start()
 

@@ -40,6 +40,8 @@ class Command(TyperCommand):
                 formatter.write_dl([_spelled(each, ctx) for each in options])
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        if not ctx.resilient_parsing:
+            _refuse_empty(args)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             for panel, options in panels_of(self, self.params):
@@ -128,6 +130,19 @@ def refuse_given(context: Any, names: Iterable[str], why: str) -> None:
         source = context.get_parameter_source(parameter.name)
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(why, param_hint=spellings(parameter)[-1])
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuses words with nothing in them, which would be taken for an option that was not given, or for this folder.
+
+    Raises:
+        typer.BadParameter: there is one; most often a variable of the shell that is not set.
+    """
+    for before, word in zip(("", *words), words, strict=False):
+        name = before if not word else word.removesuffix("=")
+        if not word or (word.startswith("--") and word.endswith("=")):
+            place = name if name.startswith("-") else None
+            raise typer.BadParameter("nothing is given; is a variable of the shell empty?", param_hint=place)
 
 
 def _name_of(panel: str) -> str:

@@ -66,6 +66,10 @@ class SensitivityOptions:
 
     def check(self) -> None:
         """Refuses what does not go together."""
+        from pocketquant.quant.rounding.encoding import STEPS
+
+        if self.rounding not in (None, "none", *STEPS):
+            raise typer.BadParameter(f"must be one of none, {', '.join(STEPS)}", param_hint="--rounding")
         if self.groups is not None and self.stats is not None:
             raise typer.BadParameter(
                 "is used only without --stats, which predicts and does not measure", param_hint="--groups"
@@ -100,13 +104,12 @@ def sensitivity(
     options.check()
     texts = tuple(Path(text) for text in runs.text or [str(text_path("calibration"))])
     task = _Task(source, out, texts, runs, options, compute, talk)
-    if runs.dry_run:
-        _say_cost(task)
-        return
     if options.stats is None or options.recalibrate:  # before hours of work
         for path in texts:
             read_text(path)
-    if options.stats is None:
+    if runs.dry_run:
+        _say_cost(task)
+    elif options.stats is None:
         _measure(task)
     else:
         _predict(task, options.stats)
@@ -198,8 +201,6 @@ def _predict(task: _Task, stats: Path) -> None:
     from pocketquant.quant.rounding.encoding import STEPS
 
     rounding = task.options.rounding
-    if rounding not in (None, "none", *STEPS):
-        raise typer.BadParameter(f"must be one of none, {', '.join(STEPS)}", param_hint="--rounding")
     model, statistics = open_model(task.source), open_statistics(stats)
     steps = None if rounding == "none" else STEPS[rounding or "two-sided"]
     with task.talk.steps("predicting", "tensors") as advance:
@@ -226,12 +227,15 @@ def _predict(task: _Task, stats: Path) -> None:
 
 
 def _say_cost(task: _Task) -> None:
+    from pocketquant.calibration.statistics import open_statistics
     from pocketquant.convert.sources import open_model
     from pocketquant.quant import open_recipe, plan
     from pocketquant.quant.measuring import count_runs, list_groups
 
     model = open_model(task.source)
     options = task.options
+    if options.stats is not None:
+        open_statistics(options.stats)
     runs = len(list_groups(model, 1)) * options.recalibrate if options.stats else count_runs(model, options.groups)
     nbytes = 2 * plan(model, open_recipe("f32")).file_bytes if runs else 0
     cost: dict[str, Any] = {"runs": runs, "windows": runs * task.runs.chunks * len(task.texts), "disk_bytes": nbytes}

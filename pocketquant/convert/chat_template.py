@@ -48,4 +48,7 @@ def _with_own(model: Model, text: str) -> dict[str, Value]:
 
 
 def _read(path: Path) -> str:
-    return read_text(path, 4 * MAX_TEMPLATE_CHARACTERS, TokenizerError)
+    text = read_text(path, 4 * MAX_TEMPLATE_CHARACTERS, TokenizerError)
+    if not text.strip():
+        raise TokenizerError(f"{path}: empty, and no chat template; without --chat-template the source's own is kept")
+    return text

@@ -297,8 +297,10 @@ def open_reference(
         head: for a pack without its output matrix: the GGUF that it was made from; None to look beside the pack.
 
     Raises:
-        EvalError: it cannot be opened, or was not made for this context.
+        EvalError: it cannot be opened, was not made for this context, or needs no head.
     """
+    if head is not None and (Path(path).is_dir() or not is_pack(path)):
+        raise EvalError(f"{path}: no reference pack, so it needs no {head}; leave --head out")
     if Path(path).is_dir():
         from pocketquant.eval.torch_reference import open_torch_runtime
 

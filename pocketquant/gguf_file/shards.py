@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pocketquant.errors import OutputError, SourceError, listing
 from pocketquant.files.reading import read_at
-from pocketquant.files.replacing import refuse_overwriting, replacing_together
+from pocketquant.files.replacing import check_target, refuse_overwriting, replacing_together
 from pocketquant.files.unchanged import FileState, check_unchanged
 from pocketquant.gguf_file.header import encode_header, encode_table
 from pocketquant.gguf_file.reading import GgufTensor, read_shards, shard_paths
@@ -112,8 +112,9 @@ def split_file(source: Path, target: Path, max_bytes: int, on_bytes: OnBytes | N
     Raises:
         SourceError: a broken file, or one laid out in another way than llama.cpp does.
         OutputError: a tensor larger than the limit, or a kind of file that llama.cpp does not read in shards; no space,
-            no permission.
+            no permission; a folder in the place of the target.
     """
+    check_target(target)
     metadata, places = _whole(source)
     whole = padded(len(encode_table(metadata, [entry for _, entry in places])))
     file_bytes = whole + sum(padded(entry.nbytes) for _, entry in places)

@@ -22,6 +22,10 @@ NO_STEPS = "none"
 """In place of one of `STEPS`: statistics choose the types, and every format's own encoder rounds."""
 
 
+_NO_SIZE = 2**63
+"""No file and no number is as large."""
+
+
 @dataclass(frozen=True)
 class Target:
     """The size that is asked for, one of the two: bytes of the whole file, or bits per weight of its tensors."""
@@ -32,8 +36,8 @@ class Target:
     def __post_init__(self) -> None:
         if (self.file_bytes is None) == (self.bits_per_weight is None):
             raise RecipeError("give one target: a size or bits per weight")
-        if (self.file_bytes or self.bits_per_weight or 0) <= 0:
-            raise RecipeError(f"a target of {self}: must be above 0")
+        if not 0 < (self.file_bytes or self.bits_per_weight or 0) < _NO_SIZE:  # NaN is neither
+            raise RecipeError(f"a target of {self}: must be above 0 and below 2^63")
 
     def __str__(self) -> str:
         return f"{self.bits_per_weight:g} bits per weight" if self.file_bytes is None else f"{self.file_bytes:,} bytes"

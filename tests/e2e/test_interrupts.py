@@ -84,6 +84,26 @@ def test_imatrix_keeps_the_old_matrix_and_what_is_done(
     assert names(tmp_path) == ["m.gguf"]
 
 
+def test_a_run_in_the_background_of_a_script_ends_when_asked_to(
+    demo_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A shell has what a script starts with `&` ignore SIGINT; SIGTERM comes within an import, and waits for it."""
+    arguments = ["imatrix", demo_gguf("f32"), "--text", TEXT, "--context", 64, "--out", tmp_path / "m.gguf"]
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import pocketquant.cli\n"
+        "class Asking:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'pocketquant.cli.app': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Asking())\n"
+        f"sys.argv = {['pocketquant', *map(str, arguments)]!r}\n"
+        "pocketquant.cli.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, names(tmp_path)) == (130, []), result.stderr
+
+
 @pytest.mark.parametrize(("number", "options"), [(signal.SIGINT, []), (signal.SIGTERM, ["--top-k", 16])])
 def test_a_reference_goes_on_with_whole_windows(
     number: signal.Signals, options: list[object], demo_gguf: Callable[[str], Path], tmp_path: Path

@@ -13,7 +13,7 @@ from checkpoint_maker import make_checkpoint
 from pack_maker import reseal
 from typer.testing import CliRunner
 
-from pocketquant import open_model, open_recipe, plan, write
+from pocketquant import EvalSettings, evaluate, open_model, open_recipe, plan, write
 from pocketquant.cli.app import app
 from pocketquant.errors import EvalError
 from pocketquant.eval import compare
@@ -67,6 +67,8 @@ def test_a_pack_without_its_matrix_reads_it_from_the_file(demo_gguf: Recipe, dem
         f"eval {model} --reference {small} --head {reference} --text {demo_text} --context 128 --chunks 2 --json -q",
     )
     assert run.exit_code == 0, run.output
+    with pytest.raises(EvalError, match=r"demo-bf16\.gguf: no reference pack.*leave --head out"):
+        evaluate(model, reference, demo_text, EvalSettings(context=CONTEXT, chunks=2, head=reference))
     by_head = json.loads(run.stdout)["metrics"]
     shutil.copy(reference, tmp_path / reference.name)
     beside = compare(model, small, demo_text, context=CONTEXT, chunks=2).to_json()["metrics"]

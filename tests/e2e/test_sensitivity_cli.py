@@ -89,7 +89,10 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     base = ["sensitivity", checkpoint_dir(), "--out", tmp_path / "x"]
     assert "needs --stats" in run(*base, "--recalibrate", code=2).stderr
     assert "needs --stats" in run(*base, "--rounding", "descent", code=2).stderr
-    assert "cannot be read" in run(*base, "--text", tmp_path / "missing.txt", code=2).stderr
+    for more in ((), ("--dry-run",)):
+        assert "none, search" in run(*base, "--stats", tmp_path / "missing", "--rounding", "best", *more, code=2).stderr
+        assert "cannot be read" in run(*base, "--text", tmp_path / "missing.txt", *more, code=2).stderr
+        assert "cannot be read" in run(*base, "--stats", tmp_path / "missing", *more, code=2).stderr
     assert text_path("calibration").exists()
 
 

@@ -232,6 +232,12 @@ def test_a_target_out_of_reach_names_the_range() -> None:
             plan(model, Choice(target=Target(bits_per_weight=bits)))
 
 
+@pytest.mark.parametrize("bits", [0.0, -1.0, float("nan"), float("inf"), 1e308])
+def test_no_target_is_beyond_all_numbers(bits: float) -> None:
+    with pytest.raises(RecipeError, match="must be above 0 and below"):
+        Target(bits_per_weight=bits)
+
+
 def test_slow_types_only_where_the_target_is_small() -> None:
     model = build_model(QWEN35_4B)
     for bits, has_q3_k in ((4.0, True), (4.5, True), (4.8, False), (5.7, False)):

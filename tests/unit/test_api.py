@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,28 @@ def test_only_full_precision_is_converted_to(checkpoint: Path, tmp_path: Path) -
 def test_a_checkpoint_is_compared_with_nothing(checkpoint: Path) -> None:
     with pytest.raises(pq.PocketquantError, match="only a GGUF file can be compared with a source"):
         pq.check_file(checkpoint, source=checkpoint)
+
+
+def test_an_importance_matrix_that_went_on_leaves_no_state(
+    demo_gguf: Callable[[str], Path], demo_text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from pocketquant.calibration.imatrix import collect_importance
+
+    class Cut(BaseException):
+        pass
+
+    def cut(done: int, total: int) -> None:
+        if done == 2:
+            raise Cut
+
+    model, state = demo_gguf("f32"), tmp_path / ".m.gguf.unfinished"
+    with pytest.raises(Cut):
+        collect_importance(model, demo_text, context=64, chunks=4, state=state, progress=cut)
+    assert state.exists()
+    how = pq.CollectSettings(context=64, chunks=4, resume=True)
+    pq.imatrix(model, demo_text, tmp_path / "m.gguf", how)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_a_report_that_is_none_is_named(tmp_path: Path) -> None:

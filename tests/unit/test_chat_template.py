@@ -166,6 +166,9 @@ def test_another_template_takes_the_place_of_all(tmp_path: Path) -> None:
     own.write_text("\n\n{{ 1 / 0 }}")
     with pytest.raises(TokenizerError, match=r"line 3, with a system message.*ZeroDivisionError"):
         open_model(folder, chat_template=own)
+    own.write_text(" \n")
+    with pytest.raises(TokenizerError, match=r"own\.jinja: empty"):
+        open_model(folder, chat_template=own)
     with pytest.raises(TokenizerError, match="cannot be read"):
         open_model(folder, chat_template=tmp_path / "missing")
 

@@ -139,6 +139,21 @@ def test_options_that_say_nothing_together_are_refused(words: tuple[str, ...], m
 
 
 @pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("quantize", "x", "--dry-run", "--recipe", ""), "--recipe"),
+        (("quantize", "x", "--dry-run", "--mmproj="), "--mmproj"),
+        (("make", "x", "--out", "y", "--calibrate", ""), "--calibrate"),
+        (("convert", "x", "-o", ""), "-o"),
+        (("inspect", ""), ""),
+    ],
+)
+def test_a_word_with_nothing_in_it_is_refused(words: tuple[str, ...], named: str) -> None:
+    output = " ".join(shown(*words, exit_code=2).split())
+    assert f"Invalid value{f' for {named}' if named else ''}: nothing is given" in output
+
+
+@pytest.mark.parametrize(
     ("typed", "expected"),
     [
         (["pocketquant", "quan"], {"quantize"}),

@@ -136,6 +136,17 @@ def test_shards_are_split_anew(shards: list[Path], whole: Path, limit: int, tmp_
         assert (tmp_path / "joined.gguf").read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "folder"])
+def test_shards_are_not_named_after_a_folder(
+    name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is a folder; give a file name"):
+        split_file(whole, Path(name), LIMIT)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_fits_stays_one_plain_file(planned: Plan, tmp_path: Path) -> None:
     for limit in (None, planned.file_bytes):
         assert split_plan(planned, tmp_path / "model.gguf", limit) == [(planned, tmp_path / "model.gguf")]
