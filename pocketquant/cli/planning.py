@@ -1,4 +1,4 @@
-"""What `convert` and `quantize` do alike: open a source, plan, say what it will cost, write."""
+"""What `convert` and `quantize` have in common: open a source, plan, say what it will cost, write."""
 
 from __future__ import annotations
 

@@ -278,7 +278,10 @@ def _with_texts(settings: ReleaseSettings, *, is_calibrating: bool) -> ReleaseSe
         made_from = read_texts([name])[0].path if name.startswith(PACKAGE) else Path(name)
         read_text(made_from)
         if same := [text.path for text in texts if text.path.resolve() == made_from.resolve()]:
-            raise EvalError(f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is")
+            raise EvalError(
+                f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is; "
+                "give another --text"
+            )
     return replace(settings, texts=texts, calibrate=made_from)
 
 

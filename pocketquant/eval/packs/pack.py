@@ -301,7 +301,7 @@ def read_pack(path: str | Path) -> Pack:
     try:
         header, sections = _header_of(fields), _sections_of(fields)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise EvalError(f"{path}: a reference pack with a header that cannot be ({error}); make it again") from error
+        raise EvalError(f"{path}: a reference pack with a wrong header ({error}); make it again") from error
     pack = Pack(path, header, sections)
     if problems := _find_problems(pack, offset):
         raise EvalError(f"{path}: a reference pack that contradicts itself; make it again:\n{listing(problems)}")
