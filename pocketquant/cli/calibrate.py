@@ -27,7 +27,7 @@ from pocketquant.cli.options import (
 )
 from pocketquant.cli.planning import as_gguf
 from pocketquant.cli.screen import print_json, set_document, size
-from pocketquant.cli.sensitivity import Runs, SensitivityOptions, TrainingContext, sensitivity
+from pocketquant.cli.sensitivity import RunOptions, SensitivityOptions, TrainingContext, sensitivity
 
 if TYPE_CHECKING:
     from pocketquant.calibration.collecting import Collection, Steps
@@ -63,7 +63,7 @@ class Collecting:
 
 
 @dataclass(frozen=True)
-class Modes:
+class OtherModes:
     """What else the command does than collect statistics, and what goes with it."""
 
     options: SensitivityOptions
@@ -80,7 +80,7 @@ def calibrate(
     ],
     out: OutFile,
     options: Collecting,
-    modes: Modes,
+    modes: OtherModes,
     compute: Compute,
     talk: Talk,
 ) -> None:
@@ -106,7 +106,7 @@ def calibrate(
     if modes.sensitivity:
         refuse_given(command_line, {*_SETTINGS, "curvature"}, "has no effect with --sensitivity")
         set_document("sensitivity")
-        runs = Runs(options.text, options.context, options.chunks or 32, options.resume, options.dry_run)
+        runs = RunOptions(options.text, options.context, options.chunks or 32, options.resume, options.dry_run)
         sensitivity(sources[0], out, runs, modes.options, compute, talk)
         return
     refuse_overwriting([out], [*sources, *(options.text or [])])

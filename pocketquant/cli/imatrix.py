@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class MatrixOptions:
     """What the model is run over, and how."""
 
     text: Annotated[str | None, option("--text", "FILE|self", "UTF-8 text; self: the model writes it.")] = None
@@ -44,7 +44,7 @@ def imatrix(
     ],
     out: OutFile,
     *,
-    options: TextOptions,
+    options: MatrixOptions,
     merge: Annotated[bool, option("--merge", "", "Add up several matrices of one model, and run nothing.")] = False,
     compute: Compute,
     talk: Talk,
@@ -67,7 +67,7 @@ def imatrix(
     _make(files[0], options.text, out, options, compute, talk)
 
 
-def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compute, talk: Talk) -> None:
+def _make(gguf: Path, text: str, out: Path, options: MatrixOptions, compute: Compute, talk: Talk) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.calibration.imatrix import collect_importance
     from pocketquant.calibration.importance import write_sums

@@ -45,7 +45,7 @@ Recipes = Annotated[
 
 
 @dataclass(frozen=True)
-class Measured:
+class ReleaseOptions:
     """How files are rounded and measured, and what does the work."""
 
     text: EvalTexts = None
@@ -117,7 +117,7 @@ def make(
     out: OutFolder,
     *,
     recipe: Recipes = None,
-    measured: Measured,
+    measured: ReleaseOptions,
     opened: Opened,
     split_max_size: SplitMaxSize = None,
     talk: Talk,
@@ -157,7 +157,7 @@ def make(
     show_result(result, out, talk)
 
 
-def _try_out(release: Release, out: Path, measured: Measured, talk: Talk) -> dict[str, float] | None:
+def _try_out(release: Release, out: Path, measured: ReleaseOptions, talk: Talk) -> dict[str, float] | None:
     """Seconds of each step, tried; None, with a note, where a trial would take too much."""
     from pocketquant.release.means import Means
     from pocketquant.release.timing import try_release
@@ -215,4 +215,6 @@ def demo(
     from pocketquant.demo import checkpoint_dir
 
     # seconds; the whole texts take minutes
-    make(str(checkpoint_dir()), out, measured=Measured(calibrate_chunks=32, chunks=64), opened=Opened(), talk=talk)
+    make(
+        str(checkpoint_dir()), out, measured=ReleaseOptions(calibrate_chunks=32, chunks=64), opened=Opened(), talk=talk
+    )

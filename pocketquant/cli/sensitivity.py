@@ -22,7 +22,7 @@ _PANEL = mode_panel("--sensitivity")
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunOptions:
     """The runs that measure."""
 
     text: Annotated[
@@ -87,7 +87,7 @@ class SensitivityOptions:
 def sensitivity(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint, or GGUF in F32.")],
     out: OutFile,
-    runs: Runs,
+    runs: RunOptions,
     options: SensitivityOptions,
     compute: Compute,
     talk: Talk,
@@ -120,7 +120,7 @@ class _Task:
     source: str
     out: Path
     texts: tuple[Path, ...]
-    runs: Runs
+    runs: RunOptions
     options: SensitivityOptions
     compute: Compute
     talk: Talk

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pocketquant.cli.choice import Deciding, Sensitivity
-from pocketquant.cli.make import Measured, Recipes, describe_file, plan_files, print_cost, show_result
+from pocketquant.cli.make import Recipes, ReleaseOptions, describe_file, plan_files, print_cost, show_result
 from pocketquant.cli.options import ADVANCED, AdapterDir, KeepSource, OutFolder, Source, Talk, option
 from pocketquant.cli.planning import Opened, working_with
 from pocketquant.cli.report import command_words
@@ -72,7 +72,7 @@ def sweep(
     out: OutFolder,
     *,
     compared: Compared,
-    measured: Measured,
+    measured: ReleaseOptions,
     adapter: AdapterDir = None,
     keep_source: KeepSource = None,
     talk: Talk,
