@@ -36,7 +36,7 @@ from quality_peer import SIZES, importance_of, quantize_peer
 
 from pocketquant.calibration.importance import Importance
 from pocketquant.calibration.statistics import Statistics, open_statistics
-from pocketquant.calibration.statistics_run import calibrate, cut_texts
+from pocketquant.calibration.statistics_run import collect_statistics
 from pocketquant.calibration.statistics_writing import merge_statistics
 from pocketquant.convert.sources import open_model
 from pocketquant.demo import checkpoint_dir, text_path
@@ -52,6 +52,7 @@ from pocketquant.quant.loss_table import LossTable, read_figures, write_losses
 from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.rounding.encoding import STEPS
 from pocketquant.quant.sensitivity import Sensitivity
+from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 from pocketquant.texts.corpus import Text
 
 RECIPES = {"IQ4_XS": "iq4_xs", "Q4_K_S": "q4_k_s", "Q4_K_M": "q4_k_m", "Q5_K_M": "q5_k_m", "Q6_K": "q6_k"}
@@ -215,7 +216,7 @@ def make_tuned(bench: Bench, name: str, nbytes: int) -> Path:
     path = bench.folder / f"{name.replace(' ', '_').replace(',', '')}.gguf"
     if not path.exists():
         texts = [str(text) for text in bench.calibration]
-        windows, read = cut_texts(bench.reference, texts, bench.context, None, bench.threads, 0, 0)
+        windows, read, _ = cut_texts(bench.reference, texts, CalibrationSettings(bench.context, threads=bench.threads))
         more = sample_more(bench, windows)
         if more is not None:
             read = (*read, sampled_text(more))
@@ -365,14 +366,15 @@ def has_torch() -> bool:
 def make_statistics(reference: Path, texts: Sequence[Path], out: Path, context: int) -> None:
     """With gradients where torch is installed."""
     if not has_torch():
-        calibrate(reference, [str(text) for text in texts], out, context=context)
+        collect_statistics(reference, [str(text) for text in texts], out, CalibrationSettings(context))
         return
-    from pocketquant.calibration.fisher import collect_curvature
+    from pocketquant.calibration.fisher import collect_fisher
 
     inputs, gradients = out.with_suffix(".inputs"), out.with_suffix(".gradients")
-    windows, read = cut_texts(reference, [str(text) for text in texts], context, None, None, 0, 0)
-    calibrate(reference, [str(text) for text in texts], inputs, context=context)
-    collect_curvature(open_gguf(reference), windows, read, gradients)
+    settings = CalibrationSettings(context)
+    windows, read, _ = cut_texts(reference, [str(text) for text in texts], settings)
+    collect_statistics(reference, [str(text) for text in texts], inputs, settings)
+    collect_fisher(open_gguf(reference), windows, read, gradients)
     merge_statistics([inputs, gradients], out)
 
 

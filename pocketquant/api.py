@@ -289,6 +289,7 @@ def imatrix(
     from pocketquant.files.leftovers import holding
     from pocketquant.files.replacing import hidden_beside, refuse_overwriting
     from pocketquant.release.outputs import as_gguf
+    from pocketquant.texts.calibration import CalibrationSettings
 
     how, means, out = settings or CollectSettings(), means or Means(), Path(out)
     refuse_overwriting([out], [source, text])
@@ -298,11 +299,7 @@ def imatrix(
             sums, _ = collect_importance(
                 gguf,
                 text,
-                context=how.context,
-                chunks=how.chunks,
-                threads=means.threads,
-                gpu_layers=means.gpu_layers,
-                seed=how.seed,
+                CalibrationSettings(how.context, how.chunks, means.threads, means.gpu_layers, how.seed),
                 state=state,
                 resume=how.resume,
                 progress=advance,

@@ -2,16 +2,16 @@
 
     PocketquantError                exit code 2 unless said otherwise
     ├── SourceError                 a checkpoint or GGUF that cannot be read as what it claims to be
-    │   └── WeightError             what was read of it are no weights
+    │   └── WeightError             weights that no model can have
     ├── ArchitectureError           a model that no table describes, or tensors that do not fit the table
-    ├── TokenizerError              a tokenizer that would be converted wrong
+    ├── TokenizerError              a tokenizer that would be converted incorrectly
     ├── RecipeError                 a recipe or importance matrix that cannot be applied
-    ├── OutputError                 a target that cannot be written
+    ├── OutputError                 an output that cannot be written
     ├── ClusterError                machines that cannot be reached or do not run this version
     └── EvalError                   two files or a text that cannot be compared
 
 A message says what is wrong, where, and what to do; it lists every offender (ten, then a count), not only the first.
-What it quotes may be hostile, so a line of it has an end and holds printable characters only.
+What it quotes may be hostile, so each line is cut at a length and holds printable characters only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SourceError(PocketquantError):
 class WeightError(SourceError):
     """Weights were read that no model can have: not finite, too large for their transform, of no scale.
 
-    Where any other `SourceError` comes from rows, they could not be read, and nothing is known of the weights.
+    Any other `SourceError` of rows means that they could not be read, and nothing is known of the weights.
     """
 
 

@@ -1,4 +1,4 @@
-"""What of this machine the process may use."""
+"""How many processors of this machine the process may use."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes share the processors. Threads of llama.cpp and of numpy's products that wait for one another in a loop
 # would take the time of those they wait for, several times the work itself: llama.cpp's sleep, and products have one.

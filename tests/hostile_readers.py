@@ -205,7 +205,7 @@ def _read_statistics(path: Path) -> object:
         if name.endswith(INPUT):
             statistics.input(name.removesuffix(INPUT), 0)
     head = statistics.head()
-    return None if head is None else head.moments
+    return None if head is None else head.hessians
 
 
 def _make_report(folder: Path) -> Path:

@@ -16,12 +16,12 @@ from pocketquant.calibration.statistics import (
     INPUT,
     OUTPUT,
     ROUNDING,
-    Text,
     fingerprint,
 )
 from pocketquant.calibration.statistics_writing import About, triangles, write_statistics
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role
+from pocketquant.texts.corpus import TextRecord
 
 TOKENS = 99
 
@@ -95,6 +95,6 @@ def make_statistics(
         add_rounding(HEAD_ROUNDING, embedding.n_cols, [TOKENS])
         if EMBED_OUTPUT in outputs:
             add(EMBED_OUTPUT, 1, embedding.n_cols, [TOKENS])
-    text = Text("made-up.txt", TOKENS, f"{crc32(salt.encode()):064}")
+    text = TextRecord("made-up.txt", TOKENS, f"{crc32(salt.encode()):064}")
     write_statistics(path, About(TOKENS, fingerprint(model), (text,), {}), arrays, pieces)
     return path

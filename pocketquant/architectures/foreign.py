@@ -1,4 +1,4 @@
-"""Layouts of other tools' GGUF files that neither llama.cpp nor this program reads, told by keys and names."""
+"""Layouts of other tools' GGUF files that neither llama.cpp nor this program reads, recognized by keys and names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLAIN_GATES = ("silu", "swish")
 
 
 def foreign_layout(architecture: str, metadata: Mapping[str, Value], names: Collection[str]) -> str:
-    """What a text model's file is where it is none that llama.cpp runs; "" where nothing says so.
+    """Describes the layout of a text model's file that llama.cpp does not run; "" for any other file.
 
     Args:
         architecture: `general.architecture`.
@@ -21,8 +21,8 @@ def foreign_layout(architecture: str, metadata: Mapping[str, Value], names: Coll
     folded = next((key for key in metadata if key.startswith("prism.")), None)
     if folded is not None:
         return (
-            f"its weights are folded by a Hadamard rotation ({folded}): PrismML's fork of llama.cpp turns the "
-            "activations likewise, every other program computes nonsense from them; take the unfolded checkpoint"
+            f"its weights are folded by a Hadamard rotation ({folded}): PrismML's fork of llama.cpp rotates the "
+            "activations too, and every other program computes nonsense; take the unfolded checkpoint"
         )
     signs = []
     heads = metadata.get(f"{architecture}.attention.head_count_kv")

@@ -1,4 +1,4 @@
-"""The tensors that a GGUF should hold, by name, as its own metadata has it."""
+"""The tensors that a GGUF should hold, by name, according to its own metadata."""
 
 from __future__ import annotations
 

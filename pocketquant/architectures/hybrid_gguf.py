@@ -108,7 +108,9 @@ def transformers_config(keys: Mapping[str, Any], sizes: Sizes, kinds: Sequence[s
         ArchitectureError: positions are scaled.
     """
     if "rope.scaling.type" in keys:
-        raise ArchitectureError(f"positions scaled by {keys['rope.scaling.type']}: calibrate without gradients")
+        raise ArchitectureError(
+            f"positions are scaled by {keys['rope.scaling.type']}, so no gradients are computed; leave out --curvature"
+        )
     return {
         "layer_types": ["linear_attention" if kind == DELTA else "full_attention" for kind in kinds],
         "rms_norm_eps": float(keys["attention.layer_norm_rms_epsilon"]),

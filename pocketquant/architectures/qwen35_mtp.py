@@ -15,7 +15,7 @@ from pocketquant.architectures.table import MTP, TensorRule
 from pocketquant.model import Role
 
 MTP_LEAST = "Q5_K"
-"""The least format that the block gets: no importance matrix has entries for it."""
+"""The format of fewest bits that the block gets: no importance matrix has entries for it."""
 
 MTP_TENSORS = (
     TensorRule(MTP, "fc.weight", "nextn.eh_proj.weight", Role.MTP_JOIN, "n_embd mtp_dim"),

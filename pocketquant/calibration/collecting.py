@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketquant.calibration import statistics_run
 from pocketquant.calibration.statistics import fingerprint, open_statistics
+from pocketquant.calibration.statistics_run import collect_statistics
 from pocketquant.calibration.statistics_writing import merge_statistics
 from pocketquant.files.interrupts import resumable
 from pocketquant.files.replacing import hidden_beside
 from pocketquant.gguf_file.opening import open_gguf
+from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
 Steps = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Shows progress: called with a label, gives what is called with the windows done and the windows in all."""
@@ -65,32 +66,30 @@ class Collection:
         else:
             self._write_inputs(out)
 
+    def _calibration(self) -> CalibrationSettings:
+        how = self.settings
+        return CalibrationSettings(how.context, how.chunks, self.threads, self.gpu_layers, how.seed)
+
     def _write_inputs(self, out: Path) -> None:
         how = self.settings
         with self.steps("inputs") as advance:
-            statistics_run.calibrate(
+            collect_statistics(
                 self.gguf,
                 self.texts,
                 out,
-                context=how.context,
-                chunks=how.chunks,
+                self._calibration(),
                 memory_bytes=how.memory_bytes,
-                threads=self.threads,
-                gpu_layers=self.gpu_layers,
-                seed=how.seed,
                 resume=how.resume,
                 progress=advance,
             )
 
     def _write_both(self, out: Path) -> None:
         """Inputs and gradients into files of their own beside `out`, which are then joined."""
-        from pocketquant.calibration.fisher import collect_curvature
+        from pocketquant.calibration.fisher import FisherSettings, collect_fisher
 
         how, model = self.settings, open_gguf(self.gguf)
         inputs, gradients = hidden_beside(out, "inputs"), hidden_beside(out, "gradients")
-        windows, texts = statistics_run.cut_texts(
-            self.gguf, self.texts, how.context, how.chunks, self.threads, self.gpu_layers, how.seed
-        )
+        windows, texts, _ = cut_texts(self.gguf, self.texts, self._calibration())
         made = open_statistics(inputs) if how.resume and inputs.exists() else None
         if made is None or (made.texts, made.model_sha256) != (texts, fingerprint(model)):
             self._write_inputs(inputs)
@@ -98,14 +97,12 @@ class Collection:
             f"statistics of the inputs are kept in {inputs}; the same command with --resume goes on with the gradients"
         )
         with resumable(inputs, way), self.steps("gradients") as advance:
-            collect_curvature(
+            collect_fisher(
                 model,
                 windows,
                 texts,
                 gradients,
-                device=how.torch_device,
-                threads=self.threads,
-                seed=how.seed,
+                FisherSettings(device=how.torch_device, threads=self.threads, seed=how.seed),
                 resume=how.resume,
                 progress=advance,
             )

@@ -1,12 +1,13 @@
-"""Gradients for statistics: G = E[g g^T] of every linear layer's output, with torch. The extra `curvature`.
+"""Collects Fisher matrices G = E[g g^T] of the output gradients of every linear layer, with torch.
 
-The gradients are those of the log-likelihood of labels that are drawn from the model itself, so that their second
-moments are the Fisher information, and half of it times a squared error is a KL divergence (Kunstner, Hennig and
-Balles, "Limitations of the empirical Fisher approximation", 2019, on why the labels must not be the text's own).
+The gradients are those of the log-likelihood of labels that are drawn from the model itself. Their second moments are
+the Fisher information, and half of it times a squared error is a KL divergence. Kunstner, Hennig and Balles,
+"Limitations of the empirical Fisher approximation", 2019, show why the labels must not be those of the text.
 
-The model is worked through layer by layer: forwards with all windows through one layer, whose outputs go to disk, and
-backwards in the same way, each layer computed once more from its stored input. So one layer's weights and matrices are
-in memory at a time, whatever the size of the model, and work that was interrupted goes on with the layer it was in.
+The model is processed layer by layer: forwards, all windows go through one layer, whose outputs go to disk; backwards,
+each layer is computed once more from its stored input. So the weights and matrices of one layer are in memory at a
+time, whatever the size of the model, and an interrupted run goes on with the layer that it was in. Needs the extra
+`curvature`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketquant.architectures.table import TensorRule
-from pocketquant.calibration.imatrix import digest_of_tokens
-from pocketquant.calibration.layer_states import States
-from pocketquant.calibration.statistics import COUNT, EMBED_OUTPUT, OUTPUT, Text, fingerprint
-from pocketquant.calibration.statistics_writing import About, Layout, lay_out, triangles
+from pocketquant.calibration.layer_states import LayerStates
+from pocketquant.calibration.statistics import COUNT, EMBED_OUTPUT, OUTPUT, fingerprint
+from pocketquant.calibration.statistics_writing import About, StatisticsLayout, lay_out, triangles
 from pocketquant.calibration.torch_layers import (
     Setting,
     build_layer,
@@ -40,46 +42,64 @@ from pocketquant.errors import EvalError
 from pocketquant.files.replacing import hidden_beside
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Role, Tensor
+from pocketquant.texts.corpus import TextRecord, digest_of_tokens
 
 Progress = Callable[[int, int], None]
-"""Called with steps done and steps in all; a step is one layer, one way."""
+"""Called with the steps done and the steps in all; a step is one layer in one direction."""
 
 _LOGIT_ROWS = 64
 
+_Linears = Sequence[tuple[TensorRule, Tensor]]
+"""The rules and tensors of the linear layers of a layer."""
 
-def collect_curvature(
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """How gradients are computed.
+
+    Attributes:
+        batch: windows at a time.
+        device: torch's name of the device that computes: "cpu", "cuda".
+        threads: threads that compute; None for all that this process may use.
+        seed: of the labels.
+    """
+
+    batch: int = 4
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+
+
+DEFAULT = FisherSettings()
+
+
+def collect_fisher(
     model: Model,
     windows: npt.NDArray[np.int32],
-    texts: Sequence[Text],
+    texts: Sequence[TextRecord],
     out: Path,
+    settings: FisherSettings = DEFAULT,
     *,
-    batch: int = 4,
-    device: str = "cpu",
-    threads: int | None = None,
-    seed: int = 0,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the second moments of the gradients at every linear layer's output and at the embedding's.
+    """Writes the Fisher matrix at the output of every linear layer and of the embedding.
 
     Args:
         model: the opened checkpoint or its GGUF in F32 or BF16.
         windows: i32[n_window, context], tokens.
-        texts: what they come from.
-        out: the statistics file, without inputs; `merge_statistics` joins it to those that have them. Hidden states lie
-            beside it meanwhile, in the folder `.NAME.states`: 4 n_layer n_embd bytes for each token.
-        batch: windows at a time.
-        device: torch's name of what computes: "cpu", "cuda".
-        threads: threads that compute; None for all that this process may use.
-        seed: of the labels.
+        texts: the texts that they come from.
+        out: the statistics file, without Hessians; `merge_statistics` joins it to a file that has them. Hidden states
+            lie beside it during the run, in the folder `.NAME.states`: 4 n_layer n_embd bytes for each token.
+        settings: how gradients are computed.
         resume: go on where an interrupted run stopped; the result is the same.
         progress: told after each layer.
 
     Raises:
         EvalError: torch or transformers is absent, or the unfinished work is of another run.
-        ArchitectureError: no text model, or one whose positions are scaled.
+        ArchitectureError: it is not a text model, or its positions are scaled.
     """
-    setting = set_up(model, device, threads)
+    setting = set_up(model, settings.device, settings.threads)
     linears = [linears_of(setting, layer) for layer in range(model.sizes["n_layer"])]
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, stated in _matrices(model, (tensor for layer in linears for _, tensor in layer)):
@@ -87,42 +107,56 @@ def collect_curvature(
         arrays[name] = stated
     layout = lay_out(About(0, fingerprint(model), tuple(texts), {}), arrays)
     header, tokens = hashlib.sha256(layout.header).hexdigest(), digest_of_tokens(windows)
-    run = {"header": header, "tokens": tokens, "seed": seed, "batch": batch}
-    states = States(hidden_beside(out, "states"), (*windows.shape, model.sizes["n_embd"]))
+    run = {"header": header, "tokens": tokens, "seed": settings.seed, "batch": settings.batch}
+    states = LayerStates(hidden_beside(out, "states"), (*windows.shape, model.sizes["n_embd"]))
+    batches = [slice(start, start + settings.batch) for start in range(0, len(windows), settings.batch)]
     with states.begun(layout, run, resume):
-        n_layer, steps = model.sizes["n_layer"], iter(range(1, 2 * model.sizes["n_layer"] + 2))
-
-        def step() -> None:
-            done = next(steps)
+        total = 2 * len(linears) + 1
+        for done, run_step in enumerate(_steps(setting, windows, linears, batches, states, layout, settings.seed), 1):
+            run_step()
             if progress is not None:
-                progress(done, 2 * n_layer + 1)
-
-        batches = [slice(start, start + batch) for start in range(0, len(windows), batch)]
-        going_back = states.gradients()
-        if going_back is None:
-            _embed(setting, windows, batches, states)
-        for layer in range(n_layer):
-            if going_back is None and not states.has("hidden", layer + 1):
-                _forward(setting, layer, batches, states)
-            step()
-        if going_back is None:
-            _differentiate_head(setting, batches, states, seed)
-        step()
-        for layer in reversed(range(n_layer)):
-            if going_back is None or layer < going_back:
-                _backward(setting, layer, linears[layer], batches, states, layout)
-            step()
+                progress(done, total)
         with states.reading("gradient", 0) as gradient:
-            moment = np.zeros((gradient.shape[2],) * 2, np.float32)
-            for part in batches:
-                rows = gradient[part].reshape(-1, gradient.shape[2])
-                moment += rows.T @ rows
-        layout.put(states.unfinished, _pieces(EMBED_OUTPUT, moment[None], windows.size))
+            fisher = np.zeros((gradient.shape[2],) * 2, np.float32)
+            for batch in batches:
+                rows = gradient[batch].reshape(-1, gradient.shape[2])
+                fisher += rows.T @ rows
+        layout.put(states.unfinished, _pieces(EMBED_OUTPUT, fisher[None], windows.size))
         states.finish(out)
 
 
+def _steps(
+    setting: Setting,
+    windows: npt.NDArray[np.int32],
+    linears: Sequence[_Linears],
+    batches: Sequence[slice],
+    states: LayerStates,
+    layout: StatisticsLayout,
+    seed: int,
+) -> Iterator[Callable[[], None]]:
+    """The layers forwards, the head, and the layers backwards; what an earlier run finished is left out."""
+    going_back = states.gradients()
+
+    def forward(layer: int) -> None:
+        if going_back is None:
+            if layer == 0:
+                _embed(setting, windows, batches, states)
+            if not states.has("hidden", layer + 1):
+                _forward(setting, layer, batches, states)
+
+    def backward(layer: int) -> None:
+        if going_back is None or layer < going_back:
+            _backward(setting, layer, linears[layer], batches, states, layout)
+
+    for layer in range(len(linears)):
+        yield partial(forward, layer)
+    yield lambda: _differentiate_head(setting, batches, states, seed) if going_back is None else None
+    for layer in reversed(range(len(linears))):
+        yield partial(backward, layer)
+
+
 def cost_of_gradients(model: Model, linears: Collection[str]) -> tuple[int, int]:
-    """Bytes of the matrices in a file, and of the largest layer's weights and matrices in memory.
+    """The bytes of the matrices in a file, and of the largest layer's weights and matrices in memory.
 
     Args:
         model: the opened model.
@@ -136,7 +170,7 @@ def cost_of_gradients(model: Model, linears: Collection[str]) -> tuple[int, int]
 
 
 def _matrices(model: Model, linears: Iterable[Tensor]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Name, dtype and shape of every array of second moments."""
+    """Name, dtype and shape of the array of every Fisher matrix."""
     for tensor in linears:
         yield tensor.name + OUTPUT, triangles(tensor.n_matrix, tensor.shape[-2])
     yield EMBED_OUTPUT, triangles(1, model.sizes["n_embd"])
@@ -145,7 +179,7 @@ def _matrices(model: Model, linears: Iterable[Tensor]) -> Iterator[tuple[str, tu
 # ---------------------------------------------------------------- forwards and backwards
 
 
-def _embed(setting: Setting, windows: npt.NDArray[np.int32], batches: Sequence[slice], states: States) -> None:
+def _embed(setting: Setting, windows: npt.NDArray[np.int32], batches: Sequence[slice], states: LayerStates) -> None:
     if states.has("hidden", 0):
         return
     embedding = next(tensor for tensor in setting.model.tensors if tensor.role is Role.EMBED)
@@ -155,7 +189,7 @@ def _embed(setting: Setting, windows: npt.NDArray[np.int32], batches: Sequence[s
     states.write("hidden", 0, ((part, rows[places[part]]) for part in batches))
 
 
-def _forward(setting: Setting, layer: int, batches: Sequence[slice], states: States) -> None:
+def _forward(setting: Setting, layer: int, batches: Sequence[slice], states: LayerStates) -> None:
     torch, module = setting.torch, build_layer(setting, layer)
     with states.reading("hidden", layer) as hidden:
         positions = positions_of(setting, hidden.shape[1])
@@ -169,7 +203,7 @@ def _forward(setting: Setting, layer: int, batches: Sequence[slice], states: Sta
         states.write("hidden", layer + 1, outputs())
 
 
-def _differentiate_head(setting: Setting, batches: Sequence[slice], states: States, seed: int) -> None:
+def _differentiate_head(setting: Setting, batches: Sequence[slice], states: LayerStates, seed: int) -> None:
     """Gradients of the drawn labels' log-likelihood at the last layer's output."""
     torch, n_layer = setting.torch, setting.model.sizes["n_layer"]
     tensors = {tensor.role: tensor for tensor in setting.model.tensors if tensor.layer is None}
@@ -212,20 +246,20 @@ def _numbers(part: slice, windows: npt.NDArray[Any]) -> range:
 def _backward(
     setting: Setting,
     layer: int,
-    linears: Sequence[tuple[TensorRule, Tensor]],
+    linears: _Linears,
     batches: Sequence[slice],
-    states: States,
-    layout: Layout,
+    states: LayerStates,
+    layout: StatisticsLayout,
 ) -> None:
     torch, module = setting.torch, build_layer(setting, layer)
-    moments = {
+    fishers = {
         tensor.name: torch.zeros(tensor.n_matrix, tensor.shape[-2], tensor.shape[-2], device=setting.device)
         for _, tensor in linears
     }
 
     def add(name: str, expert: int, gradient: Any) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
-        moments[name][expert].addmm_(rows.T, rows)
+        fishers[name][expert].addmm_(rows.T, rows)
 
     watch_outputs(setting, module, linears, add)
     with states.reading("hidden", layer) as hidden, states.reading("gradient", layer + 1) as above:
@@ -239,7 +273,7 @@ def _backward(
                 output.backward(torch.from_numpy(np.array(above[part])).to(setting.device))
                 yield part, given.grad.cpu().numpy()
             for rule, tensor in linears:
-                found = moments.pop(tensor.name).cpu().numpy()
+                found = fishers.pop(tensor.name).cpu().numpy()
                 if rule.rows is not None:
                     order = rule.rows(setting.model.sizes)
                     found = found[:, order[:, None], order]
@@ -250,10 +284,10 @@ def _backward(
     states.drop("gradient", layer + 1)
 
 
-def _pieces(name: str, moments: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:
-    """Sums f32[n_matrix, m, m] over the text's tokens, as means over all of them: an expert's too."""
-    if not np.isfinite(moments).all():
+def _pieces(name: str, sums: F32Array, n_tokens: int) -> Iterator[tuple[str, int | None, npt.NDArray[Any]]]:
+    """Turns sums f32[n_matrix, m, m] over the text's tokens into means over all tokens, also those of an expert."""
+    if not np.isfinite(sums).all():
         raise EvalError(f"{name}: its gradients are not finite; the model is damaged")
-    yield name + COUNT, None, np.full(len(moments), n_tokens)
-    for index, moment in enumerate(moments):
-        yield name, index, moment / np.float32(n_tokens)
+    yield name + COUNT, None, np.full(len(sums), n_tokens)
+    for index, matrix in enumerate(sums):
+        yield name, index, matrix / np.float32(n_tokens)

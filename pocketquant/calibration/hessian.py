@@ -1,11 +1,11 @@
-"""Second moments of inputs: X^T X of every weight wanted, summed while llama.cpp computes; and how rounding errs.
+"""The Hessians X^T X of inputs, summed while llama.cpp computes, and the rounding errors of the inputs.
 
-Sums are f32: a window's product is one BLAS call that knows it is symmetric, and a few hundred windows added in f32
-cost less than one part in 10^5. A head's groups each take h h^T times their part of sum p (1 - p), for which softmax is
-folded row by row, so that no probabilities are kept.
+Sums are f32. The product of a window is one BLAS call that exploits its symmetry, and adding a few hundred windows in
+f32 costs less than one part in 10^5. Each group of the output head sums h h^T times its part of sum p (1 - p); softmax
+is computed row by row for it, so that no probabilities are kept.
 
-Every sum knows how many tokens it holds, and is never left between two of them by an interrupt. So what an interrupt
-finds in the middle of a window can be kept: run over that window again, each sum takes only what it does not have.
+Every sum knows the number of tokens that it holds, and an interrupt never leaves it between two of them. So the sums of
+an interrupted window can be kept: when that window is run again, each sum takes only the tokens that it lacks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _UNSEEN_GROUPS = 4
 
 
 @dataclass(frozen=True)
-class Share:
-    """Matrices [first, stop) of one input: all one of a plain weight, or some experts', or some groups of the head."""
+class MatrixRange:
+    """The matrices [first, stop) of one input: the one of a plain weight, or those of some experts or head groups."""
 
     key: str
     k: int
@@ -42,21 +42,21 @@ class Share:
 
 
 @dataclass
-class MomentSums:
-    """Adds X^T X up for the shares of one pass.
+class HessianSums:
+    """Sums X^T X for the matrices of one pass.
 
     Attributes:
-        shares: weight whose inputs are summed -> which of its matrices.
-        last_layer: nothing of later layers is wanted; None if the head is.
+        ranges: weight whose inputs are summed -> the range of its matrices.
+        last_layer: the last layer that is wanted; None if the head is wanted.
         sums: weight -> f32[n, k, k].
-        counts: weight -> i64[n] rows summed.
-        rounding: weight -> f64[n, 2, k], squared errors of the kernels' rounding (`activations`).
-        tokens: weight -> i64[1], tokens whose inputs were summed; of experts, whichever they were sent to.
-        head: the pass's part of the head, None if it has none.
-        is_between: whether no sum is being added to; False for good once adding to one has failed.
+        counts: weight -> i64[n], the rows summed.
+        rounding: weight -> f64[n, 2, k], squared errors of the kernels' rounding of the inputs (`activations`).
+        tokens: weight -> i64[1], the tokens whose inputs were summed, whichever experts they were routed to.
+        head: the sums of the head; None if the pass has none.
+        is_between: whether no sum is being changed at the moment; it stays False after a change has failed.
     """
 
-    shares: Mapping[str, Share]
+    ranges: Mapping[str, MatrixRange]
     last_layer: int | None
     head: HeadSums | None = None
     sums: dict[str, F32Array] = field(default_factory=dict)
@@ -64,31 +64,31 @@ class MomentSums:
     rounding: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     tokens: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     is_between: bool = True
-    _seen: dict[str, int] = field(default_factory=dict)  # weight -> tokens of the text that came by, summed or not
+    _seen: dict[str, int] = field(default_factory=dict)  # weight -> tokens of the text that were seen, summed or not
     _product: F32Array = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __post_init__(self) -> None:
-        for key, share in self.shares.items():
-            self.sums.setdefault(key, np.zeros((share.stop - share.first, share.k, share.k), np.float32))
-            self.counts.setdefault(key, np.zeros(share.stop - share.first, np.int64))
-            self.rounding.setdefault(key, np.zeros((share.stop - share.first, 2, share.k)))
+        for key, range_ in self.ranges.items():
+            self.sums.setdefault(key, np.zeros((range_.stop - range_.first, range_.k, range_.k), np.float32))
+            self.counts.setdefault(key, np.zeros(range_.stop - range_.first, np.int64))
+            self.rounding.setdefault(key, np.zeros((range_.stop - range_.first, 2, range_.k)))
             self.tokens.setdefault(key, np.zeros(1, np.int64))
 
     def begin_at(self, token: int) -> None:
-        """Says which token of the text comes next; a sum that has it already does not take it again."""
-        self._seen = dict.fromkeys(self.shares, token)
+        """Says which token of the text comes next; a sum that holds it already does not take it again."""
+        self._seen = dict.fromkeys(self.ranges, token)
         if self.head is not None:
             self.head.seen = token
 
     def count_tokens(self) -> dict[str, int]:
-        """Tokens in each sum, by the weight's name; the head's parts are called "output"."""
+        """The tokens in each sum, by the name of the weight; the parts of the head are called "output"."""
         found = {key: int(count[0]) for key, count in self.tokens.items()}
         if self.head is not None:
             found |= {f"output, part {i}": int(count) for i, count in enumerate(self.head.tokens, start=1)}
         return found
 
     def check_tokens(self, expected: int) -> None:
-        """Refuses sums that some token is missing from.
+        """Refuses sums that a token is missing from.
 
         Raises:
             EvalError: a weight, or a part of the head, saw another number of tokens than were run (all listed).
@@ -101,11 +101,11 @@ class MomentSums:
             )
 
     def free_room(self) -> None:
-        """Gives the room for a product back; none will come."""
+        """Frees the memory of a matrix product, when no more will come."""
         self._product = np.empty(0, np.float32)
 
     def wants(self, weight: str) -> bool:
-        return weight in self.shares
+        return weight in self.ranges
 
     def is_past(self, weight: str) -> bool:
         layer = weight.split(".")[1] if weight.startswith("blk.") else ""
@@ -118,29 +118,29 @@ class MomentSums:
         assert self.head is not None
         self.head.hidden = hidden.copy()
 
-    def add(self, product: Matmul) -> None:
-        share, inputs = self.shares[product.weight], product.inputs
-        if inputs.shape[3] != share.k:
-            raise EvalError(f"{product.weight}: {inputs.shape[3]} inputs, expected {share.k}")
+    def add(self, matmul: Matmul) -> None:
+        range_, inputs = self.ranges[matmul.weight], matmul.inputs
+        if inputs.shape[3] != range_.k:
+            raise EvalError(f"{matmul.weight}: {inputs.shape[3]} inputs, expected {range_.k}")
         n_rows = inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
-        n_token = n_rows if product.chosen is None else len(product.chosen)
-        seen = self._seen.get(product.weight, 0) + n_token
-        self._seen[product.weight] = seen
-        if self.tokens[product.weight][0] >= seen:
+        n_token = n_rows if matmul.chosen is None else len(matmul.chosen)
+        seen = self._seen.get(matmul.weight, 0) + n_token
+        self._seen[matmul.weight] = seen
+        if self.tokens[matmul.weight][0] >= seen:
             return
         self.is_between = False
-        if product.chosen is None:
-            if product.inner != (1, 1):
-                raise EvalError(f"{product.weight}: is of {product.inner} matrices, but its rows are not routed")
-            self._add(product.weight, inputs.reshape(-1, share.k), 0)
-            self.counts[product.weight][0] += n_rows
+        if matmul.chosen is None:
+            if matmul.inner != (1, 1):
+                raise EvalError(f"{matmul.weight}: is of {matmul.inner} matrices, but its rows are not routed")
+            self._add(matmul.weight, inputs.reshape(-1, range_.k), 0)
+            self.counts[matmul.weight][0] += n_rows
         else:
-            for expert in range(share.first, share.stop):
-                tokens, places = np.nonzero(product.chosen == expert)
+            for expert in range(range_.first, range_.stop):
+                tokens, places = np.nonzero(matmul.chosen == expert)
                 if len(tokens):
-                    self._add(product.weight, inputs[0, tokens, places % inputs.shape[2]], expert - share.first)
-                    self.counts[product.weight][expert - share.first] += len(tokens)
-        self.tokens[product.weight] += n_token
+                    self._add(matmul.weight, inputs[0, tokens, places % inputs.shape[2]], expert - range_.first)
+                    self.counts[matmul.weight][expert - range_.first] += len(tokens)
+        self.tokens[matmul.weight] += n_token
         self.is_between = True
 
     def _add(self, name: str, rows: F32Array, index: int) -> None:
@@ -149,7 +149,7 @@ class MomentSums:
             self._product = np.empty(k * k, np.float32)
         product = self._product[: k * k].reshape(k, k)
         rows = np.ascontiguousarray(rows)
-        np.matmul(rows.T, rows, out=product)  # numpy sees that it is symmetric
+        np.matmul(rows.T, rows, out=product)  # numpy recognizes that the result is symmetric
         if not np.isfinite(np.trace(product)):
             raise not_finite(name)
         self.sums[name][index] += product
@@ -158,21 +158,21 @@ class MomentSums:
 
 @dataclass
 class HeadSums:
-    """Sums over the text of w_g h h^T for the groups of one pass, w_g the sum of p (1 - p) over the rows of group g.
+    """Sums of w_g h h^T over the text, for the groups g of one pass; w_g is the sum of p (1 - p) over the rows of g.
 
     Attributes:
         row_group: i32[n_vocab].
-        share: which groups.
+        range: the groups.
         sums: f32[n, k, k].
         variance: f64[n_vocab], the sum of p (1 - p).
         rounding: f64[2, k], squared errors of the kernels' rounding of the hidden states (`activations`).
         tokens: i64[2 + n], positions summed in `variance`, in `rounding`, and in each of `sums`.
-        seen: positions of the text that came by, summed or not.
+        seen: the positions of the text that were seen, summed or not.
         hidden: f32[n_token, k] of the logits that come next.
     """
 
     row_group: npt.NDArray[np.int32]
-    share: Share
+    range: MatrixRange
     sums: F32Array
     variance: npt.NDArray[np.float64]
     rounding: npt.NDArray[np.float64]
@@ -181,7 +181,7 @@ class HeadSums:
     hidden: F32Array | None = None
 
     def add_logits(self, logits: F32Array) -> None:
-        """Takes the logits f32[n_token, n_vocab] of the hidden states seen last."""
+        """Takes the logits f32[n_token, n_vocab] of the hidden states that came last."""
         hidden, self.hidden = self.hidden, None
         if hidden is None or len(hidden) != len(logits):
             raise EvalError("llama.cpp shows no hidden states to its logits, so the head's statistics cannot be made")
@@ -194,14 +194,14 @@ class HeadSums:
         weights = np.zeros((len(logits), int(self.row_group.max()) + 1))
         with signals_held():
             variance = self.variance if is_missing[0] else np.zeros_like(self.variance)
-            _fold_softmax(logits, self.row_group, weights, variance)
+            _accumulate_softmax(logits, self.row_group, weights, variance)
             self.tokens[0] += len(logits) * is_missing[0]
         if is_missing[1]:
             with signals_held():
                 add_rounding_errors(hidden, self.rounding)
                 self.tokens[1] += len(logits)
         for i in np.flatnonzero(is_missing[2:]):
-            rows = hidden * np.sqrt(weights[:, self.share.first + i, None]).astype(np.float32)
+            rows = hidden * np.sqrt(weights[:, self.range.first + i, None]).astype(np.float32)
             product = rows.T @ rows
             with signals_held():
                 self.sums[i] += product
@@ -209,7 +209,7 @@ class HeadSums:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fold_softmax(
+def _accumulate_softmax(
     logits: F32Array,
     row_group: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float64],
@@ -231,11 +231,11 @@ def _fold_softmax(
 
 
 def group_rows(counts: npt.NDArray[np.int64], n_group: int = MAX_GROUPS) -> npt.NDArray[np.int32]:
-    """Groups of vocabulary rows by how often the text has them: i64[n_vocab] -> i32[n_vocab].
+    """Groups the vocabulary's rows by their frequency in the text: counts i64[n_vocab] -> groups i32[n_vocab].
 
-    Rows of tokens in the text are sorted by frequency and cut where the sum of the square roots of the counts is cut in
-    equal parts, so that frequent tokens have few companions; the rest is cut by number, which is by frequency in the
-    text that the tokenizer was made from.
+    The rows of tokens in the text are sorted by frequency and cut into groups with equal sums of the square roots of
+    their counts, so that frequent tokens share a group with few others. The other rows are cut by their number, which
+    follows the frequency in the text that the tokenizer was trained on.
     """
     order = np.lexsort((np.arange(len(counts)), -counts))
     n_seen = int((counts > 0).sum())

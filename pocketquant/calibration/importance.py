@@ -1,10 +1,10 @@
-"""Importance matrices: how much each input column of a weight matters, as the mean of its squared activation.
+"""Importance matrices: the importance of each input column of a weight is the mean of its squared activation.
 
 Reads the GGUF format of llama.cpp's llama-imatrix: for each weight NAME, F32 tensors `NAME.in_sum2` (sums of squared
 inputs, one row per expert) and `NAME.counts` (how many inputs were summed). The weight of a column is sum / count; an
-expert that saw no input weighs every column alike.
+expert without inputs gives every column the same weight.
 
-`ImportanceSums` is the same before the division: what is collected, merged and written.
+`ImportanceSums` is the matrix before the division; it is what is collected, merged and written.
 
 Source: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp of llama.cpp (b10359).
 """
@@ -39,7 +39,7 @@ _KERNELS = "pocketquant.kernels."
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance matrix, read and checked in itself.
+    """An importance matrix that was read and found consistent.
 
     Attributes:
         weights: tensor name -> f32[n_cols], or f32[n_expert, n_cols]; finite, not negative.
@@ -56,7 +56,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class ImportanceSums:
-    """An importance matrix that can still be added to.
+    """An importance matrix as sums, to which more can be added.
 
     Attributes:
         sums: tensor name -> [n_matrix, n_cols], squared inputs summed.
@@ -79,7 +79,7 @@ class ImportanceSums:
 
 
 def importance_of(sums: ImportanceSums, file: str = "") -> Importance:
-    """The matrix that `read_importance` would read, had the sums been written to a file of that name."""
+    """The matrix that `read_importance` would read from a file of that name with these sums."""
     weights = {
         name: _mean_squares(array.astype(np.float32).reshape(-1), sums.counts[name].astype(np.float32))
         for name, array in sums.sums.items()
@@ -88,7 +88,7 @@ def importance_of(sums: ImportanceSums, file: str = "") -> Importance:
 
 
 def merge_sums(parts: Sequence[ImportanceSums], names: Sequence[str] = ()) -> ImportanceSums:
-    """Adds matrices of one model up, as if their texts had been one; the first one's window counts the chunks.
+    """Merges matrices of one model, as if their texts had been one; chunks are counted in windows of the first.
 
     Args:
         parts: the matrices.
@@ -127,7 +127,7 @@ def merge_sums(parts: Sequence[ImportanceSums], names: Sequence[str] = ()) -> Im
 
 
 def _is_same_text(one: ImportanceSums, other: ImportanceSums) -> bool:
-    """Whether two matrices hold the same sums, but for what another kernel or number of threads changes."""
+    """Whether two matrices hold the same sums, up to the effect of kernels and of the number of threads."""
     return one.sums.keys() == other.sums.keys() and all(
         array.shape == other.sums[name].shape
         and np.array_equal(one.counts[name], other.counts[name])
@@ -137,7 +137,7 @@ def _is_same_text(one: ImportanceSums, other: ImportanceSums) -> bool:
 
 
 def write_sums(sums: ImportanceSums, path: str | Path, *, is_result: bool = True) -> None:
-    """Writes llama-imatrix's GGUF format; what stood at `path` is replaced by the whole file or not at all.
+    """Writes llama-imatrix's GGUF format; an existing file is replaced by the whole new one or not at all.
 
     `is_result` as in `put_in_place`.
 
@@ -238,7 +238,7 @@ def read_sums(path: str | Path) -> ImportanceSums:
 def unfused(importance: Importance, model: Model) -> Importance:
     """The matrix with its entries for fused tensors given to their parts, which see the same inputs.
 
-    A file with fused tensors, as other tools write it, is run as it is and taken apart when it is read.
+    A file with fused tensors, as other tools write it, is run as it is, and its tensors are split when it is read.
     """
     names = {tensor.name for tensor in model.tensors}
     weights: dict[str, F32Array] = {}
@@ -300,7 +300,7 @@ def _check_is_gguf(path: Path) -> None:
 
 
 def _find_fault(sums: F32Array, counts: F32Array) -> str:
-    """What is wrong with one entry, or ""."""
+    """The fault of one entry, or ""."""
     if not (np.isfinite(sums).all() and np.isfinite(counts).all()):
         return "not finite"
     if (sums < 0).any() or (counts < 0).any():

@@ -1,4 +1,4 @@
-"""Hidden states and gradients between a model's layers, on disk while it is worked through layer by layer."""
+"""The hidden states and gradients between a model's layers, on disk while it is processed layer by layer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.calibration.statistics_writing import Layout
+from pocketquant.calibration.statistics_writing import StatisticsLayout
 from pocketquant.errors import EvalError
 from pocketquant.files.interrupts import put_in_place, resumable
 from pocketquant.files.leftovers import holding
 from pocketquant.files.replacing import check_target, replacing
+from pocketquant.files.resuming import check_same_run
 from pocketquant.files.small import read_object
 from pocketquant.formats import F32Array
 
 _ABOUT = "run.json"
 
 
-class States:
+class LayerStates:
     """Hidden states and gradients between the layers, each a file of f32[n_window, context, n_embd].
 
-    A file is there only when it is whole, so what is there says how far an interrupted run came.
+    A file exists only when it is whole, so the files show how far an interrupted run came.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
@@ -34,22 +35,17 @@ class States:
         self.unfinished = folder / "unfinished"
 
     @contextmanager
-    def begun(self, layout: Layout, run: dict[str, Any], resume: bool) -> Iterator[None]:
-        """Makes the folder anew, unless it is to be taken up, and keeps other runs away from it."""
+    def begun(self, layout: StatisticsLayout, run: dict[str, Any], resume: bool) -> Iterator[None]:
+        """Makes a new folder unless a run is resumed, and keeps other runs away from it."""
         how = f"finished layers are kept in {self._folder}; the same command with --resume goes on from there"
         with holding(self._folder), resumable(self._folder / _ABOUT, how):
             self._begin(layout, run, resume)
             yield
 
-    def _begin(self, layout: Layout, run: dict[str, Any], resume: bool) -> None:
+    def _begin(self, layout: StatisticsLayout, run: dict[str, Any], resume: bool) -> None:
         about = self._folder / _ABOUT
         if resume and about.exists():
-            stated = read_object(about, EvalError)
-            if stated != run:
-                differs = ", ".join(key for key in run if stated.get(key) != run[key])
-                raise EvalError(
-                    f"{self._folder}: was begun with other settings ({differs}); delete it, or repeat the same command"
-                )
+            check_same_run(self._folder, read_object(about, EvalError), run)
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
@@ -57,15 +53,15 @@ class States:
         about.write_text(json.dumps(run))
 
     def has(self, kind: str, number: int) -> bool:
-        """Whether all states of a layer's input are there."""
+        """Whether all states of a layer's input exist."""
         return self._path(kind, number).exists()
 
     def gradients(self) -> int | None:
-        """The lowest layer at whose input the gradients are known; None where none are."""
+        """The lowest layer whose input gradients are known; None if none are."""
         return min((int(path.suffix[1:]) for path in self._folder.glob("gradient.*")), default=None)
 
     def write(self, kind: str, number: int, parts: Iterator[tuple[slice, F32Array]]) -> None:
-        """Takes the states of some windows after the other."""
+        """Writes the states of all windows, part by part."""
         with replacing(self._path(kind, number), is_result=False) as temporary:
             array = np.memmap(temporary, np.float32, "w+", shape=self._shape)
             for part, values in parts:
@@ -78,7 +74,7 @@ class States:
         yield np.memmap(self._path(kind, number), np.float32, "r", shape=self._shape)
 
     def drop(self, kind: str, number: int) -> None:
-        """Deletes states that are not needed again."""
+        """Deletes states that are no longer needed."""
         self._path(kind, number).unlink(missing_ok=True)
 
     def finish(self, out: Path) -> None:

@@ -1,34 +1,31 @@
-"""What a calibration has done so far, on disk: the file as far as it is, and the sums of the pass that is being run."""
+"""Unfinished statistics on disk: the file with its finished passes, and the sums of the pass that is running."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from pocketquant.calibration.hessian import MomentSums
-from pocketquant.calibration.statistics_writing import Layout
-from pocketquant.errors import EvalError, OutputError, PocketquantWarning
+from pocketquant.calibration.hessian import HessianSums
+from pocketquant.calibration.statistics_writing import StatisticsLayout
+from pocketquant.errors import OutputError, PocketquantWarning
 from pocketquant.files.interrupts import put_in_place, resumable
 from pocketquant.files.leftovers import holding
-from pocketquant.files.replacing import check_target, hidden_beside, replacing
-from pocketquant.files.small import open_regular
+from pocketquant.files.replacing import check_target, hidden_beside
+from pocketquant.files.resuming import check_same_run, open_state, write_state
 
 _MAX_STATE_BYTES = 1 << 40
 _SAVED_SHARE = 20
 """Saving takes at most about a twentieth of the time."""
 
 _NOTICED_BYTES = 1 << 28
-"""What takes longer to save than an interrupt should is announced."""
+"""An interrupt announces that it saves sums of this size or more, because that takes long."""
 
 
 class SavedSums:
@@ -41,23 +38,23 @@ class SavedSums:
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any], save_seconds: float) -> None:
-        """`run` is what a run must state to go on from here; sums are saved every `save_seconds` at most."""
+        """`run` is everything that the sums depend on; they are saved at most once in `save_seconds`."""
         self._place = check_target(out)
         self.unfinished, self._state = hidden_beside(out, "unfinished"), hidden_beside(out, "state")
         self._run, self._save_seconds = run, save_seconds
         self.first_pass = self.first_window = 0
         self._has_sums = False
         self._saved, self._cost = time.monotonic(), 0.0
-        self._sums: MomentSums | None = None
+        self._sums: HessianSums | None = None
         self._number = self._window = 0
         self._saved_tokens: dict[str, int] = {}
 
     @contextmanager
-    def begun(self, layout: Layout, resume: bool) -> Iterator[None]:
-        """Keeps other runs away. An interrupt of the block saves what is there; what cannot be taken up goes.
+    def begun(self, layout: StatisticsLayout, resume: bool) -> Iterator[None]:
+        """Keeps other runs away. An interrupt of the block saves the sums; work that cannot be resumed is deleted.
 
         Raises:
-            EvalError: what is to be taken up is of another run.
+            EvalError: the work to resume is of another run.
         """
         how = f"what was done is kept in {self._state}; the same command with --resume goes on from there"
         with holding(self.unfinished), resumable(self._state, how):
@@ -71,31 +68,28 @@ class SavedSums:
                     self.unfinished.unlink(missing_ok=True)
                 raise
 
-    def _begin(self, layout: Layout, resume: bool) -> None:
-        """Finds out where to begin; a new file unless an unfinished one is to be taken up."""
+    def _begin(self, layout: StatisticsLayout, resume: bool) -> None:
+        """Finds out where to begin, and makes a new file unless one is resumed."""
         if resume and self._state.exists() and self.unfinished.exists():
-            stated, self._has_sums = self._read()
-            self.first_pass, self.first_window = int(stated.pop("pass")), int(stated.pop("window"))
-            if stated != self._run:
-                differs = ", ".join(key for key in self._run if stated.get(key) != self._run[key])
-                raise EvalError(
-                    f"{self._state}: was begun with other settings ({differs}); delete it, or repeat the same command"
-                )
+            with open_state(self._state, "unfinished statistics", _MAX_STATE_BYTES) as (stated, arrays):
+                self.first_pass, self.first_window = int(stated.pop("pass")), int(stated.pop("window"))
+                self._has_sums = len(arrays) > 1
+            check_same_run(self._state, stated, self._run)
             return
         self._state.unlink(missing_ok=True)  # first: with a new file it would stand for sums that are not there
         layout.create(self.unfinished)
 
-    def begin_pass(self, sums: MomentSums, number: int, window: int) -> None:
-        """From now on `sums` are those to save; of the first pass, they are filled with what was saved."""
+    def begin_pass(self, sums: HessianSums, number: int, window: int) -> None:
+        """From now on `sums` are saved; those of the first pass are first filled with the saved sums."""
         if self._has_sums and number == self.first_pass:
-            with np.load(self._state, allow_pickle=False) as arrays:
+            with open_state(self._state, "unfinished statistics", _MAX_STATE_BYTES) as (_, arrays):
                 for name, array in _arrays(sums).items():
                     array[...] = arrays[name]
         self._sums, self._number, self._window = sums, number, window
         self._saved_tokens = sums.count_tokens()
 
     def reached(self, window: int, *, is_last: bool) -> None:
-        """So many windows of the pass are in the sums; saves them if that was last done long enough ago."""
+        """So many windows of the pass are in the sums; saves them if the last saving is long enough ago."""
         self._window = window
         now = time.monotonic()
         if is_last or now - self._saved < max(self._save_seconds, _SAVED_SHARE * self._cost):
@@ -105,7 +99,7 @@ class SavedSums:
         self._cost = self._saved - now if self._save_seconds else 0.0
 
     def close_pass(self) -> None:
-        """The pass is in the file; from now on begin with the next one."""
+        """The pass is in the file; a resumed run begins with the next one."""
         with open(self.unfinished, "rb+") as file:
             os.fsync(file.fileno())
         self._write(self._number + 1, 0, {})
@@ -127,8 +121,8 @@ class SavedSums:
             warnings.warn(message, PocketquantWarning, stacklevel=2)
         try:
             self._save()
-        except OutputError as error:  # the interrupt is what is said in the end
-            warnings.warn(f"what was done cannot be kept: {error}", PocketquantWarning, stacklevel=2)
+        except OutputError as error:  # the interrupt itself is reported in the end
+            warnings.warn(f"the work done so far cannot be kept: {error}", PocketquantWarning, stacklevel=2)
 
     def _save(self) -> None:
         assert self._sums is not None
@@ -136,28 +130,11 @@ class SavedSums:
         self._saved_tokens = self._sums.count_tokens()
 
     def _write(self, number: int, window: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        run = json.dumps({**self._run, "pass": number, "window": window})
-        with replacing(self._state, is_result=False) as temporary, open(temporary, "wb") as file:
-            np.savez(file, run=np.array(run), **arrays)  # type: ignore[arg-type]
-
-    def _read(self) -> tuple[dict[str, Any], bool]:
-        """What the state says of its run, and whether it holds sums."""
-        try:
-            if self._state.stat().st_size > _MAX_STATE_BYTES:
-                raise ValueError("too large")
-            with open_regular(self._state, EvalError) as file, np.load(file, allow_pickle=False) as arrays:
-                stated, has_sums = json.loads(str(arrays["run"])), len(arrays.files) > 1
-            if not isinstance(stated, dict) or not {"pass", "window"} <= stated.keys():
-                raise ValueError("says nothing of a run")
-            return stated, has_sums
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            raise EvalError(
-                f"{self._state}: not the state of unfinished statistics ({type(error).__name__}); delete it"
-            ) from error
+        write_state(self._state, {**self._run, "pass": number, "window": window}, arrays)
 
 
-def _arrays(sums: MomentSums) -> dict[str, npt.NDArray[Any]]:
-    """Everything that a pass has summed, by name."""
+def _arrays(sums: HessianSums) -> dict[str, npt.NDArray[Any]]:
+    """All arrays that a pass sums, by name."""
     arrays: dict[str, npt.NDArray[Any]] = {f"sums {key}": array for key, array in sums.sums.items()}
     arrays |= {f"counts {key}": array for key, array in sums.counts.items()}
     arrays |= {f"rounding {key}": array for key, array in sums.rounding.items()}

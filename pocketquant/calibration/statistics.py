@@ -35,6 +35,7 @@ from pocketquant.files.small import open_regular, parse_json
 from pocketquant.files.unchanged import FileState, state_of
 from pocketquant.formats import F32Array
 from pocketquant.model import Model, Tensor
+from pocketquant.texts.corpus import TextRecord
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -54,17 +55,8 @@ HEAD = ("head/row_group", "head/variance", "head/frequency", "head/moments")
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text that statistics were made from: name of its file, number of tokens, and their digest."""
-
-    name: str
-    tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One array of the file: dtype F32, F64, I32 or I64, shape, and where it starts in the file."""
+class ArrayEntry:
+    """One array of the file: its dtype (F32, F64, I32 or I64), its shape, and its offset in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -77,11 +69,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class HeadStatistics:
-    """What the rows of the embedding and of the output head cost.
+    """The cost of errors in the rows of the embedding and of the output head.
 
     Attributes:
         row_group: i32[n_vocab], the group of each row.
-        row_scale: f32[n_vocab]; row v costs 0.5 row_scale[v] d^T moment(row_group[v]) d. Its mean in a group is 1.
+        row_scale: f32[n_vocab]; the error d of row v costs 0.5 row_scale[v] d^T hessian(row_group[v]) d. Its mean in a
+            group is 1.
         frequency: f64[n_vocab], share of the text's tokens; adds up to 1.
         embed_output: f32[k, k], E[g g^T] at the embedding's output; None without gradients.
         n_group: groups.
@@ -94,27 +87,27 @@ class HeadStatistics:
     n_group: int
     _statistics: Statistics
 
-    def moment(self, group: int) -> F32Array:
+    def hessian(self, group: int) -> F32Array:
         """f32[k, k], the mean of E[p_v (1 - p_v) h h^T] over the group's rows."""
         return self._statistics.matrix("head/moments", group)
 
     @property
-    def moments(self) -> F32Array:
+    def hessians(self) -> F32Array:
         """f32[n_group, k, k]: all at once."""
-        return np.stack([self.moment(group) for group in range(self.n_group)])
+        return np.stack([self.hessian(group) for group in range(self.n_group)])
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """An opened file; matrices are read one at a time, when asked for.
+    """An opened statistics file; matrices are read one at a time, when they are asked for.
 
     Attributes:
         path: the file.
         tokens: tokens that the inputs were collected on.
         model_sha256: `fingerprint` of the model.
-        texts: what was read.
-        shared: tensor -> the tensor under whose name their common input stands.
-        entries: name of an array -> where it is.
+        texts: the texts.
+        shared: tensor -> the tensor whose name stands for the input that they share.
+        entries: name of an array -> its place in the file.
         kernels: versions of the software that computed the inputs; empty where nothing is known.
         state: what the file was when it was opened; None where nobody compares.
     """
@@ -122,23 +115,23 @@ class Statistics:
     path: Path
     tokens: int
     model_sha256: str
-    texts: tuple[Text, ...]
+    texts: tuple[TextRecord, ...]
     shared: Mapping[str, str]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ArrayEntry]
     kernels: Mapping[str, str] = field(default_factory=dict)
     state: FileState | None = None
 
     def input(self, tensor: str, expert: int | None = None) -> F32Array | None:
-        """H = E[x x^T] f32[k, k] of a tensor's inputs, in GGUF's column order; None if there is none.
+        """The Hessian H = E[x x^T] f32[k, k] of a tensor's inputs, in GGUF's column order; None if there is none.
 
         Args:
             tensor: name in GGUF.
-            expert: which one, for a tensor of experts; None if no token came by it.
+            expert: its number, for a tensor of experts. An expert that no token was routed to has no matrix.
         """
         return self._find(self.shared.get(tensor, tensor) + INPUT, expert)
 
     def output(self, tensor: str, expert: int | None = None) -> F32Array | None:
-        """G f32[m, m] of a tensor's output gradients, in GGUF's row order, in nats; None if there is none."""
+        """The Fisher matrix G f32[m, m] of a tensor's output, in GGUF's row order, in nats; None if there is none."""
         return self._find(tensor + OUTPUT, expert)
 
     def rounding(self, tensor: str, expert: int | None = None) -> F32Array:
@@ -150,12 +143,12 @@ class Statistics:
         return self._rounding(HEAD_ROUNDING, None)
 
     def share(self, tensor: str, expert: int) -> float:
-        """Share of the tokens that were sent to an expert."""
+        """The share of the tokens that were routed to an expert."""
         counts = self.array(self.shared.get(tensor, tensor) + INPUT + COUNT)
         return float(counts[expert]) / max(self.tokens, 1)
 
     def head(self) -> HeadStatistics | None:
-        """Of the embedding and the output head; None if the file has none."""
+        """The statistics of the embedding and the output head; None if the file has none."""
         if not all(name in self.entries for name in HEAD):
             return None
         row_group, variance, frequency = (self.array(name) for name in HEAD[:3])
@@ -169,12 +162,12 @@ class Statistics:
 
     @property
     def has_outputs(self) -> bool:
-        """Whether there are gradients."""
+        """Whether the file holds Fisher matrices."""
         return any(name.endswith(OUTPUT) and name != EMBED_OUTPUT for name in self.entries)
 
     @property
     def n_unseen_experts(self) -> int:
-        """Matrices of experts whose inputs no token came by."""
+        """The number of expert matrices that no token was routed to."""
         names = [name for name, entry in self.entries.items() if name.endswith(INPUT) and entry.shape[0] > 1]
         return sum(int((self.array(name + COUNT) == 0).sum()) for name in names)
 
@@ -240,8 +233,8 @@ def check_statistics(statistics: Statistics, tensors: Iterable[Tensor]) -> None:
     """
     if statistics.model_sha256 != _fingerprint(tensors):
         raise RecipeError(
-            f"{statistics.path}: made from another model than this one; make them anew with `pocketquant calibrate` on "
-            "the source that is quantized"
+            f"{statistics.path}: made from another model than this one; make them again with `pocketquant calibrate` "
+            "on the source that is quantized"
         )
 
 
@@ -294,7 +287,7 @@ def open_statistics(path: str | Path) -> Statistics:
         faults.append(f"its arrays end at byte {end}, the file at {size}")
     if faults:
         raise RecipeError(f"{path}: {len(faults)} fault(s) in the statistics\n{listing(faults)}")
-    texts = tuple(Text(**text) for text in about["texts"])
+    texts = tuple(TextRecord(**text) for text in about["texts"])
     kernels = about.get("kernels", {})
     return Statistics(path, about["tokens"], about["model"], texts, about["shared"], entries, kernels, state)
 
@@ -327,8 +320,8 @@ def _read_about(path: Path, header: Any) -> dict[str, Any]:
     return about  # type: ignore[no-any-return]
 
 
-def _read_entry(stated: Any, data_start: int, size: int) -> Entry | None:
-    """The entry that a header states, or None where it is none inside the file."""
+def _read_entry(stated: Any, data_start: int, size: int) -> ArrayEntry | None:
+    """The entry that a header states; None if it does not lie inside the file."""
     if not isinstance(stated, dict) or not isinstance(stated.get("dtype"), str) or stated["dtype"] not in DTYPES:
         return None
     shape, offsets = stated.get("shape"), stated.get("data_offsets")
@@ -336,12 +329,12 @@ def _read_entry(stated: Any, data_start: int, size: int) -> Entry | None:
         return None
     if any(type(n) is not int or not 0 <= n <= 1 << 40 for n in (*shape, *offsets)):
         return None
-    entry = Entry(stated["dtype"], tuple(shape), data_start + offsets[0])
+    entry = ArrayEntry(stated["dtype"], tuple(shape), data_start + offsets[0])
     return entry if offsets[1] - offsets[0] == entry.nbytes and data_start + offsets[1] <= size else None
 
 
-def _wanted_roundings(entries: Mapping[str, Entry]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Arrays of rounding errors that must be there, and their shapes."""
+def _wanted_roundings(entries: Mapping[str, ArrayEntry]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The arrays of rounding errors that the file must hold, and their shapes."""
     for name, entry in entries.items():
         if name.endswith(INPUT):
             yield name.removesuffix(INPUT) + ROUNDING, (entry.shape[0], 2 * side_of(entry.shape[1]))
@@ -353,8 +346,8 @@ def _is_counted(name: str) -> bool:
     return name.endswith((INPUT, OUTPUT)) or name == "head/moments"
 
 
-def _fits(name: str, entry: Entry) -> bool:
-    """Whether an array is what its name says."""
+def _fits(name: str, entry: ArrayEntry) -> bool:
+    """Whether the dtype and shape of an array suit its name."""
     if name.endswith(COUNT):
         return entry.dtype == "I64" and len(entry.shape) == 1 and entry.shape[0] > 0
     if _is_counted(name):
@@ -369,7 +362,7 @@ def _fits(name: str, entry: Entry) -> bool:
 
 
 def side_of(length: int) -> int:
-    """The k of a triangle of k (k + 1) / 2 numbers; 0 where there is no such k up to 65,536."""
+    """The k of a triangle of k (k + 1) / 2 numbers; 0 if there is no such k up to 65,536."""
     k = (isqrt(8 * length + 1) - 1) // 2
     return k if k * (k + 1) // 2 == length and k <= _MAX_SIDE else 0
 

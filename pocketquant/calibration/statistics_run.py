@@ -1,9 +1,9 @@
-"""Statistics from running a GGUF over texts: as many passes as its sums need to stay within a bound of memory.
+"""Collects statistics by running a GGUF over texts, in as many passes as a bound of memory needs.
 
 A pass runs the whole text and sums the inputs of some layers, or of some of the output head's groups; the graph ends
-behind the last layer that is wanted. What a pass has summed goes into the unfinished file at once, so disk is needed
-only once; unfinished sums of a pass are saved from time to time, and by an interrupt (`saved_sums`). Interrupted and
-taken up again, or made in one pass or in many, the file is the same.
+after the last layer that is wanted. The sums of a finished pass go into the unfinished file at once, so the disk holds
+them only once. The sums of an unfinished pass are saved from time to time, and by an interrupt (`saved_sums`). The file
+is the same whether it was made in one pass or in many, or interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.calibration.hessian import MAX_GROUPS, HeadSums, MomentSums, Share, group_rows
-from pocketquant.calibration.imatrix import SELF, SELF_CHUNKS, cut_windows, read_text, sample_windows
+from pocketquant.calibration.hessian import MAX_GROUPS, HeadSums, HessianSums, MatrixRange, group_rows
 from pocketquant.calibration.saved_sums import SavedSums
-from pocketquant.calibration.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, Text, fingerprint
-from pocketquant.calibration.statistics_writing import MOMENTS, About, Layout, Piece, lay_out, triangles
+from pocketquant.calibration.statistics import COUNT, HEAD_ROUNDING, INPUT, ROUNDING, fingerprint
+from pocketquant.calibration.statistics_writing import HEAD_HESSIANS, About, Piece, StatisticsLayout, lay_out, triangles
 from pocketquant.errors import ArchitectureError, EvalError
 from pocketquant.files.reading import digest_file, states_of
 from pocketquant.files.unchanged import check_unchanged
@@ -28,9 +27,17 @@ from pocketquant.gguf_file.opening import open_unfused
 from pocketquant.llama.observing import Observer
 from pocketquant.llama.runtime import default_rows, open_runtime
 from pocketquant.model import Model, Role, Tensor
+from pocketquant.texts.calibration import (
+    DEFAULT,
+    SELF,
+    CalibrationSettings,
+    TokenizedTexts,
+    check_texts,
+    cut_texts,
+)
 
 Progress = Callable[[int, int], None]
-"""Called with windows done and windows in all, those of every pass."""
+"""Called with the windows done and the windows in all, over every pass."""
 
 _SAME_INPUT = (
     (Role.DELTA_QKV, Role.DELTA_GATE, Role.DELTA_ALPHA, Role.DELTA_BETA),
@@ -44,28 +51,28 @@ _BATCH = 512
 
 @dataclass(frozen=True)
 class Pass:
-    """What one run over the text sums: shares of inputs, and perhaps groups of the head."""
+    """The matrices that one run over the text sums: ranges of inputs, and perhaps groups of the head."""
 
-    shares: tuple[Share, ...]
+    ranges: tuple[MatrixRange, ...]
     last_layer: int | None
-    head: Share | None
+    head: MatrixRange | None
 
     @property
     def sum_bytes(self) -> int:
-        parts = (*self.shares, *([self.head] if self.head else []))
-        # one more matrix: a window's product, before it is added
+        parts = (*self.ranges, *([self.head] if self.head else []))
+        # one more matrix: the product of a window, before it is added
         return sum(part.sum_bytes for part in parts) + max(4 * part.k**2 for part in parts)
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What will be summed, decided from names and shapes alone.
+class StatisticsPlan:
+    """The passes that collect statistics, decided from names and shapes alone.
 
     Attributes:
         shared: tensor -> the tensor under whose name their common input stands.
         inputs: that tensor -> (n_matrix, k).
-        passes: runs over the text.
-        n_group: most groups of the head's rows.
+        passes: the runs over the text.
+        n_group: the most groups of the head's rows.
     """
 
     shared: Mapping[str, str]
@@ -77,13 +84,13 @@ class Calibration:
 
     @property
     def file_bytes(self) -> int:
-        """About what the file will take."""
+        """The approximate size of the file."""
         sides = [*self.inputs.values(), (self.n_group, self.n_embd)]
         return sum(2 * n * k * (k + 1) for n, k in sides) + 20 * self.n_vocab
 
 
-def plan_calibration(model: Model, *, memory_bytes: int = 2 << 30, n_group: int = MAX_GROUPS) -> Calibration:
-    """Shares a model's inputs out to passes whose sums fit in `memory_bytes`.
+def plan_statistics(model: Model, *, memory_bytes: int = 2 << 30, n_group: int = MAX_GROUPS) -> StatisticsPlan:
+    """Distributes a model's inputs over passes whose sums fit in `memory_bytes`.
 
     Raises:
         EvalError: a single matrix does not fit.
@@ -104,216 +111,190 @@ def plan_calibration(model: Model, *, memory_bytes: int = 2 << 30, n_group: int 
         )
     layers = {key: by_name[key].layer or 0 for key in inputs}
     sides = [(key, n, k) for key, (n, k) in sorted(inputs.items(), key=lambda item: layers[item[0]])]
-    passes: list[list[Share]] = [[]]
+    passes: list[list[MatrixRange]] = [[]]
     room = memory_bytes - largest
-    for key, n_matrix, k in [*sides, (MOMENTS, n_group, n_embd)]:
+    for key, n_matrix, k in [*sides, (HEAD_HESSIANS, n_group, n_embd)]:
         first = 0
-        if key == MOMENTS and default_rows(n_vocab) < _BATCH:
+        if key == HEAD_HESSIANS and default_rows(n_vocab) < _BATCH:
             # its logits come in small batches, which would make the sums of the layers slower and round them otherwise
             passes.append([])
             room = memory_bytes - largest
         while first < n_matrix:
             stop = min(n_matrix, first + room // (4 * k * k))
             if stop > first:
-                passes[-1].append(Share(key, k, first, stop))
+                passes[-1].append(MatrixRange(key, k, first, stop))
                 room -= passes[-1][-1].sum_bytes
                 first = stop
             if first < n_matrix:
                 passes.append([])
                 room = memory_bytes - largest
-    return Calibration(
-        shared, inputs, tuple(_as_pass(shares, layers) for shares in passes if shares), n_embd, n_vocab, n_group
+    return StatisticsPlan(
+        shared, inputs, tuple(_as_pass(ranges, layers) for ranges in passes if ranges), n_embd, n_vocab, n_group
     )
 
 
-def _as_pass(shares: Sequence[Share], layers: Mapping[str, int]) -> Pass:
-    head = next((share for share in shares if share.key == MOMENTS), None)
-    blocks = tuple(share for share in shares if share.key != MOMENTS)
-    return Pass(blocks, None if head else max(layers[share.key] for share in blocks), head)
+def _as_pass(ranges: Sequence[MatrixRange], layers: Mapping[str, int]) -> Pass:
+    head = next((matrices for matrices in ranges if matrices.key == HEAD_HESSIANS), None)
+    blocks = tuple(matrices for matrices in ranges if matrices.key != HEAD_HESSIANS)
+    return Pass(blocks, None if head else max(layers[matrices.key] for matrices in blocks), head)
 
 
 def _has_inputs(tensor: Tensor, n_layer: int) -> bool:
-    # blocks behind the last layer predict further tokens; they are not run over a text here
+    # blocks after the last layer predict further tokens; they are not run over a text here
     return tensor.layer is not None and tensor.layer < n_layer and len(tensor.shape) > 1 and not tensor.keep_f32
 
 
-def calibrate(
+def collect_statistics(
     gguf: str | Path,
     texts: Sequence[str | Path],
     out: Path,
+    settings: CalibrationSettings = DEFAULT,
     *,
-    context: int = 512,
-    chunks: int | None = None,
     memory_bytes: int = 2 << 30,
-    threads: int | None = None,
-    gpu_layers: int = 0,
-    seed: int = 0,
     resume: bool = False,
-    save_seconds: float = 60.0,
     progress: Progress | None = None,
-) -> Calibration:
-    """Runs a model over texts and writes the second moments of its inputs.
+) -> StatisticsPlan:
+    """Runs a model over texts and writes the Hessians of its inputs.
 
     Args:
         gguf: the model, in F32 or BF16.
         texts: paths of UTF-8 texts, or `SELF` to sample one from the model.
         out: the statistics file; unfinished work lies beside it as `.NAME.unfinished` and `.NAME.state`.
-        context: tokens in a window.
-        chunks: most windows to take of each text; None for the whole text, or `SELF_CHUNKS` sampled ones.
+        settings: how the model is run.
         memory_bytes: bound of the sums in memory; the model itself comes on top.
-        threads: threads that compute; None for all that this process may use.
-        gpu_layers: layers computed on a GPU, -1 for all.
-        seed: of the sampling.
         resume: go on where an interrupted run was saved.
-        save_seconds: least time between two savings.
         progress: told after each window.
 
     Raises:
-        SourceError: model or text was changed meanwhile.
+        SourceError: model or text was changed during the run.
         EvalError: model or text cannot be read, a text is too short, an input is not finite, the unfinished work is of
             another run, memory does not suffice, or the installed llama-cpp-python cannot be looked into.
     """
-    if context < 16 or (chunks is not None and chunks < 1):
-        raise EvalError(f"context {context}, chunks {chunks}: use windows of at least 16 tokens, and at least one")
-    for text in texts:
-        if str(text) != SELF:
-            read_text(text)  # before a model is loaded
+    check_texts(texts, settings)
     files = states_of(gguf, *(text for text in texts if str(text) != SELF))
     model = open_unfused(gguf)
     if not any(tensor.role is Role.EMBED for tensor in model.tensors):
         raise ArchitectureError(f"{gguf}: holds no embedding; give the whole model")
-    calibration = plan_calibration(model, memory_bytes=memory_bytes)
-    windows, about_texts, kernels = _cut(gguf, texts, context, chunks, threads, gpu_layers, seed)
-    about = About(windows.size, fingerprint(model), about_texts, calibration.shared, kernels)
-    frequency = np.bincount(windows.reshape(-1), minlength=calibration.n_vocab)
-    row_group = group_rows(frequency, calibration.n_group)
-    n_group = int(row_group.max()) + 1
-    layout = _lay_out(calibration, about, n_group)
+    planned = plan_statistics(model, memory_bytes=memory_bytes)
+    tokens = cut_texts(gguf, texts, settings)
+    collection = _Collection(Path(gguf), planned, tokens, settings, progress)
+    # passes differ in their batches, so no batch is stated
+    kernels = {key: value for key, value in tokens.versions.items() if key != "llama_cpp_batch"}
+    about = About(tokens.windows.size, fingerprint(model), tokens.records, planned.shared, kernels)
+    layout = _lay_out(planned, about, collection.n_group)
     run = {
         "model": digest_file(Path(gguf)),
         "header": hashlib.sha256(layout.header).hexdigest(),
         "memory": memory_bytes,
         "state": 3,
     }
-    work = SavedSums(out, run, save_seconds)
+    work = SavedSums(out, run, settings.save_seconds)
     with work.begun(layout, resume):
-        done_before = work.first_pass * len(windows) + work.first_window
-        if progress is not None:
-            progress(done_before, len(calibration.passes) * len(windows))
-        for number in range(work.first_pass, len(calibration.passes)):
-            sums = _sums_of(calibration.passes[number], row_group, n_group)
-            first = work.first_window if number == work.first_pass else 0
-            work.begin_pass(sums, number, first)
-            sums.begin_at(first * context)
-            observer = Observer(sums)
-            is_head = sums.head is not None
-            with open_runtime(
-                gguf,
-                context=context,
-                threads=threads,
-                gpu_layers=gpu_layers,
-                # no logits are computed, so room for them costs nothing
-                rows=None if is_head else min(context, _BATCH),
-                observe=observer.see,
-            ) as runtime:
-                for i in range(first, len(windows)):
-                    for _, logits in runtime.logits(windows[i].tolist()):
-                        if sums.head is not None:
-                            sums.head.add_logits(logits)
-                    if progress is not None:
-                        progress(number * len(windows) + i + 1, len(calibration.passes) * len(windows))
-                    work.reached(i + 1, is_last=i + 1 == len(windows))
-            sums.check_tokens(windows.size)
-            sums.free_room()
-            layout.put(work.unfinished, _finished(sums, frequency, is_last=number + 1 == len(calibration.passes)))
-            work.close_pass()
+        collection.report(work.first_pass, work.first_window)
+        for number in range(work.first_pass, len(planned.passes)):
+            collection.run_pass(number, work, layout)
         check_unchanged(files)
         work.finish()
-    return calibration
+    return planned
 
 
-def cut_texts(
-    gguf: str | Path,
-    texts: Sequence[str | Path],
-    context: int,
-    chunks: int | None,
-    threads: int | None,
-    gpu_layers: int,
-    seed: int,
-) -> tuple[npt.NDArray[np.int32], tuple[Text, ...]]:
-    """Windows i32[n_window, context] of all texts, one after the other, and what they are; see `calibrate`."""
-    return _cut(gguf, texts, context, chunks, threads, gpu_layers, seed)[:2]
+class _Collection:
+    """A model, the windows that it is run over, and the passes to run."""
+
+    def __init__(
+        self,
+        gguf: Path,
+        planned: StatisticsPlan,
+        tokens: TokenizedTexts,
+        settings: CalibrationSettings,
+        progress: Progress | None,
+    ) -> None:
+        self._gguf, self._planned, self._settings, self._progress = gguf, planned, settings, progress
+        self._windows = tokens.windows
+        self._frequency = np.bincount(tokens.windows.reshape(-1), minlength=planned.n_vocab)
+        self._row_group = group_rows(self._frequency, planned.n_group)
+        self.n_group = int(self._row_group.max()) + 1
+
+    def report(self, number: int, window: int) -> None:
+        """Tells that so many windows of a pass are done."""
+        if self._progress is not None:
+            n_window = len(self._windows)
+            self._progress(number * n_window + window, len(self._planned.passes) * n_window)
+
+    def run_pass(self, number: int, work: SavedSums, layout: StatisticsLayout) -> None:
+        """Runs all windows that a pass lacks, and puts its matrices into the file."""
+        settings, windows = self._settings, self._windows
+        sums = _sums_of(self._planned.passes[number], self._row_group, self.n_group)
+        first = work.first_window if number == work.first_pass else 0
+        work.begin_pass(sums, number, first)
+        sums.begin_at(first * settings.context)
+        with open_runtime(
+            self._gguf,
+            context=settings.context,
+            threads=settings.threads,
+            gpu_layers=settings.gpu_layers,
+            # without the head no logits are computed, so room for them costs nothing
+            rows=min(settings.context, _BATCH) if sums.head is None else None,
+            observe=Observer(sums).see,
+        ) as runtime:
+            for i in range(first, len(windows)):
+                for _, logits in runtime.logits(windows[i].tolist()):
+                    if sums.head is not None:
+                        sums.head.add_logits(logits)
+                self.report(number, i + 1)
+                work.reached(i + 1, is_last=i + 1 == len(windows))
+        sums.check_tokens(windows.size)
+        sums.free_room()
+        is_last = number + 1 == len(self._planned.passes)
+        layout.put(work.unfinished, _finished(sums, self._frequency, is_last=is_last))
+        work.close_pass()
 
 
-def _cut(
-    gguf: str | Path,
-    texts: Sequence[str | Path],
-    context: int,
-    chunks: int | None,
-    threads: int | None,
-    gpu_layers: int,
-    seed: int,
-) -> tuple[npt.NDArray[np.int32], tuple[Text, ...], Mapping[str, str]]:
-    """The same, and the versions of what will compute; passes differ in their batches, which none of these is."""
-    cut = []
-    with open_runtime(gguf, context=context, threads=threads, gpu_layers=gpu_layers) as runtime:
-        for text in texts:
-            if str(text) == SELF:
-                cut.append(sample_windows(gguf, context, chunks or SELF_CHUNKS, threads, gpu_layers, seed))
-            else:
-                cut.append(cut_windows(text, runtime, context, chunks))
-    about = tuple(Text(part.name, part.windows.size, part.sha256) for part in cut)
-    if len({text.sha256 for text in about}) < len(about):
-        raise EvalError("the same text was given twice; it would count twice")
-    kernels = {key: value for key, value in runtime.versions.items() if key != "llama_cpp_batch"}
-    return np.concatenate([part.windows for part in cut]), about, kernels
-
-
-def _lay_out(calibration: Calibration, about: About, n_group: int) -> Layout:
-    n_vocab = calibration.n_vocab
+def _lay_out(planned: StatisticsPlan, about: About, n_group: int) -> StatisticsLayout:
+    n_vocab = planned.n_vocab
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {
         "head/row_group": ("I32", (n_vocab,)),
         "head/variance": ("F64", (n_vocab,)),
         "head/frequency": ("F64", (n_vocab,)),
-        MOMENTS + COUNT: ("I64", (n_group,)),
-        MOMENTS: triangles(n_group, calibration.n_embd),
-        HEAD_ROUNDING: ("F32", (1, 2 * calibration.n_embd)),
+        HEAD_HESSIANS + COUNT: ("I64", (n_group,)),
+        HEAD_HESSIANS: triangles(n_group, planned.n_embd),
+        HEAD_ROUNDING: ("F32", (1, 2 * planned.n_embd)),
     }
-    for key, (n_matrix, k) in calibration.inputs.items():
+    for key, (n_matrix, k) in planned.inputs.items():
         arrays[key + INPUT + COUNT] = ("I64", (n_matrix,))
         arrays[key + INPUT] = triangles(n_matrix, k)
         arrays[key + ROUNDING] = ("F32", (n_matrix, 2 * k))
     return lay_out(about, arrays)
 
 
-def _sums_of(run: Pass, row_group: npt.NDArray[np.int32], n_group: int) -> MomentSums:
+def _sums_of(run: Pass, row_group: npt.NDArray[np.int32], n_group: int) -> HessianSums:
     head = None
     if run.head is not None:
-        share = Share(run.head.key, run.head.k, min(run.head.first, n_group), min(run.head.stop, n_group))
-        sums = np.zeros((share.stop - share.first, share.k, share.k), np.float32)
+        matrices = MatrixRange(run.head.key, run.head.k, min(run.head.first, n_group), min(run.head.stop, n_group))
+        sums = np.zeros((matrices.stop - matrices.first, matrices.k, matrices.k), np.float32)
         counts = np.zeros(2 + len(sums), np.int64)
-        head = HeadSums(row_group, share, sums, np.zeros(len(row_group)), np.zeros((2, share.k)), counts)
-    return MomentSums({share.key: share for share in run.shares}, run.last_layer, head)
+        head = HeadSums(row_group, matrices, sums, np.zeros(len(row_group)), np.zeros((2, matrices.k)), counts)
+    return HessianSums({matrices.key: matrices for matrices in run.ranges}, run.last_layer, head)
 
 
-def _finished(sums: MomentSums, frequency: npt.NDArray[np.int64], *, is_last: bool) -> Iterator[Piece]:
-    """Means, and the counts of whole arrays: those of experts that came in parts are put part by part.
+def _finished(sums: HessianSums, frequency: npt.NDArray[np.int64], *, is_last: bool) -> Iterator[Piece]:
+    """The means, and their counts: those of an expert tensor that came in parts are written part by part.
 
     The sums stay as they are, for an interrupt to save.
     """
-    for key, share in sums.shares.items():
+    for key, matrices in sums.ranges.items():
         for i, count in enumerate(sums.counts[key]):
-            yield key + INPUT + COUNT, share.first + i, np.array(count)
-            yield key + INPUT, share.first + i, sums.sums[key][i] / np.float32(max(int(count), 1))
-            yield key + ROUNDING, share.first + i, sums.rounding[key][i].reshape(-1) / max(int(count), 1)
+            yield key + INPUT + COUNT, matrices.first + i, np.array(count)
+            yield key + INPUT, matrices.first + i, sums.sums[key][i] / np.float32(max(int(count), 1))
+            yield key + ROUNDING, matrices.first + i, sums.rounding[key][i].reshape(-1) / max(int(count), 1)
     if sums.head is None:
         return
     head, tokens = sums.head, int(sums.head.tokens[0])
     sizes = np.bincount(head.row_group)
-    for i in range(head.share.stop - head.share.first):
-        group = head.share.first + i
-        yield MOMENTS + COUNT, group, np.array(tokens)
-        yield MOMENTS, group, head.sums[i] / np.float32(tokens * sizes[group])
+    for i in range(head.range.stop - head.range.first):
+        group = head.range.first + i
+        yield HEAD_HESSIANS + COUNT, group, np.array(tokens)
+        yield HEAD_HESSIANS, group, head.sums[i] / np.float32(tokens * sizes[group])
     if is_last:
         yield "head/row_group", None, head.row_group
         yield "head/variance", None, head.variance / tokens

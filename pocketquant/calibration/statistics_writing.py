@@ -1,7 +1,7 @@
-"""Statistics files: written in place, one matrix at a time, and merged.
+"""Writes statistics files in place, one matrix at a time, and merges them.
 
-The layout of a file is known before anything is collected, so an unfinished file has its whole header and its full
-length, and what is finished is put where it belongs: nothing is kept twice.
+The layout of a file is known before anything is collected. So an unfinished file has its whole header and its full
+length, and a finished matrix is written to its place at once: nothing is kept twice.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ import numpy.typing as npt
 from pocketquant.calibration.statistics import (
     COUNT,
     DTYPES,
-    EMBED_OUTPUT,
     FORMAT,
-    HEAD,
     HEAD_ROUNDING,
     INPUT,
     OUTPUT,
     ROUNDING,
     VERSION,
-    Entry,
+    ArrayEntry,
     Statistics,
-    Text,
     open_statistics,
     packed,
 )
@@ -36,37 +33,38 @@ from pocketquant.errors import OutputError, RecipeError, listing
 from pocketquant.files.replacing import replacing
 from pocketquant.formats import F32Array
 from pocketquant.llama.kernels import added_up
+from pocketquant.texts.corpus import TextRecord
 
-MOMENTS = "head/moments"
+HEAD_HESSIANS = "head/moments"
 
 Piece = tuple[str, int | None, npt.NDArray[Any]]
-"""Name of an array, the matrix of it that is meant (None: all of it), and the numbers."""
+"""The name of an array, the number of one of its matrices (None for the whole array), and the numbers."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What statistics are of; see `Statistics`."""
+    """The model and texts of statistics; see `Statistics`."""
 
     tokens: int
     model_sha256: str
-    texts: tuple[Text, ...]
+    texts: tuple[TextRecord, ...]
     shared: Mapping[str, str]
     kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A statistics file before it has numbers: its header, and where each array goes."""
+class StatisticsLayout:
+    """A statistics file before it has numbers: its header, and the place of each array."""
 
     header: bytes
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ArrayEntry]
 
     @property
     def file_bytes(self) -> int:
         return max((entry.offset + entry.nbytes for entry in self.entries.values()), default=len(self.header))
 
     def create(self, path: Path) -> None:
-        """Writes the header and makes the file as long as it will be; what is not put is zero, counts too.
+        """Writes the header and makes the file as long as it will be; arrays that are not written are zero, counts too.
 
         Raises:
             OutputError: the file cannot be written.
@@ -79,7 +77,7 @@ class Layout:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
     def put(self, path: Path, pieces: Iterable[Piece]) -> None:
-        """Writes arrays, or single numbers or matrices (f32[k, k] or triangles) of them, where they belong."""
+        """Writes whole arrays, or single numbers or matrices (f32[k, k] or triangles) of them, to their places."""
         try:
             with open(path, "rb+") as file:
                 for name, index, array in pieces:
@@ -93,13 +91,13 @@ class Layout:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
-    """Decides the file of these arrays: name -> (dtype, shape), triangles as [n_matrix, k (k + 1) / 2]."""
+def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> StatisticsLayout:
+    """The layout of a file with these arrays: name -> (dtype, shape), triangles as [n_matrix, k (k + 1) / 2]."""
     stated: dict[str, Any] = {}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ArrayEntry] = {}
     at = 0
     for name, (dtype, shape) in arrays.items():
-        entries[name] = Entry(dtype, shape, at)
+        entries[name] = ArrayEntry(dtype, shape, at)
         stated[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + entries[name].nbytes]}
         at += entries[name].nbytes
     texts = [asdict(text) for text in about.texts]
@@ -110,8 +108,8 @@ def lay_out(about: About, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
     text = json.dumps({"__metadata__": metadata, **stated}, ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     header = len(text).to_bytes(8, "little") + text
-    moved = {name: Entry(entry.dtype, entry.shape, entry.offset + len(header)) for name, entry in entries.items()}
-    return Layout(header, moved)
+    moved = {name: ArrayEntry(entry.dtype, entry.shape, entry.offset + len(header)) for name, entry in entries.items()}
+    return StatisticsLayout(header, moved)
 
 
 def triangles(n_matrix: int, k: int) -> tuple[str, tuple[int, ...]]:
@@ -130,13 +128,13 @@ def write_statistics(
 
 
 def merge_statistics(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Adds statistics of one model up, as if their texts had been one, or inputs to gradients.
+    """Merges statistics of one model, as if their texts had been one, or Hessians with Fisher matrices.
 
-    Every matrix is the mean over those files that have it, weighed by their tokens. Groups of the head are those of the
-    first file that has any; other files' groups are spread over them row by row.
+    Every matrix is the mean over the files that have it, weighted by their tokens. The groups of the head are those of
+    the first file that has any; the groups of other files are distributed over them row by row.
 
     Raises:
-        RecipeError: not of one model, or two were made from the same text, which would count twice.
+        RecipeError: they are of different models, or two were made from the same text, which would count twice.
     """
     parts = [open_statistics(path) for path in paths]
     _check_one_model(parts)
@@ -148,7 +146,7 @@ def merge_statistics(paths: Sequence[str | Path], out: str | Path) -> None:
         f"{name}: shape {list(part.entries[name].shape)} in one, {list(shape)} in another"
         for name, (_, shape) in arrays.items()
         for part in parts
-        if name in part.entries and not name.startswith(MOMENTS) and part.entries[name].shape != shape
+        if name in part.entries and not name.startswith(HEAD_HESSIANS) and part.entries[name].shape != shape
     ]
     if faults:
         raise RecipeError(f"{len(faults)} array(s) do not fit together\n{listing(faults)}")
@@ -179,14 +177,14 @@ def _check_one_model(parts: Sequence[Statistics]) -> None:
 def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterable[Piece]:
     for name, (_, shape) in arrays.items():
         owners = [part for part in parts if name in part.entries]
-        if name == MOMENTS:
-            yield from _merged_moments(owners, shape[0])
+        if name == HEAD_HESSIANS:
+            yield from _merged_head(owners, shape[0])
         elif name.endswith((INPUT, OUTPUT, ROUNDING)):
             counts = np.array([part.array(_counts_of(name))[: shape[0]] for part in owners], np.float64)
             for index in range(shape[0]):
                 weights = counts[:, index] / max(counts[:, index].sum(), 1.0)
                 yield name, index, _weighted(name, owners, [{index: float(weight)} for weight in weights])
-        elif name == MOMENTS + COUNT:
+        elif name == HEAD_HESSIANS + COUNT:
             total = sum(int(part.array(name)[0]) for part in owners)
             yield name, None, np.full(shape, total, np.int64)
         elif name.endswith(COUNT):
@@ -194,19 +192,19 @@ def _merged(parts: Sequence[Statistics], arrays: Mapping[str, tuple[str, tuple[i
         elif name == "head/row_group":
             yield name, None, owners[0].array(name)
         else:  # means over tokens, one number a row
-            counts = np.array([part.array(MOMENTS + COUNT)[0] for part in owners], np.float64)
+            counts = np.array([part.array(HEAD_HESSIANS + COUNT)[0] for part in owners], np.float64)
             yield name, None, np.average([part.array(name) for part in owners], axis=0, weights=counts)
 
 
 def _counts_of(name: str) -> str:
-    """The array that says of how many inputs an array's means are."""
+    """The name of the array with the number of inputs behind an array's means."""
     if name == HEAD_ROUNDING:
-        return MOMENTS + COUNT
+        return HEAD_HESSIANS + COUNT
     return (name.removesuffix(ROUNDING) + INPUT if name.endswith(ROUNDING) else name) + COUNT
 
 
-def _merged_moments(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece]:
-    counts = np.array([part.array(MOMENTS + COUNT)[0] for part in parts], np.float64)
+def _merged_head(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece]:
+    counts = np.array([part.array(HEAD_HESSIANS + COUNT)[0] for part in parts], np.float64)
     groups = parts[0].array("head/row_group")
     sizes = np.maximum(np.bincount(groups, minlength=n_group), 1)
     spreads = []
@@ -221,17 +219,14 @@ def _merged_moments(parts: Sequence[Statistics], n_group: int) -> Iterable[Piece
             {int(h): float(spread[group, h] * count / counts.sum()) for h in np.flatnonzero(spread[group])}
             for spread, count in zip(spreads, counts, strict=True)
         ]
-        yield MOMENTS, group, _weighted(MOMENTS, parts, weights)
+        yield HEAD_HESSIANS, group, _weighted(HEAD_HESSIANS, parts, weights)
 
 
 def _weighted(name: str, parts: Sequence[Statistics], weights: Sequence[Mapping[int, float]]) -> F32Array:
-    """Sum of triangles, or of other rows of numbers, of several files, each with its weight."""
+    """The weighted sum of triangles, or of other rows of numbers, of several files."""
     total = np.zeros(parts[0].entries[name].shape[1], np.float64)
     for part, of_part in zip(parts, weights, strict=True):
         for index, weight in of_part.items():
             if weight:
                 total += weight * part.triangle(name, index)
     return total.astype(np.float32)
-
-
-__all__ = ["EMBED_OUTPUT", "HEAD", "About", "Layout", "lay_out", "merge_statistics", "triangles", "write_statistics"]

@@ -1,7 +1,7 @@
-"""transformers' decoder layers with an opened model's weights, one at a time; what gradients are computed by.
+"""transformers' decoder layers with the weights of an opened model, for gradients.
 
-The weights come out of the opened model, put back into the order and form of a checkpoint, so that every source that
-can be quantized can be differentiated. One layer is in memory at a time, whatever the size of the model.
+The weights come from the opened model and are put back into the order and form of a checkpoint. So gradients can be
+computed for every source that can be quantized. One layer is in memory at a time, whatever the size of the model.
 
 Source: transformers' `models/qwen3_5` and `models/qwen3_5_moe` (5.23).
 """
@@ -31,7 +31,7 @@ _OF_EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and what computes it; `part("DecoderLayer")` is transformers' class of that name for this model."""
+    """A model, and torch to compute it; `part("DecoderLayer")` is transformers' class of that name for this model."""
 
     torch: Any
     part: Callable[[str], Any]
@@ -53,8 +53,8 @@ def require_torch() -> tuple[Any, dict[str, Any]]:
         }
     except ImportError as error:
         raise EvalError(
-            f"gradients need torch and transformers, which cannot be imported here ({error}); "
-            f"{install_command('curvature')}, or calibrate without gradients"
+            f"`tune` and `calibrate --curvature` need torch and transformers, which cannot be imported here ({error}); "
+            f"{install_command('curvature')}"
         ) from error
     return torch, modeling
 
@@ -69,7 +69,9 @@ def set_up(model: Model, device: str, threads: int | None) -> Setting:
     architecture = architecture_named(model.architecture)
     counterpart = architecture.transformers
     if counterpart is None:
-        raise ArchitectureError(f"{model.architecture}: gradients are known of text models; calibrate without them")
+        raise ArchitectureError(
+            f"{model.architecture}: gradients are computed for text models only; leave out --curvature"
+        )
     torch, modeling = require_torch()
 
     def part(name: str) -> Any:
@@ -96,7 +98,7 @@ def tensors_of(setting: Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
 
 
 def linears_of(setting: Setting, layer: int) -> list[tuple[TensorRule, Tensor]]:
-    """Those of them that are multiplied."""
+    """Those of the tensors that are multiplied."""
     return [(rule, tensor) for rule, tensor in tensors_of(setting, layer) if not tensor.keep_f32]
 
 
@@ -107,7 +109,7 @@ def read_whole(tensor: Tensor) -> F32Array:
 
 
 def source_weights(rule: TensorRule, tensor: Tensor, setting: Setting, values: F32Array) -> F32Array:
-    """A tensor's values as the checkpoint has them: `each` undone, rows and columns where they came from."""
+    """A tensor's values as in the checkpoint: `each` is undone, and rows and columns go back to their places."""
     if rule.each is not None:
         values = rule.each.undo(values)
     source = np.empty_like(values)
@@ -116,7 +118,7 @@ def source_weights(rule: TensorRule, tensor: Tensor, setting: Setting, values: F
 
 
 def gguf_weights(rule: TensorRule, tensor: Tensor, setting: Setting, source: F32Array) -> F32Array:
-    """Numbers of a checkpoint's matrix, such as its gradients, in GGUF's order: f32[n_rows, n_cols]."""
+    """The numbers of a checkpoint's matrix, for instance its gradients, in GGUF's order: f32[n_rows, n_cols]."""
     if rule.half is not None:
         source = np.split(source, 2, axis=1)[rule.half]
     return source.reshape(tensor.n_rows, tensor.n_cols)[_places(rule, tensor, setting)]
@@ -154,7 +156,7 @@ def watch_outputs(
     linears: Sequence[tuple[TensorRule, Tensor]],
     add: Callable[[str, int, Any], None],
 ) -> None:
-    """Has `add` called on the way back through a layer, for every product of a linear layer.
+    """Calls `add` in the backward pass of a layer, for every matrix product of a linear layer.
 
     It gets the tensor's name, the number of the expert (0 where there are none), and the gradient at the output,
     [..., rows of one matrix], in the checkpoint's order.
@@ -187,11 +189,11 @@ def _run_experts(
     index: Any,
     weights: Any,
 ) -> Any:
-    """The experts' sum [n, n_embd] as transformers computes it, with every product in sight.
+    """The sum of the experts [n, n_embd] as transformers computes it, with a hook on every matrix product.
 
     Args:
         hidden: [n, n_embd].
-        index, weights: [n, n_used], which experts a token is sent to, and how much each counts.
+        index, weights: [n, n_used], the experts that a token is routed to, and their weights.
     """
     total, multiply = torch.zeros_like(hidden), torch.nn.functional.linear
     for expert in torch.unique(index).tolist():
@@ -205,7 +207,7 @@ def _run_experts(
 
 
 def positions_of(setting: Setting, context: int) -> Any:
-    """Cosines and sines of a window's positions."""
+    """The cosines and sines of the positions of a window."""
     torch = setting.torch
     rotary = setting.part("TextRotaryEmbedding")(setting.config).to(setting.device)
     numbers = torch.arange(context, device=setting.device).view(1, 1, -1).expand(3, 1, -1)

@@ -1,7 +1,7 @@
-"""A file's metadata against its source's, in both directions: what the one has and the other lacks, or says otherwise.
+"""Compares a file's metadata with its source's: keys that only one of the two has, and keys with different values.
 
-What decides what the model computes or where it ends is an error, what a runtime shows or a user may set a warning, and
-what only describes the model is named in a note.
+A difference is an error if the key decides what the model computes or where its answers end. It is a warning if a
+runtime shows the key or a user may set it, and is named in a note if the key only describes the model.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _OF_THE_FILE = (
 _BLOCK_KINDS = ("full_attention_interval", "attention.recurrent_layers")
 _BY_USERS = ("context_length", "vocab_size")
 _OF_MTP = ("block_count", "nextn_predict_layers")
-"""Differ where the block is left out, which `check_structure` compares with the tensors."""
+"""Keys that differ where the block is left out; `check_structure` compares them with the tensors."""
 _OPTIONAL = (
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"),
     *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"),
 )
-"""Keys that a file can be without, and computes something else then."""
+"""Keys that a file may lack; the model then computes something else."""
 _COMPUTES = (
     "rope.",
     "attention.",
@@ -44,7 +44,7 @@ _COMPUTES = (
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id", "eog_token_ids")
 _DECIDES = ("model", "pre", "tokens", "merges", "bos_token_id", "add_bos_token", "add_eos_token", *_ENDS)
 _NOTE = "note"
-_ADVICE = "the file was made from another checkpoint, or by a tool that reads it otherwise"
+_ADVICE = "the file was made from another checkpoint, or by a tool that reads the checkpoint differently"
 _NAMED = 8
 
 
@@ -69,7 +69,7 @@ def compare_metadata(contents: Contents, source: Contents, notes: list[str]) -> 
             yield Finding(severity, "differs", key, message, advice)
     if described:
         more = f" and {len(described) - _NAMED} more" if len(described) > _NAMED else ""
-        notes.append(f"described otherwise than in the source: {', '.join(described[:_NAMED])}{more}")
+        notes.append(f"these descriptions differ from the source's: {', '.join(described[:_NAMED])}{more}")
 
 
 def _severity(key: str, contents: Contents, source: Contents) -> str | None:
@@ -88,12 +88,12 @@ def _severity(key: str, contents: Contents, source: Contents) -> str | None:
 def _severity_of_size(short: str, key: str, contents: Contents, source: Contents) -> str | None:
     if short in _OF_MTP:
         return None
-    if short in _BLOCK_KINDS:  # one way of saying it is as good as the other
+    if short in _BLOCK_KINDS:  # two ways of stating the same
         return None if block_kinds(contents) == block_kinds(source) else ERROR
     if short in _BY_USERS:
         return WARNING if key in contents.metadata and key in source.metadata else None
     if contents.is_text and key not in contents.metadata and short not in _OPTIONAL:
-        return None  # that every file must have it is said by the other checks
+        return None  # other checks report the keys that every file must have
     return ERROR if short.startswith(_COMPUTES) else WARNING
 
 

@@ -1,4 +1,4 @@
-"""Whether the keys are there, sensible, and agree with one another and with the tensors.
+"""Checks that the keys are there, are sensible, and agree with one another and with the tensors.
 
 Source for what llama.cpp requires: `src/models/qwen35.cpp` `load_arch_hparams`, `src/llama-model.cpp` (b10359).
 """

@@ -1,4 +1,4 @@
-"""A file's tensors against those of the checkpoint it was made from: signal over error as its format allows.
+"""Compares a file's tensors with its source's: is the signal over error of each what its format allows?
 
 Where a tensor is too far away, the usual mistakes are tried: value heads left in the checkpoint's order or reordered
 twice, an adapter merged in the other order, a scale forgotten, a norm with 1 too many or too few.

@@ -1,4 +1,4 @@
-"""Which tensors there are, in which shapes and types, against the architecture's table.
+"""Compares which tensors a file has, in which shapes and types, with the architecture's table.
 
 Source for what a runtime needs: llama.cpp (b10359) `src/models/qwen35.cpp`, `src/llama-model-loader.cpp` (it refuses a
 file with a tensor missing and one with a tensor that it does not ask for).

@@ -1,4 +1,4 @@
-"""Tokens, special ids, pre-tokenizer and chat template."""
+"""Checks tokens, special ids, pre-tokenizer and chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vision tower (`mmproj`): whether there is one in the file at all.
+"""Checks a vision tower's file (`mmproj`): whether it holds a tower at all, and what llama.cpp needs to load it.
 
 Source for names and keys: llama.cpp (b10359) `tools/mtmd/clip-impl.h`, `clip.cpp`.
 """
@@ -25,13 +25,15 @@ _NUMBERS = ("block_count", "embedding_length", "feed_forward_length", "attention
 
 
 def check_vision(contents: Contents, notes: list[str]) -> Iterator[Finding]:
-    """Emptiness, blocks against `block_count`, the tensors that stand once, and the keys the loader asks for."""
+    """Finds a file without a tower, keys that are missing or wrong, blocks that contradict `block_count`, and missing
+    tensors that belong to no block.
+    """
     if contents.architecture != ARCHITECTURE:
         return
     advice = (
-        "convert the vision tower again; a tool that does not know its prefix (model.language_model.visual.) finds "
+        "convert the vision tower again; a tool that does not know its prefix (model.language_model.visual.) finds no "
+        "tensors and does not say so"
     )
-    advice += "no tensors and says nothing"
     if not any(name.startswith("v.") for name in contents.entries):
         message = f"no tensor of a vision tower among {len(contents.entries)}"
         yield Finding(ERROR, "mmproj-empty", "", message, advice)
@@ -48,7 +50,7 @@ def check_vision(contents: Contents, notes: list[str]) -> Iterator[Finding]:
     names = ("clip.projector_type", "clip.vision.projector_type")
     projector = next((contents.metadata[name].value for name in names if name in contents.metadata), None)
     if projector != "qwen3vl_merger":
-        notes.append(f"projector {projector!r}: only qwen3vl_merger is known here, its tensors are not covered")
+        notes.append(f"projector {projector!r}: only qwen3vl_merger is known here, so its tensors are not checked")
         return
     blocks = {int(match[1]) for name in contents.entries if (match := re.match(r"v\.blk\.(\d{1,4})\.", name))}
     n_blocks = contents.metadata.get("clip.vision.block_count", Value("u32", 0)).value
@@ -60,4 +62,4 @@ def check_vision(contents: Contents, notes: list[str]) -> Iterator[Finding]:
     for name in _NEEDED:
         if name not in contents.entries:
             yield Finding(ERROR, "tensor-missing", name, "missing; the runtime does not load the file", advice)
-    notes.append("shapes of the vision tower are not covered")
+    notes.append("the shapes of the vision tower are not checked")

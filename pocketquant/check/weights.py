@@ -1,7 +1,7 @@
-"""The numbers themselves: not finite, all zero, far too large, there twice, norms around the wrong number.
+"""Checks the numbers: those not finite, all zero or far too large, tensors stored twice, norms around a wrong number.
 
 Each tensor is read once, in row chunks. The limits are set where no real weights come near, so that a finding means
-something; they are said in docs/explain/check.md.
+something. docs/explain/check.md lists them.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ _TYPES = ("f32", "f16", "bf16")
 
 
 def adapter(
-    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, PEFT's or mlx-lm's.")],
-    base: Annotated[str, option("--base", "SRC", "The model it belongs to: checkpoint or GGUF.")],
+    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, from PEFT or mlx-lm.")],
+    base: Annotated[str, option("--base", "SRC", "The model that the adapter belongs to: checkpoint or GGUF.")],
     *,
     out: Out = None,
     type: Annotated[str, option("--type", "f32|f16|bf16", "Number format of the matrices.")] = "f32",
     split_max_size: Annotated[
-        str | None, option("--split-max-size", "SIZE", "Refuse a larger file: adapters are not read in shards.")
+        str | None, option("--split-max-size", "SIZE", "Refuse to write a larger file; an adapter cannot be split.")
     ] = None,
     dry_run: DryRun = False,
     talk: Talk,
@@ -37,7 +37,7 @@ def adapter(
     from pocketquant.gguf_file.writing import write
 
     if type.lower() not in _TYPES:
-        raise typer.BadParameter("f32, f16 or bf16", param_hint="--type")
+        raise typer.BadParameter("must be f32, f16 or bf16", param_hint="--type")
     if out is None and not dry_run:
         raise typer.BadParameter("name the file to write, or use --dry-run", param_hint="--out")
     out = None if dry_run else out

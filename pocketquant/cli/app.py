@@ -15,6 +15,7 @@ from pocketquant.cli.convert import convert
 from pocketquant.cli.doctor import doctor
 from pocketquant.cli.eval import eval
 from pocketquant.cli.eval_vision import eval_vision
+from pocketquant.cli.fit import fit
 from pocketquant.cli.gate import gate
 from pocketquant.cli.group import OTHER, Command, Commands
 from pocketquant.cli.help import print_version, show_help, version
@@ -40,6 +41,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Measure": {"eval": eval, "compare": compare, "gate": gate, "check": check},
     "Ship": {"report": report, "inspect": inspect, "split": split, "doctor": doctor},
     OTHER: {
+        "fit": fit,
         "tune": tune,
         "sweep": sweep,
         "tasks": tasks,
@@ -57,7 +59,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
 
 app = typer.Typer(
     cls=Commands,
-    help="Qwen3.5 checkpoints in, small GGUF files out, and what quantization cost.",
+    help="Turn Qwen3.5 checkpoints into small GGUF files, and measure what was lost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # [absolute] in a help text is a word, no markup

@@ -27,7 +27,7 @@ from pocketquant.cli.options import (
 )
 from pocketquant.cli.planning import as_gguf
 from pocketquant.cli.screen import print_json, set_document, size
-from pocketquant.cli.sensitivity import Runs, SensitivityOptions, TrainingContext, sensitivity
+from pocketquant.cli.sensitivity import RunOptions, SensitivityOptions, TrainingContext, sensitivity
 
 if TYPE_CHECKING:
     from pocketquant.calibration.collecting import Collection, Steps
@@ -42,48 +42,51 @@ class Collecting:
     """What is collected from which texts."""
 
     text: TextFiles = None
-    curvature: Annotated[bool, option("--curvature", "", "Gradients too (extra `curvature`: torch, transformers).")] = (
-        False
-    )
+    curvature: Annotated[
+        bool, option("--curvature", "", "Collect gradients too; needs the extra `curvature` (torch, transformers).")
+    ] = False
     resume: Resume = False
     context: TrainingContext = 512
     chunks: Chunks = None
     dry_run: CostOnly = False
     memory: Annotated[
-        str, option("--memory", "SIZE", "Bound of the sums in memory; less means more passes.", ADVANCED)
+        str,
+        option(
+            "--memory", "SIZE", "Most memory for the sums; with less, more passes over the text are made.", ADVANCED
+        ),
     ] = "2GB"
-    reference_type: Annotated[str, option("--reference-type", "f32|bf16", "Type a checkpoint is run in.", ADVANCED)] = (
-        "f32"
-    )
+    reference_type: Annotated[
+        str, option("--reference-type", "f32|bf16", "Type in which a checkpoint is run.", ADVANCED)
+    ] = "f32"
     seed: Seed = 0
     torch_device: TorchDevice = "cpu"
 
 
 @dataclass(frozen=True)
-class Modes:
+class OtherModes:
     """What else the command does than collect statistics, and what goes with it."""
 
     options: SensitivityOptions
-    merge: Annotated[bool, option("--merge", "", "Add statistics of one model up instead of running it.")] = False
+    merge: Annotated[bool, option("--merge", "", "Add up several statistics of one model, and run nothing.")] = False
     sensitivity: Annotated[
-        bool, option("--sensitivity", "", "Write what rounding each role and layer costs instead.")
+        bool, option("--sensitivity", "", "Measure what rounding each role and layer costs, in place of statistics.")
     ] = False
 
 
 def calibrate(
     command_line: typer.Context,
     sources: Annotated[
-        list[str], typer.Argument(metavar="SRC", help="Checkpoint or GGUF in F32 or BF16; with --merge, statistics.")
+        list[str], typer.Argument(metavar="SRC", help="Checkpoint, or GGUF in F32 or BF16; with --merge, statistics.")
     ],
     out: OutFile,
     options: Collecting,
-    modes: Modes,
+    modes: OtherModes,
     compute: Compute,
     talk: Talk,
 ) -> None:
     """Collect statistics: what a rounding error of each weight costs.
 
-    The model is run over texts; `quantize --stats` rounds and chooses types by them.
+    The model is run over texts. `quantize --stats` rounds and chooses types by the statistics.
     """
     from pocketquant.calibration.statistics_writing import merge_statistics
     from pocketquant.demo import text_path
@@ -92,23 +95,23 @@ def calibrate(
 
     if modes.merge:
         others = _SETTINGS | {"text", "context", "chunks", "resume", "curvature", "dry_run", "sensitivity"}
-        refuse_given(command_line, others, "says nothing with --merge, which runs no model")
+        refuse_given(command_line, others, "has no effect with --merge, which runs no model")
         refuse_overwriting([out], sources)
         merge_statistics(sources, out)
         _say_kernels(sources, talk)
         _report(out, talk)
         return
     if len(sources) != 1:
-        raise typer.BadParameter("one model; to add statistics up, say --merge", param_hint="SRC")
+        raise typer.BadParameter("only one model can be run; to add statistics up, give --merge", param_hint="SRC")
     if modes.sensitivity:
-        refuse_given(command_line, {*_SETTINGS, "curvature"}, "says nothing with --sensitivity")
+        refuse_given(command_line, {*_SETTINGS, "curvature"}, "has no effect with --sensitivity")
         set_document("sensitivity")
-        runs = Runs(options.text, options.context, options.chunks or 32, options.resume, options.dry_run)
+        runs = RunOptions(options.text, options.context, options.chunks or 32, options.resume, options.dry_run)
         sensitivity(sources[0], out, runs, modes.options, compute, talk)
         return
     refuse_overwriting([out], [*sources, *(options.text or [])])
     if options.reference_type not in ("f32", "bf16"):
-        raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
+        raise typer.BadParameter("must be f32 or bf16", param_hint="--reference-type")
     texts = options.text or [str(text_path("calibration"))]
     _collect(sources[0], _Task(out, texts, parse_size(options.memory), options, compute, talk))
 
@@ -184,11 +187,11 @@ def _try_out(source: str, task: _Task, model: Model) -> Pace | None:
 
 
 def _say_cost(source: str, task: _Task) -> None:
-    from pocketquant.calibration.statistics_run import plan_calibration
+    from pocketquant.calibration.statistics_run import plan_statistics
     from pocketquant.convert.sources import open_model
 
     model = open_model(source)
-    calibration = plan_calibration(model, memory_bytes=task.memory_bytes)
+    calibration = plan_statistics(model, memory_bytes=task.memory_bytes)
     cost: dict[str, Any] = {
         "passes": len(calibration.passes),
         "memory_bytes": max(one.sum_bytes for one in calibration.passes),

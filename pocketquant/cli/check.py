@@ -24,14 +24,14 @@ _SHOWN = 8
 def check(
     file: Annotated[str, typer.Argument(metavar="FILE|SRC", help="GGUF file, or a checkpoint before it is converted.")],
     source: Annotated[
-        str | None, option("--source", "SRC", "The checkpoint it was made from: compare every tensor with it.")
+        str | None, option("--source", "SRC", "Compare every tensor with this checkpoint, from which FILE was made.")
     ] = None,
     *,
     talk: Talk,
 ) -> None:
     """Look for what is wrong with a GGUF or a checkpoint.
 
-    Nothing is run. The exit code is 1 if something is wrong.
+    No model is run. The exit code is 1 if something is wrong.
     """
     with talk.steps(Path(file).name) as advance:
         report = check_file_or_source(file, source, advance)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pocketquant.quant.explain import Change, Explanation
 
 Sensitivity = Annotated[
-    Path | None, option("--sensitivity", "FILE", "Measured sensitivities to predict losses with.", ADVANCED)
+    Path | None,
+    option("--sensitivity", "FILE", "What to predict losses from: a file of `calibrate --sensitivity`.", ADVANCED),
 ]
 
 
@@ -35,22 +36,35 @@ class Deciding:
         ),
     ] = None
     target_size: Annotated[
-        str | None, option("--target-size", "SIZE", "Least predicted loss in a file of 2.95GB, 700MB, 1.5GiB.")
+        str | None,
+        option(
+            "--target-size", "SIZE", "Choose the types that lose least in a file of this size: 2.95GB, 700MB, 1.5GiB."
+        ),
     ] = None
-    target_bpw: Annotated[float | None, option("--target-bpw", "BITS", "The same for bits per weight: 4.8.")] = None
-    device: Annotated[str, option("--device", "phone|any", "Types to choose from: those fast on phones, or all.")] = (
-        "phone"
-    )
-    imatrix: Annotated[Path | None, option("--imatrix", "FILE", "Importance matrix, llama.cpp's GGUF format.")] = None
+    target_bpw: Annotated[
+        float | None,
+        option("--target-bpw", "BITS", "Choose the types that lose least at so many bits per weight: 4.8."),
+    ] = None
+    device: Annotated[
+        str, option("--device", "phone|any", "Types that may be chosen: those that are fast on phones, or all.")
+    ] = "phone"
+    imatrix: Annotated[
+        Path | None, option("--imatrix", "FILE", "Importance matrix to round by, in llama.cpp's GGUF format.")
+    ] = None
     stats: Stats = None
     explain: Annotated[
-        bool, option("--explain", "", "Print what each role takes, loses, and would lose in the next type.")
+        bool,
+        option(
+            "--explain",
+            "",
+            "Print each role's bytes and predicted loss, and what a smaller or a larger type would change.",
+        ),
     ] = False
     rounding: RoundingSteps = None
     sensitivity: Sensitivity = None
     keep_types: Annotated[
         bool,
-        option("--keep-types", "", "A pocket recipe's own types, though --stats could choose better ones.", ADVANCED),
+        option("--keep-types", "", "Keep a pocket recipe's own types, where --stats would choose others.", ADVANCED),
     ] = False
 
     @property
@@ -105,13 +119,15 @@ def _check_options(given: Deciding) -> Target | None:
 
     target = _read_target(given)
     if given.sensitivity is not None and target is None and given.stats is None and not given.explain:
-        raise typer.BadParameter("goes with --target-size, --target-bpw or --explain", param_hint="--sensitivity")
+        raise typer.BadParameter(
+            "is used only with --target-size, --target-bpw or --explain", param_hint="--sensitivity"
+        )
     if given.device not in DEVICES:
-        raise typer.BadParameter(f"{' or '.join(DEVICES)}", param_hint="--device")
+        raise typer.BadParameter(f"must be {' or '.join(DEVICES)}", param_hint="--device")
     if given.stats is None and given.rounding not in (None, NO_STEPS):
         raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
     if given.rounding not in (None, NO_STEPS, *STEPS):
-        raise typer.BadParameter(f"{NO_STEPS}, {', '.join(STEPS)}", param_hint="--rounding")
+        raise typer.BadParameter(f"must be one of {NO_STEPS}, {', '.join(STEPS)}", param_hint="--rounding")
     return target
 
 

@@ -14,14 +14,14 @@ from pocketquant.cli.options import Chunks, Compute, Context, EvalTexts, Talk
 from pocketquant.cli.screen import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from pocketquant.eval.difference import Directions, FileDifference, StoredTensor
+    from pocketquant.eval.difference import Directions, FileDifference, TensorForm
     from pocketquant.model import Value
 
 _WITH_TEXT = {"context", "chunks", "threads", "gpu_layers"}
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class CompareOptions:
     """Texts that both files are run over."""
 
     text: EvalTexts = None
@@ -31,23 +31,23 @@ class TextOptions:
 
 def compare(
     command_line: typer.Context,
-    first: Annotated[Path, typer.Argument(metavar="A.gguf", help="A GGUF.")],
-    second: Annotated[Path, typer.Argument(metavar="B.gguf", help="Another of the same model.")],
+    first: Annotated[Path, typer.Argument(metavar="A.gguf", help="The first GGUF.")],
+    second: Annotated[Path, typer.Argument(metavar="B.gguf", help="The second GGUF, of the same model.")],
     *,
-    options: TextOptions,
+    options: CompareOptions,
     compute: Compute,
     talk: Talk,
 ) -> None:
     """Set two GGUF files side by side: types, bytes, metadata, weights.
 
-    With --text also how far they diverge on it, in both directions.
+    With --text, it also measures the KL divergence between them, in both directions.
     """
     from pocketquant.eval.difference import find_differences, measure_both_ways
     from pocketquant.texts.embedded import read_texts
 
     directions = None
     if options.text is None:
-        refuse_given(command_line, _WITH_TEXT, "goes with --text")
+        refuse_given(command_line, _WITH_TEXT, "is used only with --text")
     else:
         texts = read_texts(options.text)
         with talk.steps("divergence", "windows", (1, 2)) as advance:
@@ -106,7 +106,7 @@ def _change(a: int, b: int) -> list[str]:
     return [f"{a:,}", f"{b:,}", f"{b - a:+,}"]
 
 
-def _forms(first: StoredTensor | None, second: StoredTensor | None, distance: float | None) -> list[str]:
+def _forms(first: TensorForm | None, second: TensorForm | None, distance: float | None) -> list[str]:
     """Types of both with the shape where it differs, bytes that the second takes more, and how far they are apart."""
     is_alike = first is None or second is None or first.shape == second.shape
     cells = [

@@ -18,10 +18,11 @@ def convert(
     *,
     out: Out = None,
     type: Annotated[
-        str | None, option("--type", "bf16|f16|f32", "Number format of the weights; default: bf16, of an adapter f32.")
+        str | None, option("--type", "bf16|f16|f32", "Number format of the weights; default: bf16, for an adapter f32.")
     ] = None,
     base: Annotated[
-        str | None, option("--base", "SRC", "SRC is a LoRA adapter's folder: make a file to load beside this model.")
+        str | None,
+        option("--base", "SRC", "Convert the LoRA adapter in the folder SRC, to be loaded beside this model."),
     ] = None,
     opened: Opened,
     written: Written,
@@ -29,12 +30,18 @@ def convert(
 ) -> None:
     """Convert a checkpoint to a full-precision GGUF."""
     if type is not None and type.lower() not in ("bf16", "f16", "f32"):
-        raise typer.BadParameter("bf16, f16 or f32; for smaller types use `pocketquant quantize`", param_hint="--type")
+        raise typer.BadParameter(
+            "must be bf16, f16 or f32; for smaller types use `pocketquant quantize`", param_hint="--type"
+        )
     if base is None:
         encode(source, out, Deciding(recipe=(type or "bf16").lower()), opened, written, talk)
         return
     if opened != Opened() or written.scheduler or written.threads:
-        raise typer.BadParameter("makes a file of the adapter alone, which takes no such options", param_hint="--base")
+        raise typer.BadParameter(
+            "converts the adapter alone, so it takes no --adapter, --chat-template, --mtp, --mmproj, "
+            "--keep-source, --threads or --scheduler",
+            param_hint="--base",
+        )
     adapter(
         Path(source),
         base,

@@ -58,7 +58,7 @@ def can_try(nbytes: int, texts: Sequence[Any], talk: Talk) -> bool:
     if nbytes > MOST_TRIAL_BYTES:
         talk.say(
             f"note: the time is not known, since a trial would write {size(nbytes)}; give a full-precision GGUF to a "
-            "dry run of `imatrix` or `eval` to measure a part of it"
+            "dry run of `imatrix`, `calibrate` or `eval` to learn how long that part takes"
         )
         return False
     return True

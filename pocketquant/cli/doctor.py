@@ -15,7 +15,9 @@ _MARK = {"ok": "ok    ", "remark": "remark", "fail": "FAIL  "}
 
 
 def doctor(
-    renew: Annotated[bool, option("--renew", "", "Try llama.cpp's kernels again on this machine.")] = False,
+    renew: Annotated[
+        bool, option("--renew", "", "Try llama.cpp's kernels again, in place of using the saved result.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Examine this machine, and say what to do where something fails.

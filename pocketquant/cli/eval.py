@@ -32,14 +32,16 @@ class Modes:
 
     text: EvalTexts = None
     weights: Annotated[
-        bool, option("--weights", "", "Each tensor's error; without --text nothing else, and no inference.")
+        bool, option("--weights", "", "Compare the weights of each tensor; without --text, no model is run.")
     ] = False
-    tasks: Annotated[str | None, option("--tasks", "NAME,…", "Benchmarks of lm-evaluation-harness, item by item.")] = (
-        None
+    tasks: Annotated[
+        str | None, option("--tasks", "NAME,…", "Compare answers to benchmarks of lm-evaluation-harness, item by item.")
+    ] = None
+    chats: Annotated[bool, option("--chats", "", "Let both models answer a few chats, and count what went wrong.")] = (
+        False
     )
-    chats: Annotated[bool, option("--chats", "", "A few chats, and what went wrong with the answers.")] = False
     image: Annotated[
-        list[Path] | None, option("--image", "FILE", "PNG or JPEG for the vision towers; once for each.")
+        list[Path] | None, option("--image", "FILE", "PNG or JPEG to compare vision towers on; may be repeated.")
     ] = None
 
     def only(self) -> str:
@@ -63,18 +65,23 @@ class TextOptions:
 
     chunks: Chunks = None
     positions: Annotated[
-        bool, option("--positions", "", "Also by position in the window, scored from its beginning.", _PANEL)
+        bool,
+        option("--positions", "", "Also show the loss by position; windows are scored from their beginning.", _PANEL),
     ] = False
     noise_floor: Annotated[
-        bool, option("--noise-floor", "", "Also the file against itself at another batch size.", _PANEL)
+        bool, option("--noise-floor", "", "Also measure the file against itself at another batch size.", _PANEL)
     ] = False
     like: Annotated[
-        str | None, option("--like", "llama-perplexity", "Round as that program does; default: not at all.", _PANEL)
+        str | None,
+        option("--like", "llama-perplexity", "Round logits as that program does; default: no rounding.", _PANEL),
     ] = None
     head: Annotated[
-        Path | None, option("--head", "GGUF", "What a reference pack was made from; default: beside the pack.", _PANEL)
+        Path | None,
+        option(
+            "--head", "GGUF", "The GGUF that a reference pack was made from; default: the one beside the pack.", _PANEL
+        ),
     ] = None
-    seed: Annotated[int, option("--seed", "", "Of the bootstrap behind the standard errors.", _PANEL, min=0)] = 0
+    seed: Annotated[int, option("--seed", "", "Seed of the resampling behind the standard errors.", _PANEL, min=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,17 @@ def eval(
         option(
             "--reference",
             "GGUF|PACK|DIR",
-            "Full precision: a GGUF of the same checkpoint, a reference pack, or the checkpoint itself.",
+            "The model in full precision: a GGUF, a reference pack, or the checkpoint itself.",
         ),
     ] = None,
     context: Annotated[
-        int | None, option("--context", "N", "Tokens in a window; default: 512, of a task 4096.", min=8)
+        int | None,
+        option(
+            "--context",
+            "N",
+            "Tokens in a window; default: 512; with --tasks or --image 4096 for a prompt and its answer.",
+            min=8,
+        ),
     ] = None,
     options: ModeOptions,
     run: Run,
@@ -112,7 +125,7 @@ def eval(
     benchmarks. With --chats: free answers. With --image: the vision tower.
     """
     mode = modes.only()
-    refuse_given(command_line, _REFUSED[mode], f"says nothing with {mode}")
+    refuse_given(command_line, _REFUSED[mode], f"has no effect with {mode}")
     set_document(_DOCUMENT[mode])
     if mode == "--image":
         images = modes.image or []
@@ -152,7 +165,7 @@ def _on_texts(gguf: Path, reference: Path, modes: Modes, context: int, options: 
     from pocketquant.texts.embedded import read_texts
 
     if options.like not in SCORERS:
-        raise typer.BadParameter(" or ".join(name for name in SCORERS if name), param_hint="--like")
+        raise typer.BadParameter(f"must be {' or '.join(name for name in SCORERS if name)}", param_hint="--like")
     texts = read_texts(modes.text or [])
     run.refuse_overwriting(gguf, reference, *(each.path for each in texts))
 

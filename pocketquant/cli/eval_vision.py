@@ -12,7 +12,7 @@ from pocketquant.cli.options import Gguf, mode_panel, option
 from pocketquant.cli.screen import print_table
 from pocketquant.cli.tasks import Run, TaskContext
 
-Images = Annotated[list[Path], option("--image", "FILE", "PNG or JPEG; once for each.")]
+Images = Annotated[list[Path], option("--image", "FILE", "PNG or JPEG image; may be repeated.")]
 _PANEL = mode_panel("--image")
 
 
@@ -24,9 +24,11 @@ class ImageOptions:
     reference_mmproj: Annotated[
         Path | None, option("--reference-mmproj", "GGUF", "The vision tower at full precision.", _PANEL)
     ] = None
-    question: Annotated[str, option("--question", "TEXT", "Asked about each image.", _PANEL)] = "Describe this image."
+    question: Annotated[str, option("--question", "TEXT", "Question to ask about each image.", _PANEL)] = (
+        "Describe this image."
+    )
     answer_tokens: Annotated[
-        int, option("--answer-tokens", "N", "Most tokens of an answer to compare.", _PANEL, min=1)
+        int, option("--answer-tokens", "N", "Compare at most this many tokens of an answer.", _PANEL, min=1)
     ] = 32
 
 
@@ -44,9 +46,11 @@ def eval_vision(
     mmproj, reference = options.mmproj, options.reference_mmproj
     if mmproj is None or reference is None:
         missing = "--mmproj" if mmproj is None else "--reference-mmproj"
-        raise typer.BadParameter("name both vision towers, the one to judge and full precision", param_hint=missing)
+        raise typer.BadParameter(
+            "name both vision towers: the one to judge, and the one in full precision", param_hint=missing
+        )
     if run.dry_run:
-        raise typer.BadParameter("says nothing with --image", param_hint="--dry-run")
+        raise typer.BadParameter("has no effect with --image", param_hint="--dry-run")
     settings = VisionSettings(
         options.question, options.answer_tokens, context, run.compute.threads, run.compute.gpu_layers
     )

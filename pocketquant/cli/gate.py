@@ -20,21 +20,25 @@ if TYPE_CHECKING:
 class GateOptions:
     """What the report is held against, and where the verdict goes."""
 
-    limits: Annotated[Path | None, option("--limits", "FILE", "TOML: [absolute] and [baseline] limits.")] = None
-    init: Annotated[
-        Path | None, option("--init", "FILE", "Write limits that this report keeps, to start with, and stop.")
+    limits: Annotated[
+        Path | None, option("--limits", "FILE", "TOML file with limits in [absolute] and [baseline].")
     ] = None
-    file: Annotated[str | None, option("--file", "NAME", "Which file of a report of `make` or `sweep`.")] = None
+    init: Annotated[
+        Path | None, option("--init", "FILE", "Write a file of limits that this report keeps, to start from, and stop.")
+    ] = None
+    file: Annotated[
+        str | None, option("--file", "NAME", "File to judge, by its name in a report of `make` or `sweep`.")
+    ] = None
     baseline: Annotated[Path | None, option("--baseline", "OLD.json", "Report of the last accepted file.")] = None
-    first: Annotated[bool, option("--first", "", "Nothing was accepted yet: leave the limits in [baseline] out.")] = (
-        False
-    )
-    strict: Annotated[bool, option("--strict", "", "A limit that the text is too short to decide fails, too.")] = False
+    first: Annotated[
+        bool, option("--first", "", "Leave out the limits in [baseline], since no file was accepted yet.")
+    ] = False
+    strict: Annotated[bool, option("--strict", "", "Fail also where the text is too short to decide a limit.")] = False
     explain: Annotated[
         bool, option("--explain", "", "Name the tensors, roles and domains that moved since the baseline.")
     ] = False
-    junit: Annotated[Path | None, option("--junit", "FILE", "Write JUnit XML.")] = None
-    markdown: Annotated[Path | None, option("--markdown", "FILE", "Write a summary for people.")] = None
+    junit: Annotated[Path | None, option("--junit", "FILE", "Also write the result as JUnit XML.")] = None
+    markdown: Annotated[Path | None, option("--markdown", "FILE", "Also write the result as Markdown.")] = None
 
     def check(self) -> None:
         """Refuses what does not go together."""
@@ -42,18 +46,21 @@ class GateOptions:
             advice = "says what moved since a baseline; give --baseline OLD.json"
             raise typer.BadParameter(advice, param_hint="--explain")
         if self.first and self.baseline is not None:
-            raise typer.BadParameter("there is a baseline; give one of the two", param_hint="--first")
+            raise typer.BadParameter(
+                "means that there is no baseline yet; give one of --first and --baseline", param_hint="--first"
+            )
 
 
 def gate(
     report: Annotated[
-        Path, typer.Argument(metavar="REPORT.json", help="What `eval --json` printed, or `make` and `sweep` wrote.")
+        Path,
+        typer.Argument(metavar="REPORT.json", help="Report that `eval --json` printed, or `make` or `sweep` wrote."),
     ],
     *,
     options: GateOptions,
     talk: Talk,
 ) -> None:
-    """Hold a report against limits, and fail where it lost too much.
+    """Hold a report against limits, and fail if a limit is broken.
 
     The exit code is 0 if no limit is broken for certain, 1 if one is, 2 for bad input.
     """
@@ -110,7 +117,9 @@ def _write_starter(path: Path, report: Evidence, talk: Talk) -> None:
     from pocketquant.files.replacing import replacing
 
     if path.exists():
-        raise OutputError(f"{path}: exists; limits are edited by people, so they are not written over")
+        raise OutputError(
+            f"{path}: exists already, and limits that people edit are not written over; name another file"
+        )
     with replacing(path) as temporary:
         temporary.write_text(starter_limits(report), encoding="utf-8")
     talk.say(f"written: {path}; look at the limits and tighten them")

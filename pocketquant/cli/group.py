@@ -46,7 +46,7 @@ class Command(TyperCommand):
         if not ctx.resilient_parsing:
             for panel, options in panels_of(self, self.params):
                 if panel.startswith(_WITH) and not ctx.params[_name_of(panel)]:
-                    refuse_given(ctx, {each.name for each in options}, f"goes with {panel.removeprefix(_WITH)}")
+                    refuse_given(ctx, {each.name for each in options}, f"is used only with {panel.removeprefix(_WITH)}")
         return rest
 
 

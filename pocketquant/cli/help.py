@@ -12,7 +12,7 @@ from pocketquant.cli.options import option
 
 def show_help(
     command_line: typer.Context,
-    command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="What to explain.")] = None,
+    command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="Command to explain.")] = None,
     all_commands: Annotated[bool, option("--all", "", "List every command, not only the first screen.")] = False,
 ) -> None:
     """Explain a command, or list the commands."""
@@ -35,7 +35,7 @@ def _everything(root: Any) -> str:
     formatter = root.make_formatter()
     with formatter.section("Options"):
         options = [(", ".join(each.opts), each.help) for each in root.command.get_params(root)]
-        formatter.write_dl([*options, ("--debug", "Do the work in this process, and show where an error comes from.")])
+        formatter.write_dl([*options, ("--debug", "Do the work in one process, and show the traceback of an error.")])
     return (list_commands(root.command, with_others=True) + formatter.getvalue()).rstrip()
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class MatrixOptions:
     """What the model is run over, and how."""
 
     text: Annotated[str | None, option("--text", "FILE|self", "UTF-8 text; self: the model writes it.")] = None
@@ -28,23 +28,30 @@ class TextOptions:
     dry_run: CostOnly = False
     mtp_file: Annotated[
         Path | None,
-        option("--mtp-file --mtp", "FILE", "The mtp- file beside the model; one inside is found.", ADVANCED),
+        option(
+            "--mtp-file --mtp",
+            "FILE",
+            "File of the multi-token prediction block (mtp-NAME.gguf), if it is beside the model.",
+            ADVANCED,
+        ),
     ] = None
     seed: Seed = 0
 
 
 def imatrix(
-    files: Annotated[list[Path], typer.Argument(metavar="GGUF", help="Model to run; with --merge, matrices to add.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="GGUF", help="Model to run; with --merge, matrices to add up.")
+    ],
     out: OutFile,
     *,
-    options: TextOptions,
-    merge: Annotated[bool, option("--merge", "", "Add matrices of one model up instead of running it.")] = False,
+    options: MatrixOptions,
+    merge: Annotated[bool, option("--merge", "", "Add up several matrices of one model, and run nothing.")] = False,
     compute: Compute,
     talk: Talk,
 ) -> None:
     """Make an importance matrix: which inputs of each weight matter.
 
-    The model is run over a text; `quantize --imatrix` rounds by it.
+    The model is run over a text. `quantize --imatrix` rounds by the matrix.
     """
     if merge:
         if options.text is not None or options.resume or options.mtp_file is not None or options.dry_run:
@@ -54,13 +61,13 @@ def imatrix(
         _merge(files, out, talk)
         return
     if len(files) != 1:
-        raise typer.BadParameter("one model; to add matrices up, say --merge", param_hint="GGUF")
+        raise typer.BadParameter("only one model can be run; to add matrices up, give --merge", param_hint="GGUF")
     if options.text is None:
         raise typer.BadParameter("name a text, or self to let the model write one", param_hint="--text")
     _make(files[0], options.text, out, options, compute, talk)
 
 
-def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compute, talk: Talk) -> None:
+def _make(gguf: Path, text: str, out: Path, options: MatrixOptions, compute: Compute, talk: Talk) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
     from pocketquant.calibration.imatrix import collect_importance
     from pocketquant.calibration.importance import write_sums
@@ -69,19 +76,17 @@ def _make(gguf: Path, text: str, out: Path, options: TextOptions, compute: Compu
     from pocketquant.files.replacing import check_target, hidden_beside, refuse_overwriting
     from pocketquant.gguf_file.opening import open_gguf
     from pocketquant.pace import try_out
+    from pocketquant.texts.calibration import CalibrationSettings
 
     refuse_overwriting([out], [gguf, text, options.mtp_file])
+    settings = CalibrationSettings(options.context, options.chunks, compute.threads, compute.gpu_layers, options.seed)
 
     def collect(state: Path, progress: Progress, *, resume: bool) -> Any:
         return collect_importance(
             gguf,
             text,
+            settings,
             mtp=options.mtp_file,
-            context=options.context,
-            chunks=options.chunks,
-            threads=compute.threads,
-            gpu_layers=compute.gpu_layers,
-            seed=options.seed,
             state=state,
             resume=resume,
             progress=progress,

@@ -40,17 +40,18 @@ if TYPE_CHECKING:
 
 Recipes = Annotated[
     list[str] | None,
-    option("--recipe -r", "NAME|FILE", "One file each; may be repeated; `make` takes pocket_4bit and q8_0 by default."),
+    option("--recipe -r", "NAME|FILE", "Recipe of a file; may be repeated; default of `make`: pocket_4bit and q8_0."),
 ]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ReleaseOptions:
     """How files are rounded and measured, and what does the work."""
 
     text: EvalTexts = None
     imatrix: Annotated[
-        str | None, option("--imatrix", "FILE|none", "Importance matrix; default: one is made and kept.")
+        str | None,
+        option("--imatrix", "FILE|none", "Importance matrix to round by, or none; default: one is made and kept."),
     ] = None
     stats: Stats = None
     chunks: Chunks = None
@@ -59,10 +60,20 @@ class Measured:
     positions: Positions = False
     rounding: RoundingSteps = None
     calibrate: Annotated[
-        str | None, option("--calibrate", "FILE|self", "Text to make it from; self: the model writes it.", ADVANCED)
+        str | None,
+        option(
+            "--calibrate", "FILE|self", "Text to make the importance matrix from; self: the model writes it.", ADVANCED
+        ),
     ] = None
     calibrate_chunks: Annotated[
-        int | None, option("--calibrate-chunks", "N", "Windows of it; default 128, self 16.", ADVANCED, min=1)
+        int | None,
+        option(
+            "--calibrate-chunks",
+            "N",
+            "Windows to make the importance matrix from; default: 128, of self 16.",
+            ADVANCED,
+            min=1,
+        ),
     ] = None
     reference_type: ReferenceType = "f32"
     threads: Threads = None
@@ -89,7 +100,7 @@ class Measured:
         if self.imatrix is not None and (self.calibrate is not None or self.calibrate_chunks is not None):
             raise typer.BadParameter("give a matrix, or a text to make one from, not both", param_hint="--calibrate")
         if self.reference_type not in ("f32", "bf16"):
-            raise typer.BadParameter("f32 or bf16", param_hint="--reference-type")
+            raise typer.BadParameter("must be f32 or bf16", param_hint="--reference-type")
         return ReleaseSettings(
             texts=tuple(read_texts(self.text)) if self.text else (),
             context=self.context,
@@ -106,7 +117,7 @@ def make(
     out: OutFolder,
     *,
     recipe: Recipes = None,
-    measured: Measured,
+    measured: ReleaseOptions,
     opened: Opened,
     split_max_size: SplitMaxSize = None,
     talk: Talk,
@@ -146,7 +157,7 @@ def make(
     show_result(result, out, talk)
 
 
-def _try_out(release: Release, out: Path, measured: Measured, talk: Talk) -> dict[str, float] | None:
+def _try_out(release: Release, out: Path, measured: ReleaseOptions, talk: Talk) -> dict[str, float] | None:
     """Seconds of each step, tried; None, with a note, where a trial would take too much."""
     from pocketquant.release.means import Means
     from pocketquant.release.timing import try_release
@@ -204,4 +215,6 @@ def demo(
     from pocketquant.demo import checkpoint_dir
 
     # seconds; the whole texts take minutes
-    make(str(checkpoint_dir()), out, measured=Measured(calibrate_chunks=32, chunks=64), opened=Opened(), talk=talk)
+    make(
+        str(checkpoint_dir()), out, measured=ReleaseOptions(calibrate_chunks=32, chunks=64), opened=Opened(), talk=talk
+    )

@@ -44,18 +44,21 @@ Source = Annotated[
         help="Checkpoint folder, one .safetensors file, GGUF, or a repository: org/name[@revision], hf://…, ms://….",
     ),
 ]
-Gguf = Annotated[Path, typer.Argument(metavar="GGUF", help="The file to judge.")]
+Gguf = Annotated[Path, typer.Argument(metavar="GGUF", help="GGUF file to measure.")]
 Out = Annotated[Path | None, option("--out -o", "FILE", "The GGUF to write.")]
 OutFile = Annotated[Path, option("--out -o", "FILE", "The file to write.")]
 OutFolder = Annotated[Path, option("--out -o", "DIR", "Folder for the files and the report.")]
-ReportOut = Annotated[Path | None, option("--out -o", "FILE", "Write the whole report there as JSON.")]
+ReportOut = Annotated[Path | None, option("--out -o", "FILE", "Write the whole report to this file as JSON.")]
 SplitMaxSize = Annotated[
     str | None, option("--split-max-size", "SIZE", "Write shards no larger than this: 512M, 2GB, 1.5GiB.", ADVANCED)
 ]
-ReferenceSource = Annotated[str, option("--reference", "SRC", "Full precision: the checkpoint or a GGUF of it.")]
-ReferenceGguf = Annotated[str, option("--reference", "GGUF", "Full precision of the same checkpoint.")]
+ReferenceSource = Annotated[
+    str, option("--reference", "SRC", "The model in full precision: the checkpoint, or a GGUF of it.")
+]
+ReferenceGguf = Annotated[str, option("--reference", "GGUF", "A full-precision GGUF of the same checkpoint.")]
 ReferenceType = Annotated[
-    str, option("--reference-type", "f32|bf16", "Type of the reference; bf16 halves its memory.", ADVANCED)
+    str,
+    option("--reference-type", "f32|bf16", "Type of the reference; bf16 halves the memory that it takes.", ADVANCED),
 ]
 
 # ---------------------------------------------------------------- how a source is opened
@@ -64,20 +67,29 @@ ChatTemplate = Annotated[
     Path | None, option("--chat-template", "FILE", "A jinja2 template in place of the source's own.", ADVANCED)
 ]
 AdapterDir = Annotated[
-    Path | None, option("--adapter", "DIR", "LoRA adapter (PEFT's, mlx-lm's) to merge into the checkpoint.", ADVANCED)
+    Path | None, option("--adapter", "DIR", "LoRA adapter (of PEFT or mlx-lm) to merge into the checkpoint.", ADVANCED)
 ]
 Mtp = Annotated[
     str,
-    option("--mtp", "sidecar|embed|drop", "A multi-token-prediction block: beside, inside, or not at all.", ADVANCED),
+    option(
+        "--mtp",
+        "sidecar|embed|drop",
+        "Multi-token prediction: a file beside the model, inside it, or left out.",
+        ADVANCED,
+    ),
 ]
 Mmproj = Annotated[
     str | None,
     option(
-        "--mmproj", "RECIPE|none", "Recipe of the vision tower; default: pocket_mmproj, or the plain type.", ADVANCED
+        "--mmproj",
+        "RECIPE|none",
+        "Recipe of the vision tower, or no tower; default: pocket_mmproj beside a pocket recipe, else f16 or --type.",
+        ADVANCED,
     ),
 ]
 KeepSource = Annotated[
-    Path | None, option("--keep-source", "DIR", "Download a hub's repository there, whole.", ADVANCED)
+    Path | None,
+    option("--keep-source", "DIR", "Download the whole repository to this folder, and read it there.", ADVANCED),
 ]
 
 # ---------------------------------------------------------------- which types, and how weights are rounded
@@ -88,7 +100,7 @@ RoundingSteps = Annotated[
     option(
         "--rounding",
         "none|search|feedback|descent|two-sided",
-        "How far to go with them; each does what those before it do; default: two-sided.",
+        "How to round with --stats: each takes one step more than the one before it; default: two-sided.",
         ADVANCED,
     ),
 ]
@@ -96,20 +108,25 @@ RoundingSteps = Annotated[
 # ---------------------------------------------------------------- texts
 
 TextFiles = Annotated[
-    list[str] | None, option("--text", "FILE|self", "UTF-8 text, several times for several; default: embedded.")
+    list[str] | None,
+    option(
+        "--text", "FILE|self", "UTF-8 text; self: the model writes it; may be repeated; default: the embedded text."
+    ),
 ]
 EvalTexts = Annotated[
     list[str] | None,
     option(
         "--text",
         "FILE|NAME=FILE|domains",
-        "UTF-8 text or conversations in .jsonl, none used for calibration; once for each domain.",
+        "UTF-8 text or .jsonl conversations, not used for calibration; domains: six embedded texts; may be repeated.",
     ),
 ]
 Context = Annotated[int, option("--context", "N", "Tokens in a window.", min=8)]
-Chunks = Annotated[int | None, option("--chunks", "N", "Most windows of each text to take; default: all.", min=1)]
-Positions = Annotated[bool, option("--positions", "", "Also by position in the window.")]
-Seed = Annotated[int, option("--seed", "", "Seed of everything drawn at random.", ADVANCED, min=0)]
+Chunks = Annotated[
+    int | None, option("--chunks", "N", "Use at most this many windows of each text; default: all.", min=1)
+]
+Positions = Annotated[bool, option("--positions", "", "Also show the loss by position in the window.")]
+Seed = Annotated[int, option("--seed", "", "Seed of the random numbers.", ADVANCED, min=0)]
 
 # ---------------------------------------------------------------- the run
 
@@ -120,15 +137,15 @@ Threads = Annotated[
 GpuLayers = Annotated[
     int, option("--gpu-layers", "N", "Layers to run on a GPU; -1 for all (needs a GPU build).", ADVANCED)
 ]
-TorchDevice = Annotated[str, option("--torch-device --device", "cpu|cuda", "Where torch computes.", ADVANCED)]
+TorchDevice = Annotated[str, option("--torch-device --device", "cpu|cuda", "Device on which torch computes.", ADVANCED)]
 Scheduler = Annotated[
     str | None, option("--scheduler", "dask://HOST:PORT", "Encode on the workers of a Dask cluster.", ADVANCED)
 ]
-Resume = Annotated[bool, option("--resume", "", "Go on where an interrupted run was saved.")]
+Resume = Annotated[bool, option("--resume", "", "Continue a run that was interrupted.")]
 DryRun = Annotated[bool, option("--dry-run", "", "Print the plan with the exact file size and stop.")]
-CostOnly = Annotated[bool, option("--dry-run", "", "Print what it will cost and stop.")]
+CostOnly = Annotated[bool, option("--dry-run", "", "Print an estimate of the work (time, memory or disk) and stop.")]
 Json = Annotated[bool, option("--json", "", "Print one JSON document on stdout.")]
-Quiet = Annotated[bool, option("--quiet -q", "", "No progress and no talk on stderr.")]
+Quiet = Annotated[bool, option("--quiet -q", "", "Print nothing but errors on stderr.")]
 
 
 @dataclass(frozen=True)

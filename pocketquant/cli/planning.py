@@ -1,4 +1,4 @@
-"""What `convert` and `quantize` do alike: open a source, plan, say what it will cost, write."""
+"""What `convert` and `quantize` have in common: open a source, plan, say what it will cost, write."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Opened:
         from pocketquant.release.outputs import Opening
 
         if self.mtp not in ("sidecar", "embed", "drop"):
-            raise typer.BadParameter("sidecar, embed or drop", param_hint="--mtp")
+            raise typer.BadParameter("must be sidecar, embed or drop", param_hint="--mtp")
         if talk.quiet:  # the hub's client draws bars of its own
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         how: Any = (self.chat_template, self.keep_source, self.adapter, self.mtp, self.mmproj != "none")
@@ -100,7 +100,7 @@ def encode(source: str, out: Path | None, deciding: Deciding, opened: Opened, wr
     for note in parts.model.notes:
         talk.say(f"note: {note}")
     if choice.is_allocated or deciding.explain:
-        with talk.steps("predicting") as advance:
+        with talk.steps("predicting", "tensors") as advance:
             choice = with_figures(parts.model, choice, advance)
     outputs = plan_outputs(parts, out or Path("model.gguf"), choice, opened.mmproj, written.split_bytes)
     planned = outputs[0].plan

@@ -24,19 +24,36 @@ class PackOptions:
     context: Context = 512
     chunks: Chunks = None
     positions: Annotated[
-        bool, option("--positions", "", "Keep windows from their beginning, for eval --positions.")
+        bool, option("--positions", "", "Keep each window from its beginning, as `eval --positions` needs it.")
     ] = False
-    top_k: Annotated[int, option("--top-k", "N", "Keep the N most likely tokens only: 64 for CI.", min=0)] = 0
+    top_k: Annotated[
+        int,
+        option(
+            "--top-k",
+            "N",
+            "Keep only the N most likely tokens of each position, such as 64 for CI; 0 keeps all.",
+            min=0,
+        ),
+    ] = 0
     with_head: Annotated[
-        bool, option("--with-head", "", "Put the output matrix into the pack, so that it needs no other file.")
+        bool, option("--with-head", "", "Put the output matrix into the pack, which then needs no GGUF beside it.")
     ] = False
     resume: Resume = False
     dry_run: CostOnly = False
 
 
 def reference(
-    model: Annotated[Path, typer.Argument(metavar="GGUF|DIR", help="Full precision: a GGUF or a checkpoint's folder.")],
-    text: Annotated[list[str], option("--text", "FILE|NAME=FILE|domains", "As for eval; once for each text.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="GGUF|DIR", help="The model in full precision: a GGUF, or a checkpoint's folder.")
+    ],
+    text: Annotated[
+        list[str],
+        option(
+            "--text",
+            "FILE|NAME=FILE|domains",
+            "UTF-8 text, or conversations in .jsonl; domains: six embedded texts; may be repeated.",
+        ),
+    ],
     out: Annotated[Path, option("--out -o", "FILE", "The pack to write: NAME.pqref.")],
     *,
     options: PackOptions,
@@ -51,7 +68,9 @@ def reference(
     from pocketquant.texts.embedded import read_texts
 
     if options.top_k and options.with_head:
-        raise typer.BadParameter("a pack of top tokens needs no output matrix", param_hint="--with-head")
+        raise typer.BadParameter(
+            "has no effect with --top-k: a pack of top tokens needs no output matrix", param_hint="--with-head"
+        )
     texts = read_texts(text)
     refuse_overwriting([out], [model, *(each.path for each in texts)])
     settings = PackSettings(
@@ -68,8 +87,9 @@ def reference(
     kept = plan.pack_bytes - plan.head_bytes
     matrix = f" and {size(plan.head_bytes)} for the output matrix" if plan.head_bytes else ""
     talk.say(
-        f"{out}: {plan.positions} positions in {plan.windows} windows, at most {size(kept)}{matrix}; "
-        f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)})"
+        f"{out}: {plan.positions} positions in {plan.windows} windows take at most {size(kept)}{matrix}, "
+        f"{100 * kept / plan.base_bytes:.2g} % of llama-perplexity's base file ({size(plan.base_bytes)}); the pack's "
+        "header is added"
     )
 
     def make(path: Path, progress: Progress) -> Pack:
@@ -94,14 +114,16 @@ def _report(out: Path, pack: Pack, talk: Talk) -> None:
     header, floor = pack.header, pack.header.floor
     how = f"{header.top} tokens per position" if header.top else f"hidden states as {header.coding}"
     talk.say(
-        f"written: {size(out.stat().st_size)}, {how}, {floor.kld_mean:.1g} nats from the reference itself (at most "
-        f"{floor.kld_max:.1g} at one of {floor.positions} positions); moves divergences by {floor.shift:.1g}"
+        f"written: {out}: {size(out.stat().st_size)}, {how}; {floor.kld_mean:.1g} nats from the reference itself (at "
+        f"most {floor.kld_max:.1g} at one of {floor.positions} positions), which changes the divergence measured at a "
+        f"position by about {floor.shift:.1g}"
     )
     if header.top:
         talk.say(
-            f"note: divergences against it are lower bounds; about {100 * floor.captured:.0f} % of a small one shows"
+            "note: divergences measured with this pack are lower bounds; of a small divergence about "
+            f"{100 * floor.captured:.0f} % is seen"
         )
     elif "head" not in pack.sections:
-        talk.say(f"note: comparisons need {header.model.name} beside it, for its output matrix")
+        talk.say(f"note: comparisons need {header.model.name} beside the pack, for its output matrix")
     if header.quantized:
         talk.say(f"note: {quantized_reference(header.model.name, header.quantized)}")

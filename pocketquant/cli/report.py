@@ -28,15 +28,17 @@ _NOT_REPEATED = {
 def report(
     reports: Annotated[
         list[Path],
-        typer.Argument(metavar="REPORT.json", help="What `eval --json`, `make`, `sweep` and `tasks --json` wrote."),
+        typer.Argument(
+            metavar="REPORT.json", help="Report that `eval --json`, `make`, `sweep` or `tasks --json` wrote."
+        ),
     ],
     out: Annotated[Path, option("--out -o", "FILE", "The HTML page to write.")],
-    markdown: Annotated[Path | None, option("--markdown", "FILE", "Write Markdown for a model card, too.")] = None,
+    markdown: Annotated[Path | None, option("--markdown", "FILE", "Also write Markdown for a model card.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show measurements on a page.
+    """Write an HTML page that shows measurements.
 
-    Size against loss, by domain, position and tensor, and how to run it again.
+    The page shows loss over size, by domain, position and tensor, and the command that measures it again.
     """
     from pocketquant.eval.report.html import read_sheet, to_card, to_html
     from pocketquant.files.replacing import refuse_overwriting, replacing_together

@@ -22,14 +22,14 @@ _PANEL = mode_panel("--sensitivity")
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunOptions:
     """The runs that measure."""
 
     text: Annotated[
-        list[str] | None, option("--text", "FILE", "UTF-8 text, several times for several; default: embedded.")
+        list[str] | None, option("--text", "FILE", "UTF-8 text; may be repeated; default: the embedded text.")
     ] = None
     context: TrainingContext = 512
-    chunks: Annotated[int, option("--chunks", "N", "Most windows of each text to take.", min=1)] = 32
+    chunks: Annotated[int, option("--chunks", "N", "Use at most this many windows of each text.", min=1)] = 32
     resume: Resume = False
     dry_run: CostOnly = False
 
@@ -38,20 +38,30 @@ class Runs:
 class SensitivityOptions:
     """Measured by runs, or predicted from statistics."""
 
-    stats: Annotated[Path | None, option("--stats", "FILE", "Predict from statistics instead of running.", _PANEL)] = (
-        None
-    )
+    stats: Annotated[
+        Path | None, option("--stats", "FILE", "Predict from these statistics, in place of running the model.", _PANEL)
+    ] = None
     rounding: Annotated[
         str | None, option("--rounding", "STEPS", "With --stats: how the file will be rounded.", _PANEL)
     ] = None
     thorough: Annotated[
-        bool, option("--thorough", "", "With --stats: run the rounder for every type, not for one of seven.", _PANEL)
+        bool,
+        option(
+            "--thorough",
+            "",
+            "With --stats: round each tensor in every type, in place of estimating most from one.",
+            _PANEL,
+        ),
     ] = False
     recalibrate: Annotated[
-        bool, option("--recalibrate", "", "With --stats: correct every role by one run of it.", _PANEL)
+        bool,
+        option("--recalibrate", "", "With --stats: correct each role's prediction by one run of the model.", _PANEL),
     ] = False
     groups: Annotated[
-        int | None, option("--groups", "N", "Groups of layers of a role; default: every layer.", _PANEL, min=1)
+        int | None,
+        option(
+            "--groups", "N", "Measure a role in so many groups of layers; default: each layer by itself.", _PANEL, min=1
+        ),
     ] = None
 
     def check(self) -> None:
@@ -59,30 +69,32 @@ class SensitivityOptions:
         from pocketquant.quant.rounding.encoding import STEPS
 
         if self.rounding not in (None, "none", *STEPS):
-            raise typer.BadParameter(f"none, {', '.join(STEPS)}", param_hint="--rounding")
+            raise typer.BadParameter(f"must be one of none, {', '.join(STEPS)}", param_hint="--rounding")
         if self.groups is not None and self.stats is not None:
-            raise typer.BadParameter("is for measuring; leave out --stats or it", param_hint="--groups")
+            raise typer.BadParameter(
+                "is used only without --stats, which predicts and does not measure", param_hint="--groups"
+            )
         if self.stats is not None:
             return
         if self.recalibrate:
-            raise typer.BadParameter("corrects predictions: needs --stats", param_hint="--recalibrate")
+            raise typer.BadParameter("corrects predictions, so it needs --stats", param_hint="--recalibrate")
         if self.rounding is not None:
             raise typer.BadParameter("needs --stats, from `pocketquant calibrate`", param_hint="--rounding")
         if self.thorough:
-            raise typer.BadParameter("is about predictions: needs --stats", param_hint="--thorough")
+            raise typer.BadParameter("is about predictions, so it needs --stats", param_hint="--thorough")
 
 
 def sensitivity(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint, or GGUF in F32.")],
     out: OutFile,
-    runs: Runs,
+    runs: RunOptions,
     options: SensitivityOptions,
     compute: Compute,
     talk: Talk,
 ) -> None:
     """Measure what rounding costs, as `calibrate --sensitivity`.
 
-    With --stats it is predicted, for every tensor and type.
+    With --stats the cost is predicted, for every tensor and type.
     """
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
@@ -108,7 +120,7 @@ class _Task:
     source: str
     out: Path
     texts: tuple[Path, ...]
-    runs: Runs
+    runs: RunOptions
     options: SensitivityOptions
     compute: Compute
     talk: Talk
@@ -117,17 +129,20 @@ class _Task:
 @contextmanager
 def _running(task: _Task) -> Iterator[ModelRuns]:
     """Runs of the source; what they need on disk is deleted at the end, the results only where all went well."""
-    from pocketquant.convert.sources import open_model
+    from pocketquant.convert.sources import names_gguf, open_model
     from pocketquant.eval.compare import compare
     from pocketquant.files.interrupts import resumable
     from pocketquant.files.leftovers import holding, work_folder
     from pocketquant.files.reading import sha256_of
     from pocketquant.files.replacing import check_target, hidden_beside
     from pocketquant.gguf_file.writing import write
+    from pocketquant.llama.library import check_loadable
     from pocketquant.quant import open_recipe, plan
     from pocketquant.quant.measuring import Runs as ModelRuns
     from pocketquant.texts.corpus import Text
 
+    if names_gguf(task.source):
+        check_loadable(Path(task.source))  # by its own name, not by that of the copy that would be run
     state = hidden_beside(task.out, "runs.json")
     texts = [Text(f"{n} {path.stem}", path) for n, path in enumerate(task.texts)]
 

@@ -16,7 +16,7 @@ class ChatOptions:
     """How long the answers may be."""
 
     max_tokens: Annotated[
-        int, option("--max-tokens", "N", "Most tokens of an answer.", mode_panel("--chats"), min=1)
+        int, option("--max-tokens", "N", "Cut answers off after this many tokens.", mode_panel("--chats"), min=1)
     ] = 256
 
 
@@ -61,4 +61,4 @@ def smoke(
         ]
         for fault, paired in found.faults.items()
     ]
-    print_table(["fault", gguf.name, "reference", "only here", "only there", "p"], rows)
+    print_table(["fault", gguf.name, "reference", "only in the file", "only in the reference", "p"], rows)

@@ -10,24 +10,24 @@ import typer
 from pocketquant.cli.options import OutFile, Talk, option
 from pocketquant.cli.screen import print_json, size
 
-ShardedFile = Annotated[Path, typer.Argument(metavar="FILE", help="GGUF, or the first shard of one in several files.")]
+ShardedFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="GGUF, or the first shard of a GGUF in several files.")
+]
 
 
 def split(
     file: ShardedFile,
-    out: Annotated[Path, option("--out -o", "FILE", "Names the shards: FILE-00001-of-0000N.")],
+    out: Annotated[Path, option("--out -o", "FILE", "Name of the result; shards are called NAME-00001-of-0000N.gguf.")],
     *,
     split_max_size: Annotated[
-        str | None, option("--split-max-size", "SIZE", "Largest file: 512M, 2GB, 1.5GiB.")
+        str | None, option("--split-max-size", "SIZE", "Largest size of a shard: 512M, 2GB, 1.5GiB.")
     ] = None,
-    join_shards: Annotated[
-        bool, option("--join", "", "Join the shards instead; the result is the file that was split.")
-    ] = False,
+    join_shards: Annotated[bool, option("--join", "", "Join shards to the file that was split.")] = False,
     talk: Talk,
 ) -> None:
     """Split a GGUF into shards that llama.cpp loads, or join them.
 
-    No weight is touched.
+    The weights stay as they are.
     """
     from pocketquant.gguf_file.shards import parse_size, split_file
 
@@ -37,7 +37,7 @@ def split(
         join(file, out, talk)
         return
     if split_max_size is None:
-        raise typer.BadParameter("name the size of the largest file, or --join", param_hint="--split-max-size")
+        raise typer.BadParameter("give the largest size of a shard, or --join", param_hint="--split-max-size")
     with talk.bytes(out.name, _bytes_of(file)) as advance:
         paths = split_file(file, out, parse_size(split_max_size), advance)
     _report(paths, talk)

@@ -101,7 +101,7 @@ def finish(code: int, started: float) -> int:
         return code
     is_pipe = stream.failure.errno == errno.EPIPE
     if not is_pipe or time.monotonic() - started > _WORTH_KEEPING_SECONDS:
-        kept = _keep("".join(stream.text))
+        kept = keep_elsewhere("".join(stream.text))
         where = f"the result is kept in {kept}" if kept else "nor could the result be kept in a file"
         print(f"error: stdout: cannot be written ({stream.failure.strerror}); {where}", file=sys.stderr, flush=True)
     # at the end Python flushes what the stream still holds, and would fail again
@@ -110,7 +110,8 @@ def finish(code: int, started: float) -> int:
     return code if code not in (0, 1) else CLOSED_PIPE if is_pipe else 2
 
 
-def _keep(text: str) -> Path | None:
+def keep_elsewhere(text: str) -> Path | None:
+    """Writes a result that cannot be written where it was to go; None where nothing can be written at all."""
     suffix = ".json" if text.lstrip()[:1] in ("{", "[") else ".txt"
     for folder in (Path.cwd(), Path(tempfile.gettempdir())):
         name = None

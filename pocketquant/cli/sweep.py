@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pocketquant.cli.choice import Deciding, Sensitivity
-from pocketquant.cli.make import Measured, Recipes, describe_file, plan_files, print_cost, show_result
+from pocketquant.cli.make import Recipes, ReleaseOptions, describe_file, plan_files, print_cost, show_result
 from pocketquant.cli.options import ADVANCED, AdapterDir, KeepSource, OutFolder, Source, Talk, option
 from pocketquant.cli.planning import Opened, working_with
 from pocketquant.cli.report import command_words
@@ -21,16 +21,29 @@ class Compared:
     """What is compared, with what, and what stays."""
 
     recipe: Recipes = None
-    target_size: Annotated[list[str] | None, option("--target-size", "SIZE", "A file size; may be repeated.")] = None
+    target_size: Annotated[
+        list[str] | None,
+        option("--target-size", "SIZE", "Size of a file whose types are chosen to lose least; may be repeated."),
+    ] = None
     target_bpw: Annotated[
-        list[float] | None, option("--target-bpw", "BITS", "Bits per weight; may be repeated.", ADVANCED)
+        list[float] | None,
+        option("--target-bpw", "BITS", "Bits per weight in place of a size; may be repeated.", ADVANCED),
     ] = None
     sensitivity: Sensitivity = None
     reference: Annotated[
-        Path | None, option("--reference", "PACK", "A reference pack with its head; default: one is made.", ADVANCED)
+        Path | None,
+        option(
+            "--reference", "PACK", "Reference pack, made by `reference --with-head`; default: one is made.", ADVANCED
+        ),
     ] = None
     keep: Annotated[
-        str, option("--keep", "front|all|none", "Files to keep; front: those that no other beats.", ADVANCED)
+        str,
+        option(
+            "--keep",
+            "front|all|none",
+            "Files to keep; front: those that no other file beats in size and loss.",
+            ADVANCED,
+        ),
     ] = "front"
 
     @property
@@ -43,7 +56,7 @@ class Compared:
         from pocketquant.release.sweep import KEEP
 
         if self.keep not in KEEP:
-            raise typer.BadParameter(" or ".join(KEEP), param_hint="--keep")
+            raise typer.BadParameter(f"must be {' or '.join(KEEP)}", param_hint="--keep")
         sized = replace(shared, sensitivity=self.sensitivity)
         wanted = [replace(shared, recipe=name) for name in self.recipe or []]
         wanted += [replace(sized, target_size=nbytes) for nbytes in self.target_size or []]
@@ -59,7 +72,7 @@ def sweep(
     out: OutFolder,
     *,
     compared: Compared,
-    measured: Measured,
+    measured: ReleaseOptions,
     adapter: AdapterDir = None,
     keep_source: KeepSource = None,
     talk: Talk,

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pocketquant.cli.options import Compute, CostOnly, Gguf, ReferenceGguf, ReportOut, Talk, mode_panel, option
 from pocketquant.cli.screen import headed, print_json, print_table
+from pocketquant.cli.streams import keep_elsewhere
+from pocketquant.errors import OutputError
 
 if TYPE_CHECKING:
     from pocketquant.eval.tasks.compare import TasksReport
     from pocketquant.eval.tasks.paired import Paired
     from pocketquant.eval.tasks.smoke import SmokeReport
 
-TaskNames = Annotated[str, option("--tasks", "NAME,…", "Tasks of lm-evaluation-harness or of --include-path.")]
+TaskNames = Annotated[
+    str, option("--tasks", "NAME,…", "Tasks of lm-evaluation-harness, or your own in --include-path.")
+]
 TaskContext = Annotated[
     int | None, option("--context", "N", "Tokens of a prompt and its answer; default: 4096.", min=8)
 ]
@@ -29,9 +33,11 @@ class TaskOptions:
     include_path: Annotated[
         Path | None, option("--include-path", "DIR", "Folder with YAML task files of your own.", _PANEL)
     ] = None
-    limit: Annotated[int | None, option("--limit", "N", "Only the first N items of each task.", _PANEL, min=1)] = None
+    limit: Annotated[int | None, option("--limit", "N", "Ask only the first N items of each task.", _PANEL, min=1)] = (
+        None
+    )
     num_fewshot: Annotated[
-        int | None, option("--num-fewshot", "K", "Examples before each question.", _PANEL, min=0)
+        int | None, option("--num-fewshot", "K", "Solved examples in front of each question.", _PANEL, min=0)
     ] = None
     chat: Annotated[bool, option("--chat", "", "Put each prompt into the model's chat template.", _PANEL)] = False
 
@@ -53,10 +59,16 @@ class Run:
 
     def keep(self, report: Any) -> None:
         """Writes the report where it is wanted, and prints it where JSON is."""
-        from pocketquant.eval.tasks.compare import write_report
+        from pocketquant.eval.tasks.compare import report_text, write_report
 
         if self.out is not None:
-            write_report(headed(report.to_json()), self.out)
+            document = headed(report.to_json())
+            try:
+                write_report(document, self.out)
+            except OutputError as error:  # hours of work are not lost to a disk that filled up meanwhile
+                kept = keep_elsewhere(report_text(document))
+                where = f"the report is kept in {kept}" if kept else "nor could the report be kept elsewhere"
+                raise OutputError(f"{error}; {where}") from error
         if self.talk.json:
             print_json(report.to_json())
 

@@ -22,17 +22,26 @@ class Training:
     """What is learnt from, and how fast."""
 
     text: Annotated[
-        list[str] | None, option("--text", "FILE", "UTF-8 text, several times for several; default: embedded.")
+        list[str] | None, option("--text", "FILE", "UTF-8 text; may be repeated; default: the embedded text.")
     ] = None
     context: TrainingContext = 256
     chunks: Chunks = None
     sampled: Annotated[
-        int, option("--sampled", "N", "Windows more, which the reference itself goes on with.", min=0)
+        int, option("--sampled", "N", "Also train on N windows of which the reference writes the most part.", min=0)
     ] = 0
     epochs: Annotated[float, option("--epochs", "", "How often each window is used.", min=0.01)] = 2.0
-    rate: Annotated[float, option("--rate", "", "Of the steps, in parts of a scale.", min=1e-6, max=0.1)] = 1e-3
+    rate: Annotated[
+        float, option("--rate", "", "Learning rate of the scales, as a share of a scale.", min=1e-6, max=0.1)
+    ] = 1e-3
     code_rate: Annotated[
-        float, option("--code-rate", "", "Of codes, in levels' distances; 0 leaves them alone.", min=0, max=0.1)
+        float,
+        option(
+            "--code-rate",
+            "",
+            "Learning rate of the codes, in distances between levels; 0 leaves the codes alone.",
+            min=0,
+            max=0.1,
+        ),
     ] = 1e-3
     seed: Seed = 0
     torch_device: TorchDevice = "cpu"
@@ -40,7 +49,9 @@ class Training:
 
 def tune(
     file: Annotated[Path, typer.Argument(metavar="GGUF", help="The quantized file.")],
-    reference: Annotated[str, option("--reference", "SRC", "What it was made from: checkpoint, GGUF in F32 or BF16.")],
+    reference: Annotated[
+        str, option("--reference", "SRC", "What the file was made from: a checkpoint, or a GGUF in F32 or BF16.")
+    ],
     out: OutFile,
     *,
     training: Training,
@@ -50,19 +61,18 @@ def tune(
 ) -> None:
     """Move scales and codes of a file to where it loses least.
 
-    By runs of the whole model, forwards and backwards (extra `curvature`: torch, transformers).
+    It runs the whole model forwards and backwards, which needs the extra `curvature` (torch, transformers).
     """
-    from pocketquant.calibration.imatrix import SELF
-    from pocketquant.calibration.statistics_run import cut_texts
     from pocketquant.calibration.torch_layers import require_torch
     from pocketquant.convert.sources import open_model
     from pocketquant.demo import text_path
     from pocketquant.files.replacing import refuse_overwriting
+    from pocketquant.texts.calibration import SELF, CalibrationSettings, cut_texts
     from pocketquant.tuning.tune import check_file
 
     texts = training.text or [str(text_path("calibration"))]
     if SELF in texts:
-        raise typer.BadParameter("give a text, and --sampled for what the model writes", param_hint="--text")
+        raise typer.BadParameter("must be a text; use --sampled N for text that the model writes", param_hint="--text")
     refuse_overwriting([out], [str(file), reference, *texts])
     model = open_model(reference)
     n_scales, n_codes = check_file(file, model)
@@ -70,7 +80,8 @@ def tune(
         n_codes = 0
     if not dry_run:
         require_torch()  # before the texts are read
-    windows, about = cut_texts(file, texts, training.context, training.chunks, compute.threads, 0, training.seed)
+    settings = CalibrationSettings(training.context, training.chunks, compute.threads, seed=training.seed)
+    windows, about, _ = cut_texts(file, texts, settings)
     tokens = windows.size + training.sampled * training.context
     disk = 4 * tokens * model.sizes["n_embd"] + 8 * n_codes
     talk.say(

@@ -1,4 +1,4 @@
-"""Does a command's work in a child process, so that somebody is left to say what happened when native code dies.
+"""Does a command's work in a child process, so that the parent can say what happened when native code dies.
 
 The parent imports nothing, hands signals on, and takes over the child's exit code. If the child is ended by a signal
 that it did not handle, the parent says what the child was doing (`pocketquant.activity`), what happened and what to do,

@@ -13,6 +13,6 @@ gate/      a report against limits and the last accepted one
 from pocketquant.eval.compare import compare
 from pocketquant.eval.report.markdown import to_markdown
 from pocketquant.eval.report.schema import Report
-from pocketquant.eval.weights import WeightError, weight_errors
+from pocketquant.eval.weights import TensorError, weight_errors
 
-__all__ = ["Report", "WeightError", "compare", "to_markdown", "weight_errors"]
+__all__ = ["Report", "TensorError", "compare", "to_markdown", "weight_errors"]

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorForm:
     """One tensor in one of the files: its shape, its type, its bytes."""
 
     shape: tuple[int, ...]
@@ -47,8 +47,8 @@ class TensorPair:
 
     name: str
     role: str
-    first: StoredTensor | None
-    second: StoredTensor | None
+    first: TensorForm | None
+    second: TensorForm | None
     relative_difference: float | None
 
     @property
@@ -182,10 +182,10 @@ def _only(model: Model, names: Sequence[str]) -> Model:
     return replace(model, tensors=tuple(tensors[name] for name in names))
 
 
-def _stored(tensor: Tensor | None) -> StoredTensor | None:
+def _stored(tensor: Tensor | None) -> TensorForm | None:
     if tensor is None:
         return None
-    return StoredTensor(tensor.shape, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
+    return TensorForm(tensor.shape, tensor.dtype, tensor.n_rows * FORMATS[tensor.dtype].row_bytes(tensor.n_cols))
 
 
 def _metadata_of(first: Path, second: Path) -> tuple[MetadataPair, ...]:

@@ -1,4 +1,4 @@
-"""How far apart two figures may be that come from different kernels of llama.cpp.
+"""How far apart two figures from different kernels of llama.cpp may be.
 
 Kernels differ in how they round the inputs of a matrix product and in the order of their sums. It depends on AMX, on
 repacked weights, on AVX-512, on the batch size and on flash attention. So one file has slightly different figures on

@@ -8,7 +8,6 @@ matrix computes the logits again, or only the most likely tokens. It says how fa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.llama.runtime import Runtime, open_runtime
 from pocketquant.model import Model, Role, Tensor
 from pocketquant.texts.conversations import render_chat
-from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, read_text
+from pocketquant.texts.corpus import Corpus, Text, check_size, cut_corpus, digest_of_tokens, read_text
 
 MAX_FLOOR = 1e-6
 """A pack whose mean divergence from its reference is this many nats or more is refused."""
@@ -238,7 +237,7 @@ def _depends_on(run: ReferenceRun, cuts: Sequence[Corpus], settings: PackSetting
     windows: I32Array = np.concatenate([corpus.windows for corpus in cuts])
     return {
         "model": asdict(run.identity),
-        "tokens": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+        "tokens": digest_of_tokens(windows),
         "context": windows.shape[1],
         "first": cuts[0].first_scored,
         "top": settings.top,

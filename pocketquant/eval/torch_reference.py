@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as the reference, run by transformers on torch in f32. The only importer of both.
+"""A Hugging Face checkpoint as the reference, run by transformers on torch in f32.
 
 It can judge the conversion itself, because the checkpoint is read, tokenized and computed by code that has nothing in
 common with pocketquant or llama.cpp. The extra `reference` installs what it needs; both are imported when first used.

@@ -20,7 +20,7 @@ CHUNK_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class WeightError:
+class TensorError:
     """One tensor against the reference's.
 
     Attributes:
@@ -43,7 +43,7 @@ class WeightError:
 
 def weight_errors(
     model: Model, reference: Model, *, progress: Callable[[int, int], None] | None = None
-) -> list[WeightError]:
+) -> list[TensorError]:
     """Compares the weights of two models, tensor by tensor.
 
     Args:
@@ -85,7 +85,7 @@ def _check_pairs(model: Model, reference: Model) -> None:
         )
 
 
-def _compare_tensor(tensor: Tensor, original: Tensor) -> WeightError:
+def _compare_tensor(tensor: Tensor, original: Tensor) -> TensorError:
     sums = np.zeros(4)
     largest = 0.0
     for start, stop in _row_chunks(tensor):
@@ -96,7 +96,7 @@ def _compare_tensor(tensor: Tensor, original: Tensor) -> WeightError:
     product, ours_squared, theirs_squared, lost = (float(value) for value in sums)
     norms = float(np.sqrt(ours_squared) * np.sqrt(theirs_squared))
     both_zero = ours_squared == theirs_squared == 0
-    return WeightError(
+    return TensorError(
         name=tensor.name,
         role=tensor.role,
         layer=tensor.layer,

@@ -1,4 +1,4 @@
-"""Files that an unfinished job has finished, each under the key of all that it depends on (`keys`)."""
+"""The finished files of a job that is not finished yet. A file's key stands for all that the file depends on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNFINISHED = ".unfinished"
 
 @contextmanager
 def unfinished_work(out: Path, name: str) -> Iterator[tuple[Path, Path]]:
-    """Two hidden folders inside `out`, which no other run disturbs meanwhile; what of all this stays empty goes.
+    """Makes two hidden folders inside `out`, which no other run touches meanwhile. Folders that stay empty are removed.
 
     Args:
         out: made if missing.
@@ -34,12 +34,14 @@ def unfinished_work(out: Path, name: str) -> Iterator[tuple[Path, Path]]:
         OutputError: they cannot be made or written, or another run has them.
     """
     made_out, folder = not out.exists(), out / name
-    how = f"what is finished is kept in {folder}; the same command goes on from there, and removes what is not"
+    how = f"what is finished is kept in {folder}; the same command goes on from there, and removes what is unfinished"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with holding(folder), resumable(folder, how):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-                raise OutputError(f"{folder}: is no folder, and unfinished work is kept in one of that name; remove it")
+                raise OutputError(
+                    f"{folder}: is not a folder, but unfinished work is kept in a folder of that name; remove it"
+                )
             folder.mkdir(mode=0o700, exist_ok=True)
             try:
                 with work_folder(out / name.removeprefix(".")) as passing:
@@ -56,7 +58,7 @@ def unfinished_work(out: Path, name: str) -> Iterator[tuple[Path, Path]]:
 
 
 class Finished:
-    """A folder of such files. Beside each stands `KEY.json` with its name, its digest and what reports say of it."""
+    """A folder of finished files. Beside each stands `KEY.json` with its name, its digest and its entry in reports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

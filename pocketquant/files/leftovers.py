@@ -1,4 +1,4 @@
-"""Locks: temporary files that a killed process left are told from those in use, and two runs do not share their work.
+"""Locks tell the temporary files of a killed process from those in use, and keep two runs from sharing their work.
 
 A process holds the lock of each of its temporary files (flock(2)). The system drops it when the process ends, however
 it ends, so a file whose lock can be had is nobody's. Where there are no such locks, as on Windows, nothing is removed,

@@ -92,6 +92,8 @@ def _check_folder(output: Path, folder: Path, *, is_made: bool) -> None:
         raise OutputError(f"{output}: cannot be written: {there} is no folder; give another place")
     if not is_made and there != folder:
         raise OutputError(f"{output}: cannot be written: there is no folder {folder}; make it first")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be written: no permission to write in {there}; give another place")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

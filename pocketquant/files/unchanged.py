@@ -1,8 +1,8 @@
-"""Files that are read stay what they were when they were opened, or nothing is made of them.
+"""Checks that files are what they were when they were opened; no output is made of files that changed.
 
 A source that is replaced or written to while it is read gives a model of two halves, which looks as good as a whole
-one. So what tells a file from another one is kept when its header is read, and compared with every read of its rows and
-once more before an output is put in place.
+one. So what identifies a file is kept when its header is read. It is compared at every read of its rows, and once more
+before an output is put in place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiles the kernels: no GIL, cached on disk, IEEE division.
 
-Numba dates a cached kernel by its own source file only, so a change in a file that the kernel calls into would leave
-the old code running. Ours are dated by the digest of every source file of this folder.
+Numba compares a cached kernel with its own source file only, so a change in a file that the kernel calls into would
+leave the old code running. Here a cached kernel is used only if no source file of this folder has changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ with suppress(ImportError, AttributeError):  # another numba may be built differ
 
 
 def dated_jit(*folders: Path) -> Callable[[_Function], _Function]:
-    """A `jit` whose cached kernels are dated by every source file of `folders`."""
+    """A `jit` that compiles a cached kernel anew when any source file of `folders` has changed."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.glob("*.py")):

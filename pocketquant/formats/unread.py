@@ -1,4 +1,4 @@
-"""GGML types that files in the wild hold and nothing here reads: what they are, for the message that refuses them.
+"""GGML types that published files hold and pocketquant does not read: what they are, for the message that refuses them.
 
 Sources: ggml/include/ggml.h of llama.cpp (as of llama-cpp-python 0.3.36) and of ik_llama.cpp; for 142 and 143 the issue
 ggml-org/llama.cpp#29058.

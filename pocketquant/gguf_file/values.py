@@ -1,7 +1,7 @@
-"""What a value of GGUF's metadata may be: the one place that is asked before anything is packed.
+"""Which values GGUF's metadata can hold, and how they are packed. Every value is checked here before it is packed.
 
-Values come from config.json, tokenizers, model cards and other GGUF files. llama.cpp reads texts as C strings, numbers
-as they are: a text ends at a NUL, a number outside its type cannot be packed, one that is not finite computes nonsense.
+Values come from config.json, tokenizers, model cards and other GGUF files. Three kinds are refused: a text with a NUL,
+where llama.cpp's C strings end; a number outside the range of its type; and a number that is not finite.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pocketquant.escaping import one_line
 from pocketquant.model import Value
 
 KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")
-"""GGUF's numbers for them are their places here."""
+"""The kinds of values. GGUF's number for a kind is its position here."""
 PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"} | {
     "bool": "?",
     "u64": "Q",
@@ -23,7 +23,8 @@ PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", 
     "f64": "d",
 }
 _LARGEST = {"f32": 3.4028235677973366e38, "f64": 1.7976931348623157e308}
-"""What is not below is packed as infinite, or not at all; f32's is half a step above its largest number."""
+"""Numbers must be smaller than these. Larger ones would be packed as infinite, or could not be packed; the bound of f32
+is half a step above its largest number."""
 
 
 def find_problem(value: Value) -> str:
@@ -44,7 +45,7 @@ def refuse_unwritable(metadata: Mapping[str, Value]) -> None:
 
 
 def encode_value(value: Value) -> list[bytes]:
-    """A value that `find_problem` finds none with, as GGUF has it: its type, and the packed bytes."""
+    """Packs a value that has no problem (`find_problem`): GGUF's number for its type, then its bytes."""
     if not value.kind.endswith("[]"):
         kind, items = value.kind, [value.value]
         parts = [struct.pack("<I", KINDS.index(kind))]
@@ -57,7 +58,7 @@ def encode_value(value: Value) -> list[bytes]:
 
 
 def encode_text(text: str) -> bytes:
-    """Its length and its UTF-8."""
+    """A text as GGUF packs it: the number of its bytes, then its UTF-8."""
     raw = text.encode()
     return len(raw).to_bytes(8, "little") + raw
 

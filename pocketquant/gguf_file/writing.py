@@ -94,7 +94,7 @@ def write(
         target: path of the output.
         threads: workers; None for one per processor this process may use.
         on_bytes: called from any worker with the number of output bytes just written.
-        run: who encodes, instead of threads here: `pocketquant.cluster.open_cluster` gives one.
+        run: what encodes in place of threads of this process: `pocketquant.cluster.open_cluster` gives one.
         is_result: False for a file that is only needed meanwhile; see `put_in_place`.
 
     Raises:
@@ -114,7 +114,7 @@ def write_together(
 ) -> None:
     """Writes several planned files into one folder; no target is replaced before all of them are finished and checked.
 
-    The first one appears last, so that where it is, the others are too.
+    The first file is renamed last, so that where it is, the others are too.
 
     Args:
         files: plans and the paths of the outputs.
@@ -204,7 +204,7 @@ def _run(plan: Plan, path: Path, n_threads: int, on_bytes: OnBytes) -> None:
     except BaseException:  # an interrupt
         stopping.set()
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        for worker in workers:  # a matrix that is rounded whole can take minutes; what is written then is in no folder
+        for worker in workers:  # not for ever: a matrix that is rounded whole can take minutes; its file is deleted
             if worker.ident is not None:
                 worker.join(max(0.0, deadline - time.monotonic()))
         raise

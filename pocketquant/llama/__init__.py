@@ -1,1 +1,1 @@
-"""All that knows llama.cpp's library; the only place that imports `llama_cpp`."""
+"""All code that uses llama.cpp's library; the only place that imports `llama_cpp`."""

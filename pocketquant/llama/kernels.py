@@ -1,4 +1,4 @@
-"""By which of llama.cpp's kernels something was computed, and whether two things were by the same ones.
+"""Which of llama.cpp's kernels computed a result, and whether two results come from the same ones.
 
 What a run computed by states the `versions` of its runtime (`open_runtime`): a report, a reference pack, an importance
 matrix, statistics.

@@ -1,6 +1,6 @@
 """Tiny models with every kind of block and every number format, to try llama.cpp's kernels on.
 
-Their numbers mean nothing: plain formats hold small random ones, packed formats random bytes. No encoder is needed,
+Their weights are random: small numbers in plain formats, random bytes in packed formats. No encoder is needed,
 because bytes of at most 47 make every F16, E4M3 or E8M0 scale finite and small, wherever a format keeps its scales.
 """
 

@@ -1,4 +1,4 @@
-"""The process that tries llama.cpp's kernels: `python -m pocketquant.llama.trying`. It may die.
+"""The process that tries llama.cpp's kernels: `python -m pocketquant.llama.trying`. It may crash.
 
 Each tiny model is run with ggml's plain kernels and then with the extra ones (AMX, repacked weights), and the results
 of every node of the graph are compared. Lines of JSON tell the parent process how far it came: {"stage": "loaded"},

@@ -125,10 +125,15 @@ class Runs:
         try:
             kept = read_object(self.state, EvalError)
             if kept["run"] != json.loads(json.dumps(self._run())):
-                raise EvalError(f"{self.state}: results of another model or other settings; delete it or use them")
+                raise EvalError(
+                    f"{self.state}: holds results of another model or of other settings; delete it, or repeat "
+                    "the command that began it"
+                )
             return {str(key): float(value) for key, value in kept["results"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvalError(f"{self.state}: no results of such runs ({error}); delete it") from error
+            raise EvalError(
+                f"{self.state}: does not hold the results of an unfinished run ({error}); delete it"
+            ) from error
 
 
 @contextmanager

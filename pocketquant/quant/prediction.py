@@ -257,7 +257,7 @@ def _head_loss(d: F32Array, head: HeadStatistics, rows: slice) -> float:
     for group in np.unique(groups):
         chosen = np.flatnonzero(groups == group)
         own = d[chosen]
-        lost = np.sum((own @ head.moment(int(group))) * own, axis=1, dtype=np.float64)
+        lost = np.sum((own @ head.hessian(int(group))) * own, axis=1, dtype=np.float64)
         total += float(scale[chosen] @ lost)
     return total
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pocketquant import __version__
-from pocketquant.calibration.imatrix import SELF
 from pocketquant.extras import list_versions
 from pocketquant.gguf_file.identity import identify
 from pocketquant.llama.library import require_runtime
 from pocketquant.llama.runtime import library_versions
 from pocketquant.release.planning import Release
+from pocketquant.texts.calibration import SELF
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pocketquant.calibration.imatrix import SELF, Calibration, collect_importance
+from pocketquant.calibration.imatrix import collect_importance
 from pocketquant.calibration.importance import importance_of, write_sums
 from pocketquant.eval import compare, weight_errors
 from pocketquant.eval.report.html import to_card, to_html, to_sheet
@@ -17,6 +17,8 @@ from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.gguf_file.writing import write
 from pocketquant.release.means import Means
 from pocketquant.release.planning import Release, Variant, plan_again
+from pocketquant.texts.calibration import SELF, CalibrationSettings
+from pocketquant.texts.corpus import Corpus
 
 CALIBRATION_CHUNKS = 128
 """Windows of calibration text, unless told otherwise: more change little, and every one costs time."""
@@ -44,7 +46,7 @@ def step_labels(release: Release) -> list[str]:
 
 def make_importance(
     release: Release, reference: Path, folder: Path, means: Means, state: Path | None = None
-) -> tuple[Release, Calibration]:
+) -> tuple[Release, Corpus]:
     """Makes the importance matrix in `folder`, and plans every file again with it.
 
     Unfinished sums are kept in `state`, and taken up from there. The multi-token-prediction block's part of the matrix
@@ -61,11 +63,13 @@ def make_importance(
         sums, calibration = collect_importance(
             reference,
             calibrating.text,
+            CalibrationSettings(
+                release.settings.context,
+                calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
+                means.threads,
+                means.gpu_layers,
+            ),
             mtp=block,
-            context=release.settings.context,
-            chunks=calibrating.chunks or (None if is_written else CALIBRATION_CHUNKS),
-            threads=means.threads,
-            gpu_layers=means.gpu_layers,
             state=state,
             resume=True,
             progress=advance,
@@ -119,7 +123,7 @@ def describe_source(release: Release) -> dict[str, Any]:
     }
 
 
-def describe_importance(release: Release, calibration: Calibration | None) -> dict[str, Any] | None:
+def describe_importance(release: Release, calibration: Corpus | None) -> dict[str, Any] | None:
     """Where the importance came from; None if there was none."""
     importance = release.importance
     if importance is None:

@@ -1,5 +1,6 @@
-"""Everything that one source becomes: the model's file, and beside it `mmproj-NAME` and `mtp-NAME`. How a source is
-opened for that, and what it is in full precision.
+"""All files that are made from one source: the model's, and beside it `mmproj-NAME` and `mtp-NAME`.
+
+The module opens the source, plans the files and writes them. `as_gguf` gives a source as a full-precision GGUF.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Opening:
         chat_template: a file to take in place of the source's chat templates.
         keep_source: a folder to download a hub's repository into; None reads only what is needed.
         adapter: the folder of a PEFT LoRA adapter to merge into a checkpoint.
-        mtp: a multi-token-prediction block goes beside the model ("sidecar"), inside ("embed"), or away ("drop").
+        mtp: where a multi-token-prediction block goes: beside the model ("sidecar"), inside it ("embed"), or
+            nowhere ("drop").
         with_vision: open the vision tower.
     """
 
@@ -70,7 +72,9 @@ def mmproj_path(out: Path) -> Path:
 
 
 def default_mmproj_recipe(recipe: str) -> str:
-    """The vision tower's recipe where none is asked for: the small mix beside `pocket_*`, the same for plain types."""
+    """The vision tower's recipe where none is named: `pocket_mmproj` beside `pocket_*`, f32 or bf16 beside the same,
+    f16 beside all others.
+    """
     if recipe.startswith("pocket_"):
         return "pocket_mmproj"
     return recipe if recipe in ("f32", "f16", "bf16") else "f16"
@@ -100,12 +104,12 @@ def plan_outputs(
 def plan_sidecars(
     parts: Parts, out: Path, choice: Choice, mmproj: str | None = None, split_bytes: int | None = None
 ) -> tuple[Output, ...]:
-    """Plans the files beside the model's: `mmproj-NAME` and `mtp-NAME`, the latter by the choice's recipe, and by its
+    """Plans the files beside the model's: `mmproj-NAME` and `mtp-NAME`. The latter gets the choice's recipe, and its
     importance where that has entries for the block. Arguments and errors as `plan_outputs`.
     """
     outputs = []
     named = mmproj or default_mmproj_recipe(choice.recipe.name)
-    tower_recipe = None if named == "none" else open_recipe(named)  # a wrong name is one for a text-only model, too
+    tower_recipe = None if named == "none" else open_recipe(named)  # a wrong name is refused for a text-only model, too
     if parts.vision is not None and tower_recipe is not None:
         tower, path = plan(parts.vision, tower_recipe), mmproj_path(out)
         check_whole("vision tower", path, tower.file_bytes, split_bytes)

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketquant.calibration.imatrix import SELF
-from pocketquant.convert.sources import Parts, open_parts
+from pocketquant.convert.sources import Parts, names_gguf, open_parts
 from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.gguf_file.header import file_name
 from pocketquant.gguf_file.shards import check_whole, split_plan
-from pocketquant.llama.library import require_runtime
+from pocketquant.llama.library import check_loadable, require_runtime
 from pocketquant.model import Model, Plan
 from pocketquant.quant import Choice, Importance, Recipe, plan, with_figures
 from pocketquant.quant.choosing import as_choice
 from pocketquant.quant.planning import importance_gaps
 from pocketquant.release.outputs import plan_sidecars
+from pocketquant.texts.calibration import SELF
 from pocketquant.texts.corpus import Text, read_text
 from pocketquant.texts.embedded import PACKAGE, read_texts
 
@@ -168,6 +168,8 @@ def plan_release(
         RecipeError: two of the files would have one name, or the choices name several importance matrices.
     """
     require_runtime()
+    if parts is None and names_gguf(source):
+        check_loadable(Path(source))  # by its own name, not by that of the reference that would be made of it
     asked = [as_choice(each) for each in choices]
     settings = settings or ReleaseSettings()
     importance = _common_importance(asked, settings)
@@ -276,7 +278,10 @@ def _with_texts(settings: ReleaseSettings, *, is_calibrating: bool) -> ReleaseSe
         made_from = read_texts([name])[0].path if name.startswith(PACKAGE) else Path(name)
         read_text(made_from)
         if same := [text.path for text in texts if text.path.resolve() == made_from.resolve()]:
-            raise EvalError(f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is")
+            raise EvalError(
+                f"{same[0]}: measured on the text it is calibrated on, a file looks better than it is; "
+                "give another --text"
+            )
     return replace(settings, texts=texts, calibrate=made_from)
 
 

@@ -14,6 +14,7 @@ from pocketquant.pace import Pace, Progress, try_out
 from pocketquant.release.means import Means
 from pocketquant.release.measuring import CALIBRATION_CHUNKS, step_labels
 from pocketquant.release.planning import Release, Variant
+from pocketquant.texts.calibration import CalibrationSettings
 
 PIECES = 8
 """Pieces of a file's bytes whose pace is taken, of a hundred."""
@@ -71,10 +72,12 @@ def _try_calibration(release: Release, reference: Path, folder: Path, means: Mea
         collect_importance(
             reference,
             calibrating.text,
-            context=release.settings.context,
-            chunks=calibrating.chunks or CALIBRATION_CHUNKS,
-            threads=means.threads,
-            gpu_layers=means.gpu_layers,
+            CalibrationSettings(
+                release.settings.context,
+                calibrating.chunks or CALIBRATION_CHUNKS,
+                means.threads,
+                means.gpu_layers,
+            ),
             state=folder / "state",
             progress=progress,
         )

@@ -27,7 +27,7 @@ def render_chat(path: Path, model: Path) -> str:
     """The conversations of a file in the chat template of a GGUF, one after the other.
 
     Raises:
-        EvalError: the file holds something else, the model has no chat template, or it renders not all of them.
+        EvalError: the file holds something else, the model has no chat template, or it does not render all.
     """
     conversations = read_conversations(path)
     metadata = open_gguf(model).metadata
@@ -37,7 +37,7 @@ def render_chat(path: Path, model: Path) -> str:
     renderings = render_conversations(template, special_tokens(metadata), conversations)
     failures = [f"{each.case}: {each.message}" for each in renderings if each.outcome != RENDERED]
     if failures:
-        raise EvalError(f"{path}: the chat template of {model} renders not every conversation\n{listing(failures)}")
+        raise EvalError(f"{path}: the chat template of {model} does not render every conversation\n{listing(failures)}")
     return "".join(rendering.text for rendering in renderings)
 
 
@@ -67,9 +67,9 @@ def read_conversations(path: Path) -> list[list[dict[str, Any]]]:
         if isinstance(messages, list) and _is_conversation(messages):
             conversations.append(messages)
         else:
-            faults.append(f"line {number}: no list of messages with a role each")
+            faults.append(f"line {number}: not a list of messages with a role each")
     if faults:
-        raise EvalError(f"{path}: not one conversation a line\n{listing(faults)}")
+        raise EvalError(f"{path}: these lines are not conversations\n{listing(faults)}")
     if not 0 < len(conversations) <= MAX_CONVERSATIONS:
         raise EvalError(f"{path}: {len(conversations)} conversations; give between 1 and {MAX_CONVERSATIONS}")
     return conversations

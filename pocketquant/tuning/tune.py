@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.calibration.imatrix import SELF, digest_of_tokens
-from pocketquant.calibration.statistics import Text
 from pocketquant.calibration.torch_layers import read_whole, set_up
 from pocketquant.errors import EvalError, OutputError, RecipeError, listing
 from pocketquant.files.leftovers import work_folder
@@ -34,6 +32,8 @@ from pocketquant.gguf_file.opening import open_unfused
 from pocketquant.gguf_file.reading import GgufHeader, GgufTensor, read_header
 from pocketquant.llama.sampling import sample_on
 from pocketquant.model import Model, Tensor, Value, padded
+from pocketquant.texts.calibration import SELF
+from pocketquant.texts.corpus import TextRecord, digest_of_tokens
 from pocketquant.tuning.block_scales import BlockScales, read_block_scales
 from pocketquant.tuning.optimizer import Numbers, Tuner, run_reference
 
@@ -92,7 +92,7 @@ class TuningWindows:
     """
 
     windows: I32Array
-    texts: tuple[Text, ...]
+    texts: tuple[TextRecord, ...]
     sampled: I32Array | None = None
 
 
@@ -252,9 +252,9 @@ def sample_continuations(
     )
 
 
-def sampled_text(sampled: I32Array) -> Text:
+def sampled_text(sampled: I32Array) -> TextRecord:
     """The entry of windows from `sample_continuations` among the texts."""
-    return Text(SELF, sampled.size, digest_of_tokens(sampled))
+    return TextRecord(SELF, sampled.size, digest_of_tokens(sampled))
 
 
 def check_file(file: Path, reference: Model) -> tuple[int, int]:
@@ -267,7 +267,7 @@ def _count(scales: dict[str, BlockScales]) -> int:
     return sum(change.size for each in scales.values() for change in each.changes.values())
 
 
-def tuning_bytes(texts: Sequence[Text]) -> int:
+def tuning_bytes(texts: Sequence[TextRecord]) -> int:
     """The most bytes by which a tuned file is larger."""
     return 96 + len(KEY) + sum(len(text.name.encode()) + 2 for text in texts)
 

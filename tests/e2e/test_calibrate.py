@@ -22,11 +22,12 @@ from pocketquant.formats import FORMATS
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.recipe_text import recipe_of_types
+from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
 from pocketquant.calibration.imatrix import collect_importance
-from pocketquant.calibration.statistics_run import calibrate, cut_texts, plan_calibration
+from pocketquant.calibration.statistics_run import collect_statistics, plan_statistics
 from pocketquant.eval import compare
 from pocketquant.llama.observing import Matmul, Observer
 from pocketquant.llama.runtime import open_runtime
@@ -45,14 +46,14 @@ def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def stats(demo_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stats") / "demo.stats"
-    calibrate(demo_gguf("f32"), [TEXT], out, context=CONTEXT, chunks=CHUNKS, threads=1)
+    collect_statistics(demo_gguf("f32"), [TEXT], out, CalibrationSettings(CONTEXT, CHUNKS, threads=1))
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     return out
 
 
 def test_the_diagonal_is_the_importance_matrix(stats: Path, demo_gguf: Callable[[str], Path]) -> None:
     statistics = open_statistics(stats)
-    sums, _ = collect_importance(demo_gguf("f32"), TEXT, context=CONTEXT, chunks=CHUNKS, threads=1)
+    sums, _ = collect_importance(demo_gguf("f32"), TEXT, CalibrationSettings(CONTEXT, CHUNKS, threads=1))
     importance = importance_of(sums).weights
     assert statistics.shared.keys() == importance.keys()
     assert statistics.tokens == CONTEXT * CHUNKS
@@ -71,7 +72,7 @@ def test_the_head_is_what_the_logits_say(stats: Path, demo_gguf: Callable[[str],
     head = statistics.head()
     assert head is not None
     model = demo_gguf("f32")
-    windows, _ = cut_texts(model, [TEXT], CONTEXT, CHUNKS, 1, 0, 0)
+    windows, _, _ = cut_texts(model, [TEXT], CalibrationSettings(CONTEXT, CHUNKS, threads=1))
     with open_runtime(model, context=CONTEXT, threads=1) as runtime:
         logits = np.concatenate([rows.copy() for window in windows for _, rows in runtime.logits(window.tolist())])
     p = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
@@ -84,7 +85,7 @@ def test_the_head_is_what_the_logits_say(stats: Path, demo_gguf: Callable[[str],
         of_group = head.row_group == group
         weights = (p * (1 - p))[:, of_group].mean(axis=1)
         expected = (logits[:, :9].T.astype(np.float64) * weights) @ logits[:, :9] / len(logits)
-        np.testing.assert_allclose(rows @ head.moment(group) @ rows.T, expected, rtol=2e-3, atol=1e-3 * expected.max())
+        np.testing.assert_allclose(rows @ head.hessian(group) @ rows.T, expected, rtol=2e-3, atol=1e-3 * expected.max())
 
 
 class Inputs:
@@ -93,7 +94,7 @@ class Inputs:
     def __init__(self, model: Path) -> None:
         self.rows: dict[tuple[str, int], list[np.ndarray]] = {}
         observer = Observer(self)
-        windows, _ = cut_texts(model, [TEXT], CONTEXT, CHUNKS, 1, 0, 0)
+        windows, _, _ = cut_texts(model, [TEXT], CalibrationSettings(CONTEXT, CHUNKS, threads=1))
         with open_runtime(model, context=CONTEXT, threads=1, observe=observer.see) as runtime:
             for window in windows:
                 for _ in runtime.logits(window.tolist()):
@@ -142,7 +143,7 @@ def test_what_kernels_lose_beside_the_head_is_predicted(
     kind: str, demo_gguf: Callable[[str], Path], demo_text: Path, tmp_path: Path
 ) -> None:
     source, name = demo_gguf("f32"), "token_embd.weight"
-    calibrate(source, [TEXT], tmp_path / "s", context=256, chunks=8, threads=1)
+    collect_statistics(source, [TEXT], tmp_path / "s", CalibrationSettings(256, 8, threads=1))
     model, statistics = open_gguf(source), open_statistics(tmp_path / "s")
     bare, whole = (
         predict_losses(
@@ -161,13 +162,15 @@ def test_in_one_pass_or_in_many_the_file_is_the_same(
     stats: Path, demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     small = 6 << 20
-    passes = plan_calibration(open_gguf(demo_gguf("f32")), memory_bytes=small).passes
+    passes = plan_statistics(open_gguf(demo_gguf("f32")), memory_bytes=small).passes
     assert len(passes) > 5
     assert max(one.sum_bytes for one in passes) <= small
-    calibrate(demo_gguf("f32"), [TEXT], tmp_path / "s", context=CONTEXT, chunks=CHUNKS, memory_bytes=small, threads=1)
+    collect_statistics(
+        demo_gguf("f32"), [TEXT], tmp_path / "s", CalibrationSettings(CONTEXT, CHUNKS, threads=1), memory_bytes=small
+    )
     assert (tmp_path / "s").read_bytes() == stats.read_bytes()
     with pytest.raises(EvalError, match="too few for the largest matrix; give 4718592 or more"):
-        plan_calibration(open_gguf(demo_gguf("f32")), memory_bytes=1 << 20)
+        plan_statistics(open_gguf(demo_gguf("f32")), memory_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("stop_after", [2, 7, 8])  # in the first pass, behind the second, in the last one
@@ -182,16 +185,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             if done == stop:
                 raise KeyboardInterrupt
 
-        calibrate(
+        collect_statistics(
             demo_gguf("f32"),
             [TEXT],
             tmp_path / "s",
-            context=CONTEXT,
-            chunks=chunks,
+            CalibrationSettings(CONTEXT, chunks, threads=1, save_seconds=0),
             memory_bytes=12 << 20,
-            threads=1,
             resume=True,
-            save_seconds=0,
             progress=count,
         )
 
@@ -210,13 +210,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_each_expert_has_the_moments_of_its_own_tokens(tmp_path: Path) -> None:
     model = tmp_path / "moe.gguf"
     write(plan(open_model(golden_checkpoint(tmp_path / "checkpoint")), open_recipe("f32")), model)
-    calibrate(model, [TEXT], tmp_path / "s", context=CONTEXT, chunks=CHUNKS, threads=1)
-    parts = plan_calibration(open_gguf(model), memory_bytes=2_200_000).passes
-    assert any(share.first for one in parts for share in one.shares), "no tensor's experts are in several passes"
-    calibrate(model, [TEXT], tmp_path / "parts", context=CONTEXT, chunks=CHUNKS, memory_bytes=2_200_000, threads=1)
+    collect_statistics(model, [TEXT], tmp_path / "s", CalibrationSettings(CONTEXT, CHUNKS, threads=1))
+    parts = plan_statistics(open_gguf(model), memory_bytes=2_200_000).passes
+    assert any(matrices.first for one in parts for matrices in one.ranges), "no tensor's experts are in several passes"
+    collect_statistics(
+        model, [TEXT], tmp_path / "parts", CalibrationSettings(CONTEXT, CHUNKS, threads=1), memory_bytes=2_200_000
+    )
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "s").read_bytes()
     statistics = open_statistics(tmp_path / "s")
-    sums, _ = collect_importance(model, TEXT, context=CONTEXT, chunks=CHUNKS, threads=1)
+    sums, _ = collect_importance(model, TEXT, CalibrationSettings(CONTEXT, CHUNKS, threads=1))
     sizes = open_gguf(model).sizes
     experts = range(sizes["n_expert"])
     for name in ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):

@@ -85,6 +85,12 @@ def test_a_text_whose_name_is_no_utf_8_as_json(place: Path) -> None:
     assert json.loads(result.stdout)["error"]["exit_code"] == 2
 
 
+def drop_rights_of_root() -> None:
+    libc = ctypes.CDLL(None)
+    for right in (DAC_OVERRIDE, DAC_READ_SEARCH):
+        libc.prctl(CAPBSET_DROP, right, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     "words", [["inspect", "cc"], ["check", "cc/config.json"], ["convert", "cc", "--out", "o.gguf"]]
 )
@@ -92,12 +98,6 @@ def test_a_text_whose_name_is_no_utf_8_as_json(place: Path) -> None:
 def test_a_folder_without_permission(words: list[str], mode: int, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "cc")
     folder.chmod(mode)
-    libc = ctypes.CDLL(None)
-
-    def drop_rights_of_root() -> None:
-        for right in (DAC_OVERRIDE, DAC_READ_SEARCH):
-            libc.prctl(CAPBSET_DROP, right, 0, 0, 0)
-
     try:
         result = subprocess.run(
             [*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, preexec_fn=drop_rights_of_root
@@ -109,3 +109,28 @@ def test_a_folder_without_permission(words: list[str], mode: int, tmp_path: Path
     assert result.returncode == 2
     assert "Permission denied" in result.stderr
     assert "cc" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "cc", "--out", "shut/o.gguf"],
+        ["make", "cc", "--out", "shut/new/o"],
+        ["eval", "m.gguf", "--reference", "m.gguf", "--text", "none.txt", "--out", "shut/o.json"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(words: list[str], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "cc")
+    (tmp_path / "m.gguf").write_bytes(b"no GGUF, and not looked at")
+    (tmp_path / "none.txt").write_text("text")
+    (tmp_path / "shut").mkdir(mode=0o500)
+    result = subprocess.run(
+        [*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, preexec_fn=drop_rights_of_root
+    )
+    if os.geteuid() == 0 and "no permission" not in result.stderr and os.listdir(tmp_path / "shut"):
+        pytest.skip("root keeps its rights here")
+    assert result.returncode == 2
+    assert f"error: {words[-1]}" in result.stderr
+    assert f"cannot be written: no permission to write in {tmp_path}/shut; give another place" in result.stderr
+    assert "will write" not in result.stderr

@@ -95,7 +95,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(demo_gguf: Recipe, demo_text:
 def test_files_that_are_no_conversations_are_refused(demo_gguf: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
     path.write_text('{"messages": []}\nnot json\n[{"content": "x"}]\n{"messages": [{"role": "user"}]}\n')
-    with pytest.raises(EvalError, match=r"(?s)line 1: no list.*line 2: broken JSON.*line 3: no list") as caught:
+    with pytest.raises(EvalError, match=r"(?s)line 1: not a list.*line 2: broken JSON.*line 3: not a list") as caught:
         read_conversations(path)
     assert "line 4" not in str(caught.value)
     path.write_text("\n")
@@ -103,7 +103,7 @@ def test_files_that_are_no_conversations_are_refused(demo_gguf: Recipe, tmp_path
         read_conversations(path)
     path.write_text('[{"role": "user", "content": 7}, {"role": "stranger", "content": "x"}]\n')
     assert TEMPLATE in open_gguf(demo_gguf("f32")).metadata
-    with pytest.raises(EvalError, match="renders not every conversation"):
+    with pytest.raises(EvalError, match="does not render every conversation"):
         render_chat(path, demo_gguf("f32"))
 
 

@@ -31,7 +31,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent.parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
-PAGES = [*GUIDES, *sorted((ROOT / "docs/explain").glob("*.md"))]
+PAGES = [*GUIDES, ROOT / "docs/fit.md", *sorted((ROOT / "docs/explain").glob("*.md"))]
 NOT_RUN = {
     "Qwen/Qwen3.5-4B": "asks a hub",
     "arc_easy": "asks a hub for the tasks' data",

@@ -17,6 +17,7 @@ from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.errors import EvalError
 from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import read_importance
+from pocketquant.texts.calibration import CalibrationSettings
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -62,12 +63,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(demo_gguf: Callable[[str],
         sums, _ = collect_importance(
             demo_gguf("f32"),
             TEXT,
-            context=128,
-            chunks=chunks,
-            threads=1,
+            CalibrationSettings(128, chunks, threads=1, save_seconds=0),
             state=state,
             resume=True,
-            save_seconds=0,
             progress=count,
         )
         write_sums(sums, tmp_path / f"{stop_after is None and len(seen)}.gguf")
@@ -106,7 +104,7 @@ def test_merging_adds_two_texts_up(demo_gguf: Callable[[str], Path], tmp_path: P
 
 def test_the_model_can_write_the_text(demo_gguf: Callable[[str], Path]) -> None:
     def sample(seed: int) -> np.ndarray:
-        return collect_importance(demo_gguf("f32"), "self", context=64, chunks=2, threads=1, seed=seed)[1].windows
+        return collect_importance(demo_gguf("f32"), "self", CalibrationSettings(64, 2, threads=1, seed=seed))[1].windows
 
     first = sample(7)
     assert first.shape == (2, 64)

@@ -19,6 +19,7 @@ from pocketquant.demo import text_path
 from pocketquant.errors import EvalError, RecipeError
 from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant import read_importance
+from pocketquant.texts.calibration import CalibrationSettings
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -123,10 +124,8 @@ def test_mean_squares_are_those_of_the_blocks_maths(part: str, folder: Path) -> 
     sums, calibration = collect_importance(
         folder / f"{part}.gguf",
         TEXT,
+        CalibrationSettings(CONTEXT, 2, threads=1),
         mtp=folder / "mtp.gguf" if part == "trunk" else None,
-        context=CONTEXT,
-        chunks=2,
-        threads=1,
     )
     expected: dict[str, np.ndarray] = {}
     for window in calibration.windows:
@@ -145,7 +144,7 @@ def test_mean_squares_are_those_of_the_blocks_maths(part: str, folder: Path) -> 
 
 def test_the_trunks_sums_are_the_same_with_the_block(folder: Path) -> None:
     def collect(name: str, mtp: Path | None = None) -> dict[str, np.ndarray]:
-        sums, _ = collect_importance(folder / name, TEXT, mtp=mtp, context=128, chunks=2, threads=1)
+        sums, _ = collect_importance(folder / name, TEXT, CalibrationSettings(128, 2, threads=1), mtp=mtp)
         return dict(sums.sums)
 
     alone = collect("trunk.gguf")
@@ -161,7 +160,7 @@ def test_experts_of_the_block(tmp_path: Path) -> None:
     weights = weights_for(moe_config()) | mtp_weights_for(moe_config())
     source = make_checkpoint(tmp_path / "Tiny-MoE", dtype="F32", weights=weights, **moe_config())
     write(plan(open_checkpoint(source, mtp="embed"), open_recipe("f32")), tmp_path / "embed.gguf")
-    sums, _ = collect_importance(tmp_path / "embed.gguf", TEXT, context=128, chunks=2, threads=1)
+    sums, _ = collect_importance(tmp_path / "embed.gguf", TEXT, CalibrationSettings(128, 2, threads=1))
     counts = {name: counts for name, counts in sums.counts.items() if name.startswith("blk.4.")}
     assert {name for name in counts if "_exps" in name} == {
         f"blk.4.ffn_{x}_exps.weight" for x in ("gate", "up", "down")
@@ -182,9 +181,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Pa
                 raise Stop
 
         sums, _ = collect_importance(
-            folder / "trunk.gguf", TEXT, mtp=mtp, context=128, chunks=3, threads=1, state=tmp_path / "state",
-            resume=True, save_seconds=0, progress=stop,
-        )  # fmt: skip
+            folder / "trunk.gguf",
+            TEXT,
+            CalibrationSettings(128, 3, threads=1, save_seconds=0),
+            mtp=mtp,
+            state=tmp_path / "state",
+            resume=True,
+            progress=stop,
+        )
         write_sums(sums, tmp_path / out)
         (tmp_path / "state").unlink(missing_ok=True)
 
@@ -204,9 +208,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Pa
 
 def test_quantize_rounds_the_sidecar_with_it(folder: Path, tmp_path: Path) -> None:
     made = json.loads(
-        run("imatrix", folder / "trunk.gguf", "--mtp", folder / "mtp.gguf", "--text", TEXT, "--context", 128,
-            "--chunks", 2, "-o", tmp_path / "m.gguf", "--json").stdout
-    )  # fmt: skip
+        run(
+            "imatrix",
+            folder / "trunk.gguf",
+            "--mtp",
+            folder / "mtp.gguf",
+            "--text",
+            TEXT,
+            "--context",
+            128,
+            "--chunks",
+            2,
+            "-o",
+            tmp_path / "m.gguf",
+            "--json",
+        ).stdout
+    )
     importance = read_importance(tmp_path / "m.gguf")
     assert made["entries"] == len(importance.weights)
     source, recipe = folder / "Tiny-1M", ("--recipe", "q4_k_m")
@@ -247,8 +264,8 @@ def test_refuses_a_sidecar_of_another_model(folder: Path, tmp_path: Path) -> Non
     }
     for (model, mtp), message in cases.items():
         with pytest.raises(EvalError, match=message):
-            collect_importance(model, TEXT, mtp=mtp, context=64, chunks=1, threads=1)
-    sums, _ = collect_importance(folder / "embed.gguf", TEXT, context=64, chunks=1, threads=1)
+            collect_importance(model, TEXT, CalibrationSettings(64, 1, threads=1), mtp=mtp)
+    sums, _ = collect_importance(folder / "embed.gguf", TEXT, CalibrationSettings(64, 1, threads=1))
     write_sums(sums, tmp_path / "m.gguf")
     with pytest.raises(RecipeError, match=r"\d+ entries do not fit(.|\n)*: no such tensor"):
         plan(open_checkpoint(other), open_recipe("q4_k_m"), read_importance(tmp_path / "m.gguf"))

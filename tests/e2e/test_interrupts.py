@@ -157,9 +157,9 @@ def test_calibrate_keeps_all_that_it_had_summed(demo_gguf: Callable[[str], Path]
     assert (out.read_bytes(), names(tmp_path)) == (b"good", ["out"])
     for number, (where, call) in enumerate(
         (
-            ("pocketquant.calibration.hessian:MomentSums.add", 10),
-            ("pocketquant.calibration.hessian:MomentSums.add", 40),
-            ("pocketquant.calibration.hessian:_fold_softmax", 2),
+            ("pocketquant.calibration.hessian:HessianSums.add", 10),
+            ("pocketquant.calibration.hessian:HessianSums.add", 40),
+            ("pocketquant.calibration.hessian:_accumulate_softmax", 2),
             ("pocketquant.calibration.hessian:HeadSums.add_logits", 2),
             ("pocketquant.calibration.saved_sums:SavedSums.close_pass", 1),
         )
@@ -176,7 +176,7 @@ def test_a_killed_run_leaves_no_model_for_good(tmp_path: Path) -> None:
     out = tmp_path / "m.stats"
     arguments = ["calibrate", checkpoint_dir(), "--text", TEXT, *SMALL, "--out", out]
     # with --debug there is no second process that would tidy up after the first
-    run_until("pocketquant.calibration.hessian:MomentSums.add", 40, signal.SIGKILL, *arguments, "--debug", code=-9)
+    run_until("pocketquant.calibration.hessian:HessianSums.add", 40, signal.SIGKILL, *arguments, "--debug", code=-9)
     assert len(list(tmp_path.glob(".m.stats.????????/source.gguf"))) == 1
     run(*arguments)
     assert names(tmp_path) == ["m.stats"]

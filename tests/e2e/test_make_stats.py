@@ -16,10 +16,11 @@ from pocketquant.calibration.statistics import open_statistics
 from pocketquant.demo import checkpoint_dir, text_path
 from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.rounding.encoding import with_rounding
+from pocketquant.texts.calibration import CalibrationSettings
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.calibration.statistics_run import calibrate
+from pocketquant.calibration.statistics_run import collect_statistics
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
 
@@ -33,7 +34,7 @@ def make(out: Path, *arguments: object) -> dict[str, object]:
 
 def test_no_matrix_is_made_where_statistics_cover_everything(demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     stats = tmp_path / "demo.stats"
-    calibrate(demo_gguf("f32"), [text_path("calibration")], stats, context=128, chunks=16, threads=1)
+    collect_statistics(demo_gguf("f32"), [text_path("calibration")], stats, CalibrationSettings(128, 16, threads=1))
     few = ("--recipe", "q4_k_m", "--context", 128, "--chunks", 8)
     result = make(tmp_path / "stats", *few, "--recipe", "pocket_4bit", "--stats", stats)
     plain = make(tmp_path / "plain", *few, "--imatrix", "none")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,11 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_maker import make_checkpoint, mtp_weights_for, text_config, weights_for
 from gguf_maker import Parts, changed, put_together
+from typer.testing import CliRunner
 
+from pocketquant import open_recipe, plan, write
+from pocketquant.cli.app import app
+from pocketquant.convert.checkpoint import open_mtp
+from pocketquant.convert.snapshot import local_snapshot
 from pocketquant.errors import EvalError, SourceError
 from pocketquant.llama.library import check_loadable
 from pocketquant.model import Value
+from pocketquant.release.planning import plan_release
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -192,6 +200,24 @@ def test_what_is_no_text_model_is_refused_by_name(kind: str, tmp_path: Path) -> 
     path = put_together(tmp_path / "x.gguf", metadata, {"blk.4.nextn.eh_proj.weight": (np.ones((4, 8)), "F32")})
     with pytest.raises(EvalError, match="not run by itself"):
         check_loadable(path)
+
+
+def test_a_source_that_is_not_run_is_named_itself(tmp_path: Path) -> None:
+    """Not by the name of the copy that a command makes of it to run."""
+    config = {"mtp_num_hidden_layers": 1}
+    weights = weights_for(text_config(**config)) | mtp_weights_for(text_config(**config))
+    block = open_mtp(local_snapshot(make_checkpoint(tmp_path / "c", weights=weights, **config)))
+    assert block is not None
+    path = tmp_path / "mtp-c.gguf"
+    write(plan(block, open_recipe("bf16")), path)
+    with pytest.raises(EvalError, match=rf"^{re.escape(str(path))}: only a multi-token-prediction block"):
+        plan_release(path)
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    words = ["sensitivity", str(path), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "o.toml")]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, EvalError) or f"error: {path}: only a multi" in result.stderr
+    assert str(path) in (result.stderr + str(result.exception))
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["c", "mtp-c.gguf", "text.txt"]
 
 
 def test_tokens_that_stand_twice_are_refused(tmp_path: Path, demo_gguf: Callable[[str], Path]) -> None:

@@ -43,7 +43,7 @@ def test_bad_reports_change_nothing(content: str | None, said: str, tmp_path: Pa
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder in which nobody may make a file")
 def test_where_one_page_cannot_be_written_neither_is(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(make_evaluation("Tiny")))
+    (tmp_path / "a.json").write_text(json.dumps(make_evaluation("Tiny", kld=0.01)))
     said = run("report", tmp_path / "a.json", "--out", tmp_path / "a.html", "--markdown", "/proc/a.md", code=2).stderr
     assert "/proc/a.md: cannot be written" in said
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -20,10 +20,11 @@ from pocketquant.formats import F32Array
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.model import Tensor
 from pocketquant.quant.rounding import factor_hessian, losses
+from pocketquant.texts.calibration import CalibrationSettings
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.calibration.statistics_run import calibrate
+from pocketquant.calibration.statistics_run import collect_statistics
 from pocketquant.eval import compare
 
 COMMAND = str(Path(sys.executable).with_name("pocketquant"))
@@ -61,7 +62,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     model = open_model(checkpoint)
     write(plan(model, open_recipe("f32")), folder / "f32.gguf")
     write(plan(model, open_recipe("q4_k_m")), folder / "plain.gguf")
-    calibrate(folder / "f32.gguf", [text_path("calibration")], folder / "stats", context=128, chunks=6, threads=1)
+    collect_statistics(
+        folder / "f32.gguf", [text_path("calibration")], folder / "stats", CalibrationSettings(128, 6, threads=1)
+    )
     quantize(checkpoint, folder / "stats", "--out", folder / "rounded.gguf", "--quiet")
     files = (folder / f"{name}.gguf" for name in ("f32", "plain", "rounded"))
     return Made(checkpoint, *files, open_statistics(folder / "stats"))
@@ -115,7 +118,7 @@ def test_an_output_head_of_its_own_is_rounded_by_groups(made: Made) -> None:
     everything = slice(0, len(head.row_group))
     ours, plain = (made.errors(path, "output.weight", everything) for path in (made.rounded, made.plain))
     for group in range(head.n_group):
-        factored, rows = factor_hessian(head.moment(group)), head.row_group == group
+        factored, rows = factor_hessian(head.hessian(group)), head.row_group == group
         assert losses(ours[rows], factored).sum() < 0.9 * losses(plain[rows], factored).sum()
     # without gradients nothing is known of the embedding
     embedding = [made.rows(path, "token_embd.weight", everything) for path in (made.rounded, made.plain)]

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from pocketquant.cli.options import Compute, Talk
+from pocketquant.cli.tasks import Run
+from pocketquant.errors import OutputError
+
 COMMAND = [sys.executable, "-m", "pocketquant"]
 SCRIPT = [str(Path(sys.executable).with_name("pocketquant"))]
 INTERRUPTED = "error: interrupted; nothing was replaced\nnothing of this run is kept; the same command starts it anew"
@@ -66,6 +70,21 @@ def test_a_result_that_stdout_cannot_take_is_kept(state: str, gguf: Path, tmp_pa
     assert f"the result is kept in {kept}" in done.stderr
     assert "Traceback" not in done.stderr
     assert kept.read_text() == whole
+
+
+def test_a_report_that_cannot_be_put_in_its_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is gone once the work is done, or the disk is full."""
+
+    class Report:
+        def to_json(self) -> dict[str, object]:
+            return {"schema": "pocketquant.smoke/1", "answers": ["ü"]}
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=r"gone/x\.json: cannot be written: .*; the report is kept in ") as caught:
+        Run(Compute(), Talk(), out=tmp_path / "gone" / "x.json").keep(Report())
+    (kept,) = tmp_path.glob("pocketquant-result-*.json")
+    assert str(caught.value).endswith(str(kept))
+    assert json.loads(kept.read_text())["answers"] == ["ü"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

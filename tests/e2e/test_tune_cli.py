@@ -54,7 +54,7 @@ def test_the_cost_is_said_first(demo_gguf: Callable[[str], Path], tmp_path: Path
         ({"--text": "self"}, "--sampled"),
         ({"--reference": "another"}, "was not made from this reference"),
         ({"--out": "GGUF"}, "would replace"),
-        ({}, "torch"),
+        ({}, "`tune` and `calibrate --curvature` need torch"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(

@@ -99,4 +99,4 @@ def test_without_a_text_nothing_is_run(files: dict[str, Path]) -> None:
     assert len(document["tensors"]) == len(read_header(files["q8_0"]).tensors)
     result = CliRunner().invoke(app, ["compare", str(files["q8_0"]), str(files["q8_0"]), "--chunks", "2"])
     assert result.exit_code == 2
-    assert "goes with --text" in " ".join(result.output.split())
+    assert "is used only with --text" in " ".join(result.output.split())

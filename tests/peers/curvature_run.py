@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM
 repository, gguf, checkpoint, windows_path, folder, n_whole = sys.argv[1:]
 sys.path.insert(0, repository)
 
-from pocketquant.calibration.fisher import collect_curvature  # noqa: E402
-from pocketquant.calibration.statistics import Text  # noqa: E402
+from pocketquant.calibration.fisher import FisherSettings, collect_fisher  # noqa: E402
 from pocketquant.gguf_file.opening import open_gguf  # noqa: E402
+from pocketquant.texts.corpus import TextRecord  # noqa: E402
 
 SEED = 5
 windows = np.load(windows_path)
-texts = [Text("text", windows.size, "0" * 64)]
+texts = [TextRecord("text", windows.size, "0" * 64)]
 model, out = open_gguf(gguf), Path(folder)
-collect_curvature(model, windows, texts, out / "gradients", threads=1, seed=SEED)
-collect_curvature(model, windows[: int(n_whole)], texts, out / "few", threads=1, seed=SEED, batch=2)
+collect_fisher(model, windows, texts, out / "gradients", FisherSettings(threads=1, seed=SEED))
+in_twos = FisherSettings(batch=2, threads=1, seed=SEED)
+collect_fisher(model, windows[: int(n_whole)], texts, out / "few", in_twos)
 
 
 class Interrupt(Exception):
@@ -41,20 +42,10 @@ for stop_after in (2, 6, 8):  # forwards, at the head, backwards
             raise Interrupt
 
     try:
-        collect_curvature(
-            model,
-            windows[: int(n_whole)],
-            texts,
-            out / "again",
-            threads=1,
-            seed=SEED,
-            batch=2,
-            resume=True,
-            progress=stop,
-        )
+        collect_fisher(model, windows[: int(n_whole)], texts, out / "again", in_twos, resume=True, progress=stop)
     except Interrupt:
         assert not (out / "again").exists()
-collect_curvature(model, windows[: int(n_whole)], texts, out / "again", threads=1, seed=SEED, batch=2, resume=True)
+collect_fisher(model, windows[: int(n_whole)], texts, out / "again", in_twos, resume=True)
 assert (out / "again").read_bytes() == (out / "few").read_bytes()
 assert not (out / ".again.states").exists()
 

@@ -23,10 +23,11 @@ from pocketquant.gguf_file.reading import read_header
 from pocketquant.quant.planning import plan
 from pocketquant.quant.prediction import PredictSettings, predict_losses
 from pocketquant.quant.recipe_text import recipe_of_types
+from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.calibration.statistics_run import calibrate, cut_texts
+from pocketquant.calibration.statistics_run import collect_statistics
 from pocketquant.eval import compare
 
 CONTEXT, CHUNKS, WHOLE = 128, 96, 8
@@ -46,14 +47,14 @@ def collect(python: Path, model: Path, checkpoint: Path, folder: Path) -> Made:
     if subprocess.run([python, "-c", "import numba"], capture_output=True).returncode:
         pytest.skip("the interpreter with torch has no numba, which pocketquant needs; pip install numba there")
     text = text_path("calibration")
-    windows, _ = cut_texts(model, [text], CONTEXT, CHUNKS, 1, 0, 0)
+    windows, _, _ = cut_texts(model, [text], CalibrationSettings(CONTEXT, CHUNKS, threads=1))
     np.save(folder / "windows.npy", windows)
     script, root = Path(__file__).with_name("curvature_run.py"), Path(__file__).parents[2]
     command = [python, script, root, model, checkpoint, folder / "windows.npy", folder, WHOLE]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    calibrate(model, [text], folder / "inputs", context=CONTEXT, chunks=CHUNKS, threads=1)
-    calibrate(model, [text], folder / "few-inputs", context=CONTEXT, chunks=WHOLE, threads=1)
+    collect_statistics(model, [text], folder / "inputs", CalibrationSettings(CONTEXT, CHUNKS, threads=1))
+    collect_statistics(model, [text], folder / "few-inputs", CalibrationSettings(CONTEXT, WHOLE, threads=1))
     merge_statistics([folder / "inputs", folder / "gradients"], folder / "all")
     return Made(
         model,

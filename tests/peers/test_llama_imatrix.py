@@ -14,6 +14,7 @@ from moe_checkpoint import golden_checkpoint
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.calibration.importance import read_sums, write_sums
 from pocketquant.demo import text_path
+from pocketquant.texts.calibration import CalibrationSettings
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -33,7 +34,7 @@ def compare_with(peer: str, model: Path, folder: Path, context: int, chunks: int
     text.write_text(text_path("calibration").read_text()[:30000])
     command = [peer, "-m", model, "-f", text, "-c", context, "-b", context, "-t", 1, "--chunks", chunks]
     subprocess.run([*map(str, command), "-o", folder / "peer.gguf"], check=True, capture_output=True)
-    sums, _ = collect_importance(model, text, context=context, chunks=chunks, threads=1)
+    sums, _ = collect_importance(model, text, CalibrationSettings(context, chunks, threads=1))
     write_sums(sums, folder / "ours.gguf")
     ours, theirs = read_sums(folder / "ours.gguf"), read_sums(folder / "peer.gguf")
     assert ours.sums.keys() == theirs.sums.keys()
@@ -55,7 +56,7 @@ def test_sums_and_counts_of_experts(peer: str, tmp_path: Path) -> None:
 
 
 def test_the_peer_reads_ours(peer: str, demo_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    sums, _ = collect_importance(demo_gguf("f32"), text_path("calibration"), context=128, chunks=2, threads=1)
+    sums, _ = collect_importance(demo_gguf("f32"), text_path("calibration"), CalibrationSettings(128, 2, threads=1))
     write_sums(sums, tmp_path / "ours.gguf")
     command = [
         peer,

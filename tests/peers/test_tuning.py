@@ -15,10 +15,10 @@ from moe_checkpoint import golden_checkpoint
 from pocketquant import open_model, open_recipe, plan, write
 from pocketquant.demo import text_path
 from pocketquant.gguf_file.reading import GgufTensor, read_header
+from pocketquant.texts.calibration import CalibrationSettings, cut_texts
 
 pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
 
-from pocketquant.calibration.statistics_run import cut_texts
 from pocketquant.eval import compare
 from pocketquant.texts.corpus import Text
 from pocketquant.tuning.tune import KEY, sample_continuations
@@ -46,7 +46,7 @@ def made(
         model, file, reference = open_model(golden_checkpoint(folder / "moe")), folder / "file", folder / "reference"
         write(plan(model, open_recipe("q4_k_s")), file)
         write(plan(model, open_recipe("f32")), reference)
-    windows, _ = cut_texts(reference, [text_path("calibration")], 128, 96, 1, 0, 0)
+    windows, _, _ = cut_texts(reference, [text_path("calibration")], CalibrationSettings(128, 96, threads=1))
     more = sample_continuations(reference, windows, 64, threads=2)
     np.save(folder / "windows.npy", windows)
     np.save(folder / "more.npy", more)

@@ -18,9 +18,9 @@ sys.path.insert(0, sys.argv[1])
 
 import numpy as np
 
-from pocketquant.calibration.statistics import Text
 from pocketquant.gguf_file.opening import open_gguf
 from pocketquant.gguf_file.reading import read_header
+from pocketquant.texts.corpus import TextRecord
 from pocketquant.tuning import tune as tuning
 
 STEP = 2.0**-7
@@ -52,7 +52,7 @@ def differences(
 
 def main(file: Path, reference: Path, folder: Path, watched: tuple[str, ...]) -> None:
     windows, more = np.load(folder / "windows.npy"), np.load(folder / "more.npy")
-    texts = (Text("text.txt", windows.size, ""),)
+    texts = (TextRecord("text.txt", windows.size, ""),)
 
     def tune(out: Path, sampled: np.ndarray | None = None, **settings: float) -> tuning.Tuned:
         tokens = tuning.TuningWindows(windows, texts, sampled)

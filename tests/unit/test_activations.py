@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from rounded_inputs import rounding_errors
 
-from pocketquant.calibration.hessian import MomentSums, Share
+from pocketquant.calibration.hessian import HessianSums, MatrixRange
 from pocketquant.formats import FORMATS
 from pocketquant.formats.activations import COARSE, FINE, add_rounding_errors
 from pocketquant.llama.observing import Matmul
@@ -66,7 +66,7 @@ def test_formats_have_one_of_the_blocks_that_are_measured() -> None:
 
 def test_experts_get_the_errors_of_their_own_tokens_and_unseen_ones_none() -> None:
     name, k = "blk.0.ffn_up_exps.weight", 64
-    sums = MomentSums({name: Share(name, k, 1, 4)}, 0)
+    sums = HessianSums({name: MatrixRange(name, k, 1, 4)}, 0)
     inputs = make_rows(k)[:8]
     chosen = np.array([[0, 1], [1, 3], [3, 0], [1, 0], [3, 1], [0, 3], [1, 3], [0, 1]], np.int32)  # never 2
     sums.add(Matmul(name, (4, 1), inputs.reshape(1, 8, 1, k), chosen))

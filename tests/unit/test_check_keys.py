@@ -97,7 +97,7 @@ def test_what_only_describes_is_a_note(good: Path, realistic: Path, tmp_path: Pa
 
     report = check_gguf(changed(good, tmp_path / "m.gguf", change), open_model(realistic))
     assert report.findings == ()
-    assert "described otherwise than in the source: general.name, general.author, mine.key" in report.notes
+    assert "these descriptions differ from the source's: general.name, general.author, mine.key" in report.notes
 
 
 @pytest.mark.parametrize("key", ["full_attention_interval", "attention.recurrent_layers"])

@@ -232,6 +232,18 @@ def test_two_measurements_of_one_file_do_not_beat_each_other() -> None:
     assert page.count('class="beaten"') == 1
 
 
+def test_figures_of_other_kernels_are_called_that() -> None:
+    first, other = make_evaluation("Tiny-Q4_K", kld=0.010), make_evaluation("Tiny-Q8_0", kld=0.003)
+    said = "Tiny-Q4_K.gguf was measured by other kernels of llama.cpp than Tiny-Q8_0.gguf"  # the nearer one is first
+    sheet = to_sheet([("a.json", first), ("b.json", other)])
+    assert "other kernels" not in to_html(sheet) + to_card(sheet)
+    other["provenance"]["versions"]["llama_cpp_extra_kernels"] = "not used"
+    sheet = to_sheet([("a.json", first), ("b.json", other)])
+    for page in (" ".join(Page(to_html(sheet)).words), to_card(sheet).replace("\\", "")):
+        assert said in page
+        assert "(whether its extra kernels are used): divergences less than 0.5 % apart mean nothing" in page
+
+
 def test_divergences_from_a_pack_of_top_tokens_are_lower_bounds() -> None:
     document = make_evaluation("Tiny-Q4_K", kld=0.01)
     document["provenance"]["reference_pack"] = {

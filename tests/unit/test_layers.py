@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ LAYERS = [
     {"gguf_file"},
     {"llama", "demo"},
     {"texts"},
-    {"cluster", "convert", "calibration", "check", "eval"},
+    {"cluster", "convert", "calibration", "check", "eval", "fit"},
     {"quant"},
     {"tuning"},
     {"release", "doctor"},
@@ -94,3 +95,24 @@ def test_importing_imports_nothing_heavy() -> None:
     heavy = "numpy numba gguf llama_cpp rich typer tokenizers jinja2 huggingface_hub distributed"
     code = f"import sys, pocketquant; print([m for m in '{heavy}'.split() if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_oracles_environment_has_what_scripts_of_the_peer_tests_import() -> None:
+    """They run in an interpreter without the package's dependencies, and CI does not run them."""
+    project = Path(__file__).parents[2]
+    scripts = [ast.parse(path.read_text()) for path in (project / "tests/peers").glob("*_run.py")]
+    ours = [
+        n for tree in scripts for n in tree.body if isinstance(n, ast.ImportFrom) and "pocketquant" in str(n.module)
+    ]
+    shown = "import sys\nprint(*[m.__file__ for name, m in sys.modules.items() if name.startswith('pocketquant')])"
+    code = "\n".join([*map(ast.unparse, ours), shown])
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    needed = set()
+    for node in (node for path in loaded for node in ast.parse(Path(path).read_text()).body):
+        if isinstance(node, ast.Import):
+            needed |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            needed.add(node.module.split(".")[0])
+    installed = set(re.findall(r"^[\w-]+", (project / "tools/requirements.txt").read_text(), re.MULTILINE))
+    assert {"numpy", "numba"} < needed
+    assert needed - set(sys.stdlib_module_names) - {"pocketquant"} <= installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,43 @@ def test_metadata_that_no_runtime_loads_is_refused_before_it_is_copied(
     change: Change, message: str, dense: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ArchitectureError, match=message):
+        open_model(changed(dense, tmp_path / "other.gguf", change))
+
+
+def tokens(change: Callable[[list[str]], list[str]]) -> Change:
+    def apply(parts: Parts) -> None:
+        listed = parts.metadata["tokenizer.ggml.tokens"].value
+        parts.metadata["tokenizer.ggml.tokens"] = Value("str[]", change(listed))
+
+    return apply
+
+
+def no(key: str) -> Change:
+    return lambda parts: parts.metadata.pop(f"tokenizer.ggml.{key}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no("model"), "model: missing, empty or of another type"),
+        (no("pre"), "pre: missing, empty or of another type"),
+        (no("tokens"), "tokens: missing, empty or of another type"),
+        (no("merges"), "merges: missing, empty or of another type"),
+        (set_key("tokenizer.ggml.merges", "i32[]", [1, 2]), "merges: missing, empty or of another type"),
+        (set_key("tokenizer.ggml.model", "str", "llama"), "model: 'llama', this family has 'gpt2'"),
+        (set_key("tokenizer.ggml.pre", "str", "nonsense"), "pre: 'nonsense', this family has 'qwen35' or 'qwen2'"),
+        (tokens(lambda listed: listed[:-1]), r"tokens: \d+ for an embedding of \d+ rows"),
+        (tokens(lambda listed: [*listed[:-1], listed[7]]), "tokens: 1 texts stand twice"),
+        (set_key("tokenizer.ggml.token_type", "i32[]", [1, 2]), "token_type: expected a whole number for each"),
+        (set_key("tokenizer.ggml.token_type", "f32[]", [1.0, 2.0]), "token_type: expected a whole number for each"),
+        (set_key("tokenizer.ggml.eos_token_id", "str", "x"), "eos_token_id: x, no id of"),
+        (set_key("tokenizer.ggml.padding_token_id", "u32", 10**6), "padding_token_id: 1000000, no id of"),
+    ],
+)
+def test_a_vocabulary_that_no_runtime_loads_is_refused_before_it_is_copied(
+    change: Change, message: str, dense: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArchitectureError, match=rf"  tokenizer\.ggml\.{message}"):
         open_model(changed(dense, tmp_path / "other.gguf", change))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pack_maker import reseal
 
-from pocketquant.errors import EvalError
+from pocketquant.errors import EvalError, OutputError
 from pocketquant.eval.metrics import score_rows
 from pocketquant.eval.packs.kept_rows import fitting_codings
 from pocketquant.eval.packs.pack import (
@@ -87,6 +87,14 @@ def make_pack(path: Path, **changes: Any) -> tuple[F32Array, np.ndarray]:
             writer.add("head", piece)
         writer.finish(replace(header, **changes))
     return states, windows
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_disk_that_takes_no_more_is_said_with_the_packs_name(tmp_path: Path) -> None:
+    (tmp_path / "full.pqref").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"full\.pqref: cannot be written: No space left on device"):
+        with PackWriter(tmp_path / "full.pqref") as writer:
+            writer.add("tokens", np.zeros(1 << 20, np.uint8))
 
 
 def test_a_pack_gives_back_what_was_put_in(tmp_path: Path) -> None:
@@ -283,7 +291,7 @@ def test_impossible_probabilities_are_refused() -> None:
     for name, value in changes.items():
         rows = good.copy().reshape(-1).view(row_dtype(100, 8))
         rows[name][1] = value
-        with pytest.raises(EvalError, match="probabilities that cannot be"):
+        with pytest.raises(EvalError, match="impossible probabilities"):
             decode_top(rows.view(np.uint8).reshape(2, -1), after, 100, 8)
     for top in (0, 7, 99, 5000):
         with pytest.raises(EvalError, match="--top-k"):

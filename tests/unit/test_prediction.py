@@ -21,7 +21,6 @@ from pocketquant.calibration.statistics import (
     INPUT,
     OUTPUT,
     ROUNDING,
-    Text,
     fingerprint,
     open_statistics,
 )
@@ -38,6 +37,7 @@ from pocketquant.quant.measuring import list_groups
 from pocketquant.quant.prediction import PREDICTED, PredictSettings, predict_losses
 from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.sensitivity import Sensitivity, read_sensitivity
+from pocketquant.texts.corpus import TextRecord
 
 FINE = {"IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 UP, GATE, EMBED = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "token_embd.weight"
@@ -80,7 +80,7 @@ def statistics(tmp_path: Path, model: Model) -> Path:
         layout[name] = ("F32", (1, 2 * k))
         pieces.append((name, 0, 1e-4 * (np.repeat([2, 1], k) + rng.random(2 * k))))
     path = tmp_path / "made.stats"
-    about = About(99, fingerprint(model), (Text("a.txt", 99, "0" * 64),), {GATE: UP})
+    about = About(99, fingerprint(model), (TextRecord("a.txt", 99, "0" * 64),), {GATE: UP})
     write_statistics(path, about, layout, pieces)
     return path
 
@@ -108,7 +108,7 @@ def test_rows_of_a_tied_embedding_cost_what_head_and_frequency_say(model: Model,
     opened = open_statistics(statistics)
     head, d = opened.head(), error_of(find(model, EMBED), "Q4_K")
     assert head is not None
-    of_head = [head.row_scale[v] * d[v] @ head.moment(v % 2) @ d[v] for v in range(len(d))]
+    of_head = [head.row_scale[v] * d[v] @ head.hessian(v % 2) @ d[v] for v in range(len(d))]
     of_embedding = head.frequency * np.einsum("vi,ij,vj->v", d, head.embed_output, d, optimize=True)
     expected = 0.5 * (sum(of_head) + of_embedding.sum())
     table = predict_losses(model, opened, PredictSettings(rounding=None))

@@ -14,7 +14,7 @@ import pytest
 from statistics_maker import make_statistics
 
 from pocketquant import open_model, open_recipe, plan, write
-from pocketquant.calibration.statistics import COUNT, INPUT, OUTPUT, ROUNDING, Text, fingerprint, open_statistics
+from pocketquant.calibration.statistics import COUNT, INPUT, OUTPUT, ROUNDING, fingerprint, open_statistics
 from pocketquant.calibration.statistics_writing import About, triangles, write_statistics
 from pocketquant.errors import RecipeError
 from pocketquant.formats import FORMATS, F32Array
@@ -38,6 +38,7 @@ from pocketquant.quant.rounding.encoding import STEPS, with_rounding
 from pocketquant.quant.rounding.factor_cache import cached, factored_bytes
 from pocketquant.quant.rounding.matmul import subtract_matmul
 from pocketquant.quant.rounding.state import grid_of, new_state, scale_and_offset, set_scales
+from pocketquant.texts.corpus import TextRecord
 
 BLOCK_FORMATS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
@@ -304,7 +305,7 @@ def test_groups_of_the_vocabulary_are_joined_where_their_hessians_would_not_fit(
     assert np.array_equal(encoder.groups, head.row_group * 2 // 5)
     for group, parts in enumerate(((0, 1, 2), (3, 4))):
         rows = encoder.groups == group
-        expected = sum((head.row_group == part).sum() * head.moment(part).astype(np.float64) for part in parts)
+        expected = sum((head.row_group == part).sum() * head.hessian(part).astype(np.float64) for part in parts)
         expected = expected / rows.sum() + head.frequency[rows].mean() * head.embed_output
         made = encoder._hessian(group, next(item.tensor for item in planned.tensors if item.tensor.role is Role.EMBED))
         np.testing.assert_allclose(
@@ -323,7 +324,9 @@ def statistics(tmp_path: Path, demo_gguf: Callable[[str], Path]) -> Path:
         pieces += [(name, 0, hessian_of(side, side)), (name + COUNT, None, np.array([99]))]
     arrays[up.name + ROUNDING] = ("F32", (1, 2 * up.n_cols))
     path = tmp_path / "made.stats"
-    about = About(99, fingerprint(open_model(demo_gguf("f32"))), (Text("a.txt", 99, "0" * 64),), {gate.name: up.name})
+    about = About(
+        99, fingerprint(open_model(demo_gguf("f32"))), (TextRecord("a.txt", 99, "0" * 64),), {gate.name: up.name}
+    )
     write_statistics(path, about, arrays, pieces)
     return path
 

@@ -20,7 +20,6 @@ from pocketquant.calibration.statistics import (
     INPUT,
     OUTPUT,
     ROUNDING,
-    Text,
     check_statistics,
     fingerprint,
     open_statistics,
@@ -29,7 +28,7 @@ from pocketquant.calibration.statistics import (
     unpacked,
 )
 from pocketquant.calibration.statistics_writing import (
-    MOMENTS,
+    HEAD_HESSIANS,
     About,
     Piece,
     lay_out,
@@ -38,6 +37,7 @@ from pocketquant.calibration.statistics_writing import (
     write_statistics,
 )
 from pocketquant.errors import RecipeError
+from pocketquant.texts.corpus import TextRecord
 
 UP, GATE, EXPERTS = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_up_exps.weight"
 N_VOCAB = 12
@@ -62,8 +62,8 @@ def contents(seed: int, *, tokens: int, groups: list[int], outputs: bool = True)
         "head/row_group": np.array(groups, np.int32),
         "head/variance": rng.random(N_VOCAB),
         "head/frequency": rng.dirichlet(np.ones(N_VOCAB)),
-        MOMENTS + COUNT: np.full(max(groups) + 1, tokens),
-        MOMENTS: np.stack([symmetric(rng, 5) for _ in range(max(groups) + 1)]),
+        HEAD_HESSIANS + COUNT: np.full(max(groups) + 1, tokens),
+        HEAD_HESSIANS: np.stack([symmetric(rng, 5) for _ in range(max(groups) + 1)]),
     }
     if outputs:
         arrays[UP + OUTPUT + COUNT] = np.array([tokens])
@@ -94,7 +94,7 @@ def write(
                 array.shape,
             )
             pieces.append((name, None, array))
-    texts, shared = (Text(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS}
+    texts, shared = (TextRecord(text, tokens, text * 64),), {UP: GATE, GATE: GATE, EXPERTS: EXPERTS}
     about = About(tokens, model, texts, shared, kernels or {})
     write_statistics(path, about, layout, pieces)
     return dict(arrays)
@@ -111,7 +111,7 @@ def stats(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
 def test_what_is_written_is_read(stats: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, arrays = stats
     read = open_statistics(path)
-    assert (read.tokens, read.model_sha256, read.texts) == (100, "m", (Text("a", 100, "a" * 64),))
+    assert (read.tokens, read.model_sha256, read.texts) == (100, "m", (TextRecord("a", 100, "a" * 64),))
     np.testing.assert_array_equal(read.input(UP), arrays[GATE + INPUT][0])  # the input of both stands under one name
     np.testing.assert_array_equal(read.input(GATE), arrays[GATE + INPUT][0])
     np.testing.assert_array_equal(read.output(UP), arrays[UP + OUTPUT][0])
@@ -135,7 +135,7 @@ def test_the_head_gives_back_every_rows_own_share(stats: tuple[Path, dict[str, n
     path, arrays = stats
     head = open_statistics(path).head()
     assert head is not None
-    np.testing.assert_array_equal(head.moments, arrays[MOMENTS])
+    np.testing.assert_array_equal(head.hessians, arrays[HEAD_HESSIANS])
     np.testing.assert_array_equal(head.row_group, GROUPS)
     np.testing.assert_array_equal(head.embed_output, arrays[EMBED_OUTPUT][0])
     np.testing.assert_allclose(head.frequency.sum(), 1)
@@ -161,7 +161,7 @@ def test_merging_weighs_by_tokens(tmp_path: Path) -> None:
     merged = open_statistics(tmp_path / "c")
     assert merged.tokens == 400
     assert [text.name for text in merged.texts] == ["a", "b"]
-    for name in (GATE + INPUT, MOMENTS):
+    for name in (GATE + INPUT, HEAD_HESSIANS):
         for i in range(len(a[name])):
             np.testing.assert_allclose(merged.matrix(name, i), a[name][i] / 4 + b[name][i] * 0.75, rtol=1e-4)
     np.testing.assert_allclose(merged.input(EXPERTS, 2), (a[EXPERTS + INPUT][2] + 3 * b[EXPERTS + INPUT][2]) / 4, 1e-5)
@@ -199,8 +199,8 @@ def test_merging_spreads_other_groups_row_by_row(tmp_path: Path) -> None:
     assert merged.n_group == 3
     for group in range(3):
         rows = np.flatnonzero(np.array(GROUPS) == group)
-        expected = a[MOMENTS][group] / 4 + b[MOMENTS][rows].mean(axis=0) * 0.75
-        np.testing.assert_allclose(merged.moment(group), expected, rtol=1e-4, atol=1e-5)
+        expected = a[HEAD_HESSIANS][group] / 4 + b[HEAD_HESSIANS][rows].mean(axis=0) * 0.75
+        np.testing.assert_allclose(merged.hessian(group), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_weighs_experts_by_the_tokens_sent_to_them(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def set_entry(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
         (set_entry(EXPERTS + ROUNDING, shape=[4, 6]), r"ffn_up_exps\.weight/rounding: expected \[3, 8\] numbers"),
         (set_entry(HEAD_ROUNDING, shape=[1, 8], data_offsets=[0, 32]), r"head/rounding: expected \[1, 10\] numbers"),
         (lambda header: header.pop(GATE + INPUT), r"ffn_gate\.weight/rounding: stands beside no inputs"),
-        (lambda header: header.pop(MOMENTS), "head/rounding: stands beside no inputs"),
+        (lambda header: header.pop(HEAD_HESSIANS), "head/rounding: stands beside no inputs"),
         (set_entry("head/variance", shape=[11], data_offsets=[0, 88]), "differ in the number of rows"),
     ],
 )

@@ -206,7 +206,7 @@ def _shares(
     for texts in (ours, theirs):
         numerators, denominators = (np.concatenate([text.column(name) for text in texts]) for name in (top, bottom))
         if denominators.sum() <= 0:
-            raise EvalError(f"{report.path}: no {bottom} to take {key} over; measure it again")
+            raise EvalError(f"{report.path}: no {bottom} were counted, so {key} cannot be computed; measure it again")
         pair.append(intervals.share(numerators, denominators))
         tokens.append(int(sum(text.column("tokens").sum() for text in texts)))
     same = same_tokens(ours, theirs)

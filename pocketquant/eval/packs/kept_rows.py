@@ -1,4 +1,4 @@
-"""What a reference pack stores of each position: hidden states, or the most likely tokens."""
+"""The rows of a reference pack, one for each position: hidden states, or the most likely tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pocketquant.eval.packs.top_k import check_top, decode_top, encode_top, row_
 from pocketquant.formats import F32Array, U8Array
 
 MAX_SHARE = 0.02
-"""Size of a stored state over that of the logits in llama-perplexity's base file that the coding is chosen for."""
+"""The coding of a stored state takes at most this share of the logits in llama-perplexity's base file."""
 
 
 class _Keeper:
-    """Stores rows; `state` is what it knows of them so far, for JSON, and another one can go on from it."""
+    """Stores rows. `state` is plain data for JSON, from which another keeper can go on."""
 
     def __init__(self) -> None:
         self.meter = FloorMeter()
@@ -35,7 +35,7 @@ class _Keeper:
 
 
 class StateKeeper(_Keeper):
-    """Stores hidden states, in the coding that gives the first group's logits back best."""
+    """Stores hidden states, in the coding that reproduces the logits of the first group best."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class StateKeeper(_Keeper):
 
 
 class TopKeeper(_Keeper):
-    """Stores the most likely tokens, and finds out what share of a divergence they show."""
+    """Stores the most likely tokens, and measures the share of a divergence that they show."""
 
     def __init__(self, n_vocab: int, top: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class TopKeeper(_Keeper):
 
 
 def fitting_codings(n_embd: int, n_vocab: int) -> tuple[str, ...]:
-    """The codings of a state that keep within `MAX_SHARE`; all where none does, as with small vocabularies."""
+    """The codings of a state within `MAX_SHARE`; all codings if none is, as with small vocabularies."""
     every = codings_for(n_embd)
     limit = MAX_SHARE * 2 * n_vocab
     return tuple(coding for coding in every if row_bytes(coding, n_embd) <= limit) or every

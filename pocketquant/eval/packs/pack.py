@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pocketquant.errors import EvalError, listing
+from pocketquant.errors import EvalError, OutputError, listing
 from pocketquant.files.reading import read_at
 from pocketquant.files.small import open_regular, parse_json
 from pocketquant.formats import U8Array
@@ -180,7 +181,8 @@ class Pack:
 class PackWriter:
     """Writes the sections of a pack in order, each in as many pieces as one likes, and then its header.
 
-    A file that is there is written over, so that what another writer had put there can be taken up.
+    A file that is there is written over, so that what another writer had put there can be taken up. OutputError where
+    the disk takes no more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -201,7 +203,8 @@ class PackWriter:
             self._digest = hashlib.sha256()
             self._sections[name] = Section(self._file.tell(), 0, "")
         piece = np.ascontiguousarray(data).tobytes()
-        self._file.write(piece)
+        with self._named():
+            self._file.write(piece)
         self._digest.update(piece)
         section = self._sections[name]
         self._sections[name] = replace(section, nbytes=section.nbytes + len(piece), sha256=self._digest.hexdigest())
@@ -250,16 +253,26 @@ class PackWriter:
         fields = {key: value for key, value in asdict(header).items() if key != "quantized" or value}
         data = json.dumps({**fields, "sections": sections}, sort_keys=True, separators=(",", ":")).encode()
         offset = self._file.tell()
-        self._file.write(data)
-        self._file.truncate()
-        self._file.seek(0)
-        self._file.write(_FRONT.pack(MAGIC, offset, len(data), hashlib.sha256(data).digest()))
+        with self._named():
+            self._file.write(data)
+            self._file.truncate()
+            self._file.seek(0)
+            self._file.write(_FRONT.pack(MAGIC, offset, len(data), hashlib.sha256(data).digest()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with self._named():
+                self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk names no file by itself."""
+        try:
+            yield
+        except OSError as caught:
+            raise OutputError(f"{self._path}: cannot be written: {caught.strerror}") from caught
 
 
 def is_pack(path: str | Path) -> bool:
@@ -301,7 +314,7 @@ def read_pack(path: str | Path) -> Pack:
     try:
         header, sections = _header_of(fields), _sections_of(fields)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise EvalError(f"{path}: a reference pack with a header that cannot be ({error}); make it again") from error
+        raise EvalError(f"{path}: a reference pack with a wrong header ({error}); make it again") from error
     pack = Pack(path, header, sections)
     if problems := _find_problems(pack, offset):
         raise EvalError(f"{path}: a reference pack that contradicts itself; make it again:\n{listing(problems)}")

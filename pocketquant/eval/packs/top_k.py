@@ -108,7 +108,7 @@ def decode_top(data: U8Array, next_tokens: I32Array, n_vocab: int, top: int) -> 
         and bool(np.isfinite(logs).all() and (logs < 1e-3).all() and (logs > -1e4).all())
     )
     if not is_sound or (np.abs(mass + np.exp(logs[1]) - 1) > 0.01).any():
-        raise EvalError("the reference pack holds probabilities that cannot be; make it again")
+        raise EvalError("the reference pack holds impossible probabilities; make it again")
     return TopRows(rows, next_tokens)
 
 

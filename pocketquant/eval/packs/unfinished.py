@@ -1,5 +1,4 @@
-"""A reference pack that is being made, on disk: the windows that are whole outlive an interrupt, and the file is the
-same to the last byte once the rest is added."""
+"""An unfinished reference pack on disk: its whole windows outlive an interrupt, and the finished file is the same."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from pocketquant.eval.packs.pack import PackWriter
 from pocketquant.files.interrupts import put_in_place, resumable
 from pocketquant.files.leftovers import holding
 from pocketquant.files.replacing import check_target, hidden_beside, replacing
+from pocketquant.files.resuming import check_same_run
 from pocketquant.files.small import read_object
 
 
@@ -92,7 +92,7 @@ class UnfinishedPack:
         try:
             self._save()
         except OutputError as error:  # the interrupt is what is said in the end
-            warnings.warn(f"what was done cannot be kept: {error}", PocketquantWarning, stacklevel=2)
+            warnings.warn(f"the work done so far cannot be kept: {error}", PocketquantWarning, stacklevel=2)
 
     def _save(self) -> None:
         self._sync()
@@ -117,10 +117,6 @@ class UnfinishedPack:
         is_right = isinstance(run, dict) and isinstance(rows, list) and isinstance(stated.get("kept"), dict)
         if not is_right or type(stated.get("windows")) is not int or [type(part) for part in rows] != [int, str]:
             raise EvalError(f"{self._state}: not the state of an unfinished reference pack; delete it")
-        if run != self._run:
-            differs = ", ".join(key for key in self._run if run.get(key) != self._run[key])
-            raise EvalError(
-                f"{self._state}: was begun with other settings ({differs}); delete it, or repeat the same command"
-            )
+        check_same_run(self._state, run, self._run)
         self.windows = self._saved_windows = stated["windows"]
         self.kept, self._rows = stated["kept"], (rows[0], rows[1])

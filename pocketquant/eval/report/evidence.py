@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pocketquant.eval.bootstrap import MIN_CLUSTERS
 from pocketquant.eval.metrics import Positions
-from pocketquant.eval.weights import WeightError, weight_errors
+from pocketquant.eval.weights import TensorError, weight_errors
 from pocketquant.files.small import kind_of
 from pocketquant.gguf_file.reading import is_gguf, read_header
 from pocketquant.model import Model, Tensor
@@ -65,7 +65,7 @@ class TensorState:
     Attributes:
         weights: how many numbers it has.
         sha256: first digits of the digest of its bytes.
-        relative_rmse: as in `WeightError`; None where the reference's weights were not at hand.
+        relative_rmse: as in `TensorError`; None where the reference's weights were not at hand.
         cosine: likewise.
         max_abs_error: likewise.
     """
@@ -144,13 +144,13 @@ def describe_tensors(
         EvalError: the two do not have the same tensors in the same shapes.
         SourceError: a tensor cannot be read or is not finite.
     """
-    errors: Sequence[WeightError | None] = [None] * len(model.tensors)
+    errors: Sequence[TensorError | None] = [None] * len(model.tensors)
     if reference is not None:
         errors = weight_errors(model, reference, progress=progress)
     return tuple(_state(tensor, error) for tensor, error in zip(model.tensors, errors, strict=True))
 
 
-def _state(tensor: Tensor, error: WeightError | None) -> TensorState:
+def _state(tensor: Tensor, error: TensorError | None) -> TensorState:
     return TensorState(
         name=tensor.name,
         role=tensor.role.value,

@@ -1,6 +1,6 @@
-"""Of what kind the values of a report are: what `eval`, `make`, `sweep` and `tasks` write and `gate` and `report` read.
+"""The kinds of a report's values: what `eval`, `make`, `sweep` and `tasks` write and `gate` and `report` read.
 
-Whether a number can be, and whether two reports belong together, is for those to decide who read it.
+Whether a number is possible, and whether two reports belong together, is checked by the code that reads the report.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def to_markdown(report: Report) -> str:
     corpus = for_markdown(from_.corpus.name)
     where = f"{report.tokens} tokens scored in {report.windows} windows of {from_.context}, {corpus}"
     how = "" if from_.like is None else f", rounded as {from_.like} does"
-    parts.append(f"{where}{how}; errors from {report.clusters} {report.cluster_unit}s, seed {from_.seed}.")
+    parts.append(
+        f"{where}{how}; standard errors from resampling {report.clusters} {report.cluster_unit}s, seed {from_.seed}."
+    )
     if from_.reference_pack is not None:
         parts.append(_pack_note(from_.reference_pack))
         if other := differing(from_.versions, from_.reference_pack["versions"]):

@@ -113,7 +113,7 @@ class Evidence:
         """The whole number at `key`, from 1 to what a report can hold; EvalError if it is none."""
         value = self.number(key)
         if not 1 <= value <= _MOST or value != int(value):
-            raise EvalError(f"{self.path}: {key} is {value!r:.40}, no number of what was measured; measure again")
+            raise EvalError(f"{self.path}: {key} is {value!r:.40}, which cannot be measured; measure again")
         return int(value)
 
     def need_sums(self) -> tuple[ReadSums, ...]:

@@ -336,4 +336,9 @@ def _count_requests(tasks: Mapping[str, Any]) -> int:
 def write_report(values: Mapping[str, Any], out: Path) -> None:
     """A report's `to_json` in a file, whole or not at all."""
     with replacing(out) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(report_text(values), encoding="utf-8")
+
+
+def report_text(values: Mapping[str, Any]) -> str:
+    """A report's `to_json` as the text of a file."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -25,7 +25,7 @@ from pocketquant.files.reading import states_of
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.gguf_file.identity import FileIdentity, identify_model
 from pocketquant.llama.library import check_loadable
-from pocketquant.llama.shared_prefix import open_shared_prefix
+from pocketquant.llama.shared_prefix import SharedPrefixRuntime, open_shared_prefix
 
 SCHEMA = "pocketquant.smoke/1"
 MAX_TOKENS = 256
@@ -141,16 +141,11 @@ def compare_smoke(
     renders = [(path, chat_renderer(path)) for path in (model, reference)]
     for path, render in renders:
         texts = [render([{"role": "user", "content": prompt.text}], True) for prompt in prompts]
-        room = context_of(path)
-        with open_shared_prefix(path, context=room, threads=threads, gpu_layers=gpu_layers) as runtime:
+        with open_shared_prefix(path, context=context_of(path), threads=threads, gpu_layers=gpu_layers) as runtime:
             versions = runtime.versions
             written = []
             for prompt, text in zip(prompts, texts, strict=True):
-                tokens = ([] if runtime.bos is None else [runtime.bos]) + runtime.tokenize(text, special=True)
-                if len(tokens) >= room:
-                    raise EvalError(f"{path}: {len(tokens)} tokens of {prompt.text!r} do not fit its {room}")
-                answer, has_ended = write_answer(runtime, tokens, min(max_tokens, room - len(tokens)))
-                written.append(Answer(answer, has_ended, find_faults(prompt, text, answer, has_ended=has_ended)))
+                written.append(_answer(runtime, path, prompt, text, max_tokens))
                 advance()
             answers.append(written)
     check_unchanged(files)
@@ -169,6 +164,16 @@ def compare_smoke(
         answers=tuple(zip(prompts, ours, theirs, strict=True)),
         reference_quantized=describe_quantized(reference) or None,
     )
+
+
+def _answer(runtime: SharedPrefixRuntime, path: Path, prompt: Prompt, rendered: str, max_tokens: int) -> Answer:
+    """The answer to one prompt, which the chat template has `rendered`."""
+    tokens = ([] if runtime.bos is None else [runtime.bos]) + runtime.tokenize(rendered, special=True)
+    room = runtime.n_ctx - len(tokens)
+    if room <= 0:
+        raise EvalError(f"{path}: {len(tokens)} tokens of {prompt.text!r} do not fit its {runtime.n_ctx}")
+    text, has_ended = write_answer(runtime, tokens, min(max_tokens, room))
+    return Answer(text, has_ended, find_faults(prompt, rendered, text, has_ended=has_ended))
 
 
 def find_faults(prompt: Prompt, rendered: str, answer: str, *, has_ended: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The same as Markdown, for a model card."""
+"""A report as Markdown, for a model card; `page` makes the HTML page of the same sheet."""
 
 from __future__ import annotations
 
