@@ -84,8 +84,11 @@ def _raise_again(unraisable: UnraisableHookArgs) -> None:
 
 
 def _raise_soon() -> None:
-    """The signal that came, not another in its place: a shell has what it starts with `&` ignore SIGINT."""
-    timer = threading.Timer(0.05, signal.raise_signal, [_interrupted_by])
+    """The signal that came, not another in its place: a shell has what it starts with `&` ignore SIGINT.
+
+    It goes to the main thread, which it wakes where that sleeps or waits.
+    """
+    timer = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, _interrupted_by])
     timer.daemon = True
     timer.start()
 
@@ -184,8 +187,9 @@ def _say_interrupted(*, is_json: bool) -> int:
     from pocketquant.files.interrupts import files_in_place, how_to_go_on
 
     done = files_in_place()
+    way = how_to_go_on(is_done=bool(done))
     said = f"interrupted after these were finished:\n{listing(map(str, done))}" if done else _UNCHANGED
-    return _say(f"{said}\n{how_to_go_on()}", "Interrupted", 128 + signal.SIGINT, is_json=is_json)
+    return _say("\n".join(filter(None, [said, way])), "Interrupted", 128 + signal.SIGINT, is_json=is_json)
 
 
 def _say_error(error: Exception, *, is_json: bool) -> int:

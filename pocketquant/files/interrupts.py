@@ -28,9 +28,12 @@ def offer_resume(how: str) -> None:
     _resuming[:] = [how]
 
 
-def how_to_go_on() -> str:
-    """What to tell whoever interrupted the run: a sentence on what is kept and how to go on, or `STARTS_ANEW`."""
-    return _resuming[0] if _resuming else STARTS_ANEW
+def how_to_go_on(*, is_done: bool = False) -> str:
+    """What to tell whoever interrupted the run: a sentence on what is kept and how to go on, or `STARTS_ANEW`.
+
+    Where `is_done`, results are in their place, and there is nothing to say unless more is kept.
+    """
+    return _resuming[0] if _resuming else "" if is_done else STARTS_ANEW
 
 
 @contextmanager

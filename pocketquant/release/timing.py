@@ -8,7 +8,6 @@ from pathlib import Path
 from pocketquant.calibration.imatrix import collect_importance
 from pocketquant.eval.compare import compare
 from pocketquant.files.leftovers import work_folder
-from pocketquant.files.replacing import check_target
 from pocketquant.gguf_file.writing import write
 from pocketquant.pace import Pace, Progress, try_out
 from pocketquant.release.means import Means
@@ -28,12 +27,14 @@ def try_release(release: Release, out: Path, means: Means) -> dict[str, float]:
 
     Args:
         release: from `plan_release`.
-        out: the folder that it will be made in; what the trial writes stands beside it for a while.
+        out: the folder that it will be made in; what the trial writes stands in it for a while, or beside
+            its place where there is none yet.
         means: threads and layers on a GPU.
     """
     settings = release.settings
     seconds: dict[str, float] = {}
-    with work_folder(check_target(out)) as folder:
+    place = out.resolve()
+    with work_folder(place / "trial" if place.is_dir() else place) as folder:
         reference, started = folder / "reference.gguf", time.monotonic()
         write(release.reference.plan, reference, threads=means.threads, is_result=False)
         seconds["reference"] = time.monotonic() - started

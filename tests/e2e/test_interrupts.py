@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_no_folder_behind(tmp_path: Path) -> None:
 def test_a_file_where_the_hidden_folder_goes_is_named(command: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"mine")
     result = run(command, checkpoint_dir(), "-r", "q8_0", "--imatrix", "none", *SMALL, "--out", tmp_path, code=2)
-    assert f"{tmp_path}/{name}: is no folder" in result.stderr
+    assert f"{tmp_path}/{name}: is not a folder" in result.stderr
     assert (names(tmp_path), (tmp_path / name).read_bytes()) == ([name], b"mine")
 
 

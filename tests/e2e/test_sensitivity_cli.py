@@ -50,7 +50,7 @@ def test_a_measured_table_is_read_and_an_interrupted_series_goes_on(tmp_path: Pa
 
     state.write_text(json.dumps({"run": {}, "results": {}}))
     failed = run("sensitivity", checkpoint_dir(), "--out", table, "--groups", 1, "--resume", *SHORT, code=2)
-    assert "results of another model or other settings" in failed.stderr
+    assert "results of another model or of other settings" in failed.stderr
 
 
 def test_predictions_are_recalibrated_by_runs_and_choose_types(statistics: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_an_importance_matrix_that_went_on_leaves_no_state(
 ) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     from pocketquant.calibration.imatrix import collect_importance
+    from pocketquant.texts.calibration import CalibrationSettings
 
     class Cut(BaseException):
         pass
@@ -52,7 +53,7 @@ def test_an_importance_matrix_that_went_on_leaves_no_state(
 
     model, state = demo_gguf("f32"), tmp_path / ".m.gguf.unfinished"
     with pytest.raises(Cut):
-        collect_importance(model, demo_text, context=64, chunks=4, state=state, progress=cut)
+        collect_importance(model, demo_text, CalibrationSettings(64, 4), state=state, progress=cut)
     assert state.exists()
     how = pq.CollectSettings(context=64, chunks=4, resume=True)
     pq.imatrix(model, demo_text, tmp_path / "m.gguf", how)

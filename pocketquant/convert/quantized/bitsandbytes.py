@@ -93,7 +93,7 @@ def four_bit_tensor(name: str, stored: Mapping[str, StoredTensor], reads: Reads)
     states = [f"{name}{_STATE}{kind}" for kind in ("nf4", "fp4") if f"{name}{_STATE}{kind}" in stored]
     if len(states) != 1:
         raise SourceError(
-            f"{name}: {len(states)} quantization states ({_STATE}nf4, fp4), expected one; save the checkpoint again"
+            f"{len(states)} quantization states ({_STATE}nf4, fp4), expected one; save the checkpoint again"
         )
     codes, state = stored[name], _read_state(part(stored, states[0], ("U8",)), reads)
     shape, block_len = state.get("shape"), state.get("blocksize")
