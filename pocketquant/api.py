@@ -284,17 +284,15 @@ def imatrix(
     Raises:
         SourceError, EvalError: see `collect_importance`.
     """
-    from pocketquant.calibration.imatrix import collect_importance
+    from pocketquant.calibration.imatrix import collect_importance, unfinished_matrix
     from pocketquant.calibration.importance import read_importance, write_sums
-    from pocketquant.files.leftovers import holding
-    from pocketquant.files.replacing import hidden_beside, refuse_overwriting
+    from pocketquant.files.replacing import refuse_overwriting
     from pocketquant.release.outputs import as_gguf
     from pocketquant.texts.calibration import CalibrationSettings
 
     how, means, out = settings or CollectSettings(), means or Means(), Path(out)
     refuse_overwriting([out], [source, text])
-    state = hidden_beside(out, "unfinished")
-    with holding(state), as_gguf(source, out, how.reference_type, means) as gguf:
+    with unfinished_matrix(out) as state, as_gguf(source, out, how.reference_type, means) as gguf:
         with means.bars.steps(out.name) as advance:
             sums, _ = collect_importance(
                 gguf,
@@ -305,7 +303,6 @@ def imatrix(
                 progress=advance,
             )
         write_sums(sums, out)
-        state.unlink(missing_ok=True)
     return read_importance(out)
 
 

@@ -20,7 +20,10 @@ import numpy.typing as npt
 
 from pocketquant.calibration.importance import ImportanceSums
 from pocketquant.errors import EvalError, listing
+from pocketquant.files.interrupts import resumable
+from pocketquant.files.leftovers import holding
 from pocketquant.files.reading import digest_file, states_of
+from pocketquant.files.replacing import hidden_beside
 from pocketquant.files.resuming import check_same_run, open_state, write_state
 from pocketquant.files.unchanged import check_unchanged
 from pocketquant.llama.drafting import Block, block_beside, find_block, open_block
@@ -36,6 +39,19 @@ _RunBlock = Callable[[npt.NDArray[np.int32]], None]
 """Runs a multi-token-prediction block over a window that the trunk was just run over."""
 
 _MAX_STATE_BYTES = 1 << 34
+
+
+@contextmanager
+def unfinished_matrix(out: Path) -> Iterator[Path]:
+    """The place of the sums of a run that an interrupt ends, `.NAME.unfinished` beside the matrix.
+
+    It is held against other runs, and gone once the block ends well, which writes the matrix in it.
+    """
+    state = hidden_beside(out, "unfinished")
+    how = f"finished windows are kept in {state}; the same command with --resume goes on from there"
+    with holding(state), resumable(state, how):
+        yield state
+        state.unlink(missing_ok=True)
 
 
 def collect_importance(

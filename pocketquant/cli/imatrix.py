@@ -69,11 +69,10 @@ def imatrix(
 
 def _make(gguf: Path, text: str, out: Path, options: MatrixOptions, compute: Compute, talk: Talk) -> None:
     """Runs the model over the text; the state of an unfinished run lies beside `out` as `.NAME.unfinished`."""
-    from pocketquant.calibration.imatrix import collect_importance
+    from pocketquant.calibration.imatrix import collect_importance, unfinished_matrix
     from pocketquant.calibration.importance import write_sums
-    from pocketquant.files.interrupts import resumable
-    from pocketquant.files.leftovers import holding, work_folder
-    from pocketquant.files.replacing import check_target, hidden_beside, refuse_overwriting
+    from pocketquant.files.leftovers import work_folder
+    from pocketquant.files.replacing import check_target, refuse_overwriting
     from pocketquant.gguf_file.opening import open_gguf
     from pocketquant.pace import try_out
     from pocketquant.texts.calibration import CalibrationSettings
@@ -99,13 +98,10 @@ def _make(gguf: Path, text: str, out: Path, options: MatrixOptions, compute: Com
             pace = try_out(lambda progress: collect(folder / "state", progress, resume=False))
         say_pace(pace, "windows", _matrix_bytes(open_gguf(gguf)), talk)
         return
-    state = hidden_beside(out, "unfinished")
-    how = f"finished windows are kept in {state}; the same command with --resume goes on from there"
-    with holding(state), resumable(state, how):
+    with unfinished_matrix(out) as state:
         with talk.steps(out.name, "windows") as advance:
             sums, calibration = collect(state, advance, resume=options.resume)
         write_sums(sums, out)
-        state.unlink(missing_ok=True)
     summary = {
         "out": str(out),
         "entries": len(sums.sums),

@@ -47,13 +47,13 @@ Item = tuple[int, int, int, bool]
 """An entry of a batch: token, position, sequence, and whether its logits are wanted."""
 
 
-class Runtime(Protocol):
-    """A model that evaluation can run, whatever runs it.
+class LoadedModel(Protocol):
+    """What is known of a model that is open to be run, whatever runs it.
 
     Attributes:
         n_vocab: columns of the logits.
-        n_ctx: the most tokens of a window.
-        bos: the token that every window begins with; None if the file asks for none.
+        n_ctx: the most tokens of one run.
+        bos: the token that every run begins with; None if the file asks for none.
         vocabulary: digest of all tokens and their kinds; equal digests mean comparable logits.
         versions: names and versions of the software that computes the logits.
     """
@@ -75,6 +75,10 @@ class Runtime(Protocol):
         The names of special tokens count as text unless `special`.
         """
         ...
+
+
+class Runtime(LoadedModel, Protocol):
+    """A model that evaluation can run, window by window."""
 
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, F32Array]]:
         """Logits after each token from position `first` on, memory empty at the start.

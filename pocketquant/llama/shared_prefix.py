@@ -21,7 +21,7 @@ import numpy as np
 from pocketquant.errors import EvalError
 from pocketquant.formats import F32Array
 from pocketquant.llama.library import require_runtime
-from pocketquant.llama.runtime import LlamaRuntime, LlamaSettings
+from pocketquant.llama.runtime import LlamaRuntime, LlamaSettings, LoadedModel
 from pocketquant.machine import usable_threads
 
 CHUNK = 64
@@ -37,34 +37,15 @@ depends on the number of tokens that it gets, and in a quantized file that moves
 IsOver = Callable[[Sequence[int]], bool]
 
 
-class SharedPrefixRuntime(Protocol):
-    """A model that scores several continuations of a prompt, or writes one.
+class SharedPrefixRuntime(LoadedModel, Protocol):
+    """A model that scores several continuations of a prompt, or writes one; `n_ctx` is for both together.
 
     Attributes:
-        n_vocab: columns of the logits.
-        n_ctx: the most tokens of a prompt and one continuation.
-        bos: the token that stands first, None if the file asks for none.
         first: the token that stands for "nothing before": `bos`, or else the one that ends a text.
-        vocabulary: digest of all tokens and their kinds.
-        versions: names and versions of the software that computes the logits.
     """
 
     @property
-    def n_vocab(self) -> int: ...
-    @property
-    def n_ctx(self) -> int: ...
-    @property
-    def bos(self) -> int | None: ...
-    @property
     def first(self) -> int: ...
-    @property
-    def vocabulary(self) -> str: ...
-    @property
-    def versions(self) -> Mapping[str, str]: ...
-
-    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """As `Runtime.tokenize`."""
-        ...
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens stand for, names of special tokens included."""

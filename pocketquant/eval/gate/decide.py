@@ -221,19 +221,7 @@ def _compare_shares(
     degrees, cov = min(ours.degrees, theirs.degrees), known or 0.0
     note = "" if known is not None else "other tokens than the baseline's: not paired"
     if key.endswith("_ratio"):
-        if theirs.value <= 0:
-            return _no_ratio(name, bound, ours.value)
-        return Sampled(
-            limit=name,
-            bound=bound,
-            is_least=False,
-            found=ours.value / theirs.value,
-            tokens=tokens,
-            degrees=degrees,
-            interval=lambda t: intervals.ratio_interval(ours, theirs, cov, t),
-            factor=lambda t: intervals.ratio_factor(ours, theirs, cov, t, bound),
-            note=note,
-        )
+        return _ratio(name, bound, (ours, theirs, cov), tokens, note)
     sign = -1.0 if key.endswith("_drop") else 1.0
     variance = intervals.difference_variance(ours, theirs, cov)
     found = sign * (ours.value - theirs.value) + 0.0  # no -0
@@ -249,6 +237,15 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
         spread = error * math.sqrt((n - 1) / n / 2) if n > 1 else math.inf
         pair.append(Share(value, np.array([spread, -spread] + [0.0] * max(n - 2, 0))))
     ours, theirs = pair
+    tokens = min(each.count("tokens") for each in (report, baseline))
+    return _ratio(name, bound, (ours, theirs, 0.0), tokens)
+
+
+def _ratio(
+    name: str, bound: float, pair: tuple[Share, Share, float], tokens: int, note: str = ""
+) -> Decision | Sampled:
+    """The report's figure over the baseline's; `pair` is both and the covariance of their means."""
+    ours, theirs, cov = pair
     if theirs.value <= 0:
         return _no_ratio(name, bound, ours.value)
     return Sampled(
@@ -256,10 +253,11 @@ def _compare_p99(name: str, bound: float, report: Evidence, baseline: Evidence) 
         bound=bound,
         is_least=False,
         found=ours.value / theirs.value,
-        tokens=min(each.count("tokens") for each in (report, baseline)),
+        tokens=tokens,
         degrees=min(ours.degrees, theirs.degrees),
-        interval=lambda t: intervals.ratio_interval(ours, theirs, 0.0, t),
-        factor=lambda t: intervals.ratio_factor(ours, theirs, 0.0, t, bound),
+        interval=lambda t: intervals.ratio_interval(ours, theirs, cov, t),
+        factor=lambda t: intervals.ratio_factor(ours, theirs, cov, t, bound),
+        note=note,
     )
 
 

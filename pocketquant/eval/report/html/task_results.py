@@ -10,7 +10,6 @@ from pocketquant.eval.kinship import quantized_reference
 from pocketquant.eval.report.html.taking import listed, mapping, number, whole, words
 
 MAX_RESULTS = 512
-MAX_FLIPS = 1 << 14
 
 HEAD = (
     "task",
